@@ -1,0 +1,133 @@
+"""Every error a user can meet, and the one way to word it: expected, seen, fix.
+
+Knows nothing of the rest of the package. The command line turns an ``EvalkitError`` into one line and exit code 2;
+library callers catch the branch they care about.
+
+    EvalkitError
+    ├── InputError            what the user pointed at is not what it should be
+    │   ├── MissingFile       a path that is not there
+    │   ├── BadFile           a file that cannot be read as what it claims to be
+    │   ├── BadShape          a tensor whose shape or dtype is not the expected one
+    │   ├── BadConfig         an option, a TOML key or a combination of them
+    │   ├── CorpusError       an empty corpus, one too short, one whose tokens do not fit the model
+    │   └── UnknownFeature    a feature id outside the dictionary
+    ├── SiteMismatch          a dictionary bound to a subject model or site it was not trained on
+    ├── RunMismatch           a run folder that holds a run of another configuration
+    ├── RunLocked             a run folder that another process is writing
+    ├── PluginError           a plug-in that is unknown or broken
+    ├── MissingExtra          an optional dependency that is not installed
+    ├── ClientError           a language-model client that cannot answer
+    │   └── NotRecorded       a request that the replay client has no answer for
+    └── StorageError          a disk that is full or not writable
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "BadConfig",
+    "BadFile",
+    "BadShape",
+    "ClientError",
+    "CorpusError",
+    "EvalkitError",
+    "InputError",
+    "MissingExtra",
+    "MissingFile",
+    "NotRecorded",
+    "PluginError",
+    "RunLocked",
+    "RunMismatch",
+    "SiteMismatch",
+    "StorageError",
+    "UnknownFeature",
+    "require",
+]
+
+
+class EvalkitError(Exception):
+    """Base of the tree. ``subject`` is the file, feature or option the message is about."""
+
+    def __init__(self, subject: str, *, expected: str, seen: str, fix: str) -> None:
+        self.subject, self.expected, self.seen, self.fix = subject, expected, seen, fix
+        super().__init__(f"{subject}: expected {expected}; seen {seen}; fix: {fix}")
+
+
+class InputError(EvalkitError):
+    """What the user pointed at is not what it should be."""
+
+
+class MissingFile(InputError):
+    """A path that is not there."""
+
+
+class BadFile(InputError):
+    """A file that cannot be read as what it claims to be."""
+
+
+class BadShape(InputError):
+    """A tensor whose shape or dtype is not the expected one."""
+
+
+class BadConfig(InputError):
+    """An option, a TOML key, or a combination of them."""
+
+
+class CorpusError(InputError):
+    """A corpus that is empty, too short, or whose tokens do not fit the subject model."""
+
+
+class UnknownFeature(InputError):
+    """A feature id outside the dictionary."""
+
+
+class SiteMismatch(EvalkitError):
+    """A dictionary bound to a subject model or site that it was not trained on."""
+
+
+class RunMismatch(EvalkitError):
+    """A run folder that holds a run of another configuration."""
+
+
+class RunLocked(EvalkitError):
+    """A run folder that another process is writing."""
+
+
+class PluginError(EvalkitError):
+    """A plug-in that is unknown or broken."""
+
+
+class MissingExtra(EvalkitError):
+    """An optional dependency that is not installed."""
+
+
+class ClientError(EvalkitError):
+    """A language-model client that cannot answer."""
+
+
+class NotRecorded(ClientError):
+    """A request that the replay client has no recorded answer for."""
+
+
+class StorageError(EvalkitError):
+    """A disk that is full or not writable."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency late.
+
+    Raises MissingExtra, naming the command that installs it, when it is absent.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise MissingExtra(
+            module,
+            expected=f"the package {module!r} to be installed",
+            seen="no such package",
+            fix=f"pip install 'evalkit[{extra}]'",
+        ) from error

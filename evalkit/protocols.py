@@ -1,0 +1,177 @@
+"""The contracts at the plug-in points. Structural: a plug-in implements the methods, it need not inherit anything.
+
+Imports records and errors only, and torch only for annotations, so a plug-in costs nothing to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+from evalkit.records import (
+    Answer,
+    ExplainExamples,
+    Explanation,
+    FeatureId,
+    JudgeItem,
+    Message,
+    Response,
+    Score,
+    ScoreExamples,
+    Site,
+    SourceInfo,
+    SubjectInfo,
+    TokenBatch,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = [
+    "CalibratedSource",
+    "CentredSource",
+    "Client",
+    "Explainer",
+    "FeatureSource",
+    "Judge",
+    "Progress",
+    "Scorer",
+    "SourceReader",
+    "TokenSource",
+]
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """Answers "how active is feature f on these tokens". ``hidden`` is always the raw hidden state of the site."""
+
+    name: str
+    site: Site
+
+    @property
+    def info(self) -> SourceInfo:
+        """What a table prints about this source."""
+
+    def bind(self, subject: SubjectInfo) -> Self:
+        """Take what it needs of the subject (norm gain and eps, d_model). Raises SiteMismatch."""
+
+    def features(self) -> Sequence[FeatureId]:
+        """Every feature id, in a fixed order."""
+
+    def activations(
+        self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
+    ) -> Float[Tensor, "batch pos feature"]:
+        """Activation of the chosen features at every position, in the source's own units. Raises UnknownFeature."""
+
+    def threshold(self, feature: FeatureId) -> float:
+        """θ: active means above it. 0 for SAEs, a corpus quantile for RQAE."""
+
+    def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
+        """The dictionary's reconstruction, in the units of the hidden state at ``site.out``."""
+
+
+@runtime_checkable
+class CentredSource(Protocol):
+    """A source whose features are made from token occurrences (an RQAE's code prefixes)."""
+
+    def with_centres(self, hidden: Float[Tensor, "centre d_model"], features: Sequence[FeatureId]) -> Self:
+        """A copy whose features are the given occurrences. ``hidden`` is raw, one row a feature."""
+
+
+@runtime_checkable
+class CalibratedSource(Protocol):
+    """A source whose thresholds are corpus quantiles: the top ``density`` share of tokens is active."""
+
+    density: float
+
+    def with_thresholds(self, thresholds: Mapping[FeatureId, float]) -> Self:
+        """A copy with these thresholds."""
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """A source that fires on tokens or positions rather than on hidden states (the planted and permuted controls)."""
+
+    def token_activations(self, batch: TokenBatch, features: Sequence[FeatureId]) -> Float[Tensor, "batch pos feature"]:
+        """Activation of the chosen features at every position."""
+
+
+class SourceReader(Protocol):
+    """Opens dictionaries of one on-disk format. One small module per format."""
+
+    format: str
+
+    def matches(self, path: Path) -> bool:
+        """Whether ``path`` (a file or folder) looks like this format; cheap, never raises."""
+
+    def read(self, path: Path, **options: Any) -> Sequence[FeatureSource]:
+        """The feature sources of the dictionary at ``path`` (an RQAE gives one per asked depth)."""
+
+
+class Explainer(Protocol):
+    """Writes an explanation from examples of the explain pool."""
+
+    name: str
+    version: str
+
+    async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
+        """Describe the feature. ``client`` is None unless the run names one."""
+
+
+class Judge(Protocol):
+    """Says whether an explanation matches a window, never knowing the label.
+
+    ``probabilistic``: whether its answers carry their own match decision; if False, scorers fit the cut-off on
+    confidences.
+    """
+
+    name: str
+    version: str
+    probabilistic: bool
+
+    async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
+        """As many answers as items, always, in their order."""
+
+
+class Scorer(Protocol):
+    """Builds the test (windows, marks, labels), asks a judge, holds the answers against the labels."""
+
+    name: str
+    version: str
+
+    async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
+        """The judgements of one feature under one explanation."""
+
+
+class Client(Protocol):
+    """A language model that answers chat messages."""
+
+    name: str
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        max_tokens: int,
+    ) -> Response:
+        """One reply. ``schema`` (JSON schema) or ``choices`` constrain it where the engine can. Raises ClientError."""
+
+
+class Progress(Protocol):
+    """How a library tells its caller about long work; the command line draws it."""
+
+    def start(self, description: str, total: int | None, unit: str) -> int:
+        """Open a task; returns its id."""
+
+    def advance(self, task: int, amount: int = 1) -> None:
+        """``amount`` more units are done."""
+
+    def finish(self, task: int) -> None:
+        """The task is done."""

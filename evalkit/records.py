@@ -1,0 +1,258 @@
+"""The frozen records that every stage shares.
+
+Knows only the shapes of things: no disk, no model, no network. Imports nothing of ours. Plain Python and numpy, so that
+tables and plots can be read on a machine without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Answer",
+    "Example",
+    "ExplainExamples",
+    "Explanation",
+    "FeatureId",
+    "JudgeItem",
+    "Judgement",
+    "Message",
+    "Pool",
+    "Response",
+    "Score",
+    "ScoreExamples",
+    "Site",
+    "SourceInfo",
+    "Span",
+    "SubjectInfo",
+    "TestExamples",
+    "TokenBatch",
+]
+
+FeatureId: TypeAlias = str  # the decimal index of an SAE latent; "<token id>@<context>.<position>" for an RQAE centre
+Span: TypeAlias = tuple[int, int]  # half-open character range of a text
+Pool: TypeAlias = Literal["explain", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a dictionary reads: a module path of a subject model, such as ``layers.15`` (the residual after it)."""
+
+    model: str
+    path: str
+    reconstructs: str | None = None  # another module path, for transcoders
+
+    @property
+    def out(self) -> str:
+        """The module path that a reconstruction is compared with."""
+        return self.reconstructs or self.path
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.path}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SubjectInfo:
+    """What a feature source may need of the subject model.
+
+    ``norm_gain`` (d_model,) is the factor the final norm multiplies by: the weight for Llama-type norms, 1 + weight for
+    Gemma-type ones. ``norm_eps`` is added to the mean square. ``sites`` are the module paths that can be hooked.
+    """
+
+    model: str
+    d_model: int
+    n_layers: int
+    norm_gain: NDArray[np.float32]
+    norm_eps: float
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """The columns a table prints about a feature source. ``name`` is the key everywhere."""
+
+    name: str
+    kind: str  # "rqae", "sae", "null-planted", …
+    site: str
+    width: int | None = None
+    l0: float | None = None
+    depth: int | None = None
+    declared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatch:
+    """The tokens of some contexts of the corpus. ``token_ids`` and ``valid``: (batch, pos); ``contexts``: (batch,).
+
+    ``valid`` is False on BOS, EOS, padding and the skipped first positions. ``contexts`` are corpus-wide row numbers, so
+    what is computed from them does not depend on how the corpus is cut into batches.
+    """
+
+    token_ids: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+    contexts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A window of the corpus with one feature's activation on each of its tokens.
+
+    ``tokens`` are text pieces whose concatenation is the window's text. ``window`` is its id on the corpus-wide grid.
+    ``decile`` (0–9) is its rank by peak among the feature's active windows, None for a negative.
+    """
+
+    window: int
+    document: int
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+    decile: int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+    @property
+    def peak(self) -> float:
+        return max(self.activations)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainExamples:
+    """What an explainer sees: windows of the explain pool only, strongest first.
+
+    ``threshold`` is θ (active means above it), ``peak`` the largest activation of the feature in the explain pool.
+    """
+
+    source: str
+    feature: FeatureId
+    threshold: float
+    peak: float
+    positives: tuple[Example, ...]
+    negatives: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TestExamples:
+    """The windows one test is built from: three disjoint sets of one pool.
+
+    ``positives`` and ``decoys`` are windows where the feature is active (decoys are what fuzzing marks wrongly);
+    ``negatives`` are verified inactive.
+    """
+
+    __test__ = False  # not a pytest class
+
+    positives: tuple[Example, ...]
+    decoys: tuple[Example, ...]
+    negatives: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreExamples:
+    """What a scorer builds its test from.
+
+    ``test`` comes from the score pool. ``calibration`` comes from the explain pool, disjoint from what the explainer saw
+    where there is enough: judges whose confidence is no probability get their match cut-off fitted on it.
+    """
+
+    source: str
+    feature: FeatureId
+    threshold: float
+    seed: int
+    test: TestExamples
+    calibration: TestExamples
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A description of one feature. ``version`` is that of the explainer's prompt or rule."""
+
+    source: str
+    feature: FeatureId
+    explainer: str
+    version: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeItem:
+    """One question for a judge: does the explanation match this text (and, if given, exactly the marked spans)?"""
+
+    text: str
+    marks: tuple[Span, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.marks is not None:
+            object.__setattr__(self, "marks", tuple((int(a), int(b)) for a, b in self.marks))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A judge's answer. ``match`` is None with a ``reason`` when it could not be given.
+
+    ``confidence`` orders items (higher: matches more); ``probability`` is P(match) where the judge has one. A judge whose
+    confidence is no probability leaves ``match`` None and ``reason`` None: the scorer fits its cut-off.
+    """
+
+    match: bool | None
+    confidence: float | None = None
+    probability: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """An answer held against its item's label. ``correct`` is None when unscored, and ``reason`` says why."""
+
+    item: int
+    window: int
+    label: bool
+    match: bool | None
+    confidence: float | None
+    probability: float | None
+    decile: int | None = None
+    reason: str | None = None
+
+    @property
+    def correct(self) -> bool | None:
+        return None if self.match is None else self.match == self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """All judgements of one (feature, scorer, explanation, judge). ``cutoff`` is the fitted match cut-off, if one was."""
+
+    source: str
+    feature: FeatureId
+    scorer: str
+    version: str
+    judgements: tuple[Judgement, ...]
+    cutoff: float | None = None
+
+    @property
+    def n_unscored(self) -> int:
+        return sum(judgement.match is None for judgement in self.judgements)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A client's reply. ``logprobs``: per generated token, {candidate token: natural log of its probability}."""
+
+    text: str
+    logprobs: Sequence[dict[str, float]] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"
+    model: str = ""

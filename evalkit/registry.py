@@ -1,0 +1,122 @@
+"""Finds explainers, judges, scorers, sources and clients by name: built-ins as strings, plug-ins as entry points.
+
+Nothing is imported until it is asked for, so a broken plug-in fails only then, and ``evalkit plugins`` can show why.
+Entry-point groups: ``evalkit.explainers``, ``evalkit.judges``, ``evalkit.scorers``, ``evalkit.sources``,
+``evalkit.clients``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, TypeAlias
+
+from evalkit.errors import EvalkitError, PluginError
+
+__all__ = ["BUILT_INS", "KINDS", "Kind", "Plugin", "create", "list_plugins", "load_class", "names"]
+
+Kind: TypeAlias = Literal["explainers", "judges", "scorers", "sources", "clients"]
+KINDS: tuple[Kind, ...] = ("explainers", "judges", "scorers", "sources", "clients")
+
+BUILT_INS: dict[Kind, dict[str, str]] = {
+    "explainers": {
+        "words": "explainers.words:WordsExplainer",
+        "default": "explainers.default:DefaultExplainer",
+    },
+    "judges": {
+        "embedding": "scorers.judges.embedding:EmbeddingJudge",
+        "llm": "scorers.judges.llm:LlmJudge",
+    },
+    "scorers": {
+        "detection": "scorers.detection:DetectionScorer",
+        "fuzzing": "scorers.fuzzing:FuzzingScorer",
+    },
+    "sources": {
+        "rqae": "evalkit.sources.rqae:RqaeReader",
+        "gemma-scope": "evalkit.sources.gemma_scope:GemmaScopeReader",
+    },
+    "clients": {
+        "replay": "evalkit.clients.replay:ReplayClient",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """One row of ``evalkit plugins``. ``error`` is why it cannot be loaded, None if it can."""
+
+    kind: Kind
+    name: str
+    origin: str
+    target: str
+    error: str | None
+
+
+@cache
+def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=f"evalkit.{kind}")}
+
+
+def names(kind: Kind) -> list[str]:
+    """Every known name of a kind, built-ins first."""
+    return [*BUILT_INS[kind], *(name for name in _entry_points(kind) if name not in BUILT_INS[kind])]
+
+
+def load_class(kind: Kind, name: str) -> Any:
+    """The class or factory registered under a name. Raises PluginError (unknown or broken); built-ins win."""
+    if target := BUILT_INS[kind].get(name):
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    point = _entry_points(kind).get(name)
+    if point is None:
+        near = difflib.get_close_matches(name, names(kind), n=1)
+        raise PluginError(
+            f"{kind.removesuffix('s')} {name!r}",
+            expected=f"one of {', '.join(names(kind))}",
+            seen="no such name",
+            fix=f"use {near[0]!r}" if near else f"install a package with an entry point in group 'evalkit.{kind}'",
+        )
+    try:
+        return point.load()
+    except Exception as error:  # a plug-in may fail in any way; the user needs to know which and why
+        origin = point.dist.name if point.dist else "unknown package"
+        raise PluginError(
+            f"{kind.removesuffix('s')} {name!r} of {origin}",
+            expected=f"{point.value} to import",
+            seen=f"{type(error).__name__}: {error}",
+            fix=f"repair or uninstall the package {origin}",
+        ) from error
+
+
+def create(kind: Kind, name: str, **options: Any) -> Any:
+    """An instance of a registered class. Options it does not take raise PluginError."""
+    factory = load_class(kind, name)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise PluginError(
+            f"{kind.removesuffix('s')} {name!r}",
+            expected="options that it takes",
+            seen=str(error),
+            fix=f"look at the arguments of {factory.__module__}.{factory.__qualname__}",
+        ) from error
+
+
+def list_plugins() -> list[Plugin]:
+    """Everything registered, each tried once, with its origin and, if broken, its error."""
+    found = []
+    for kind in KINDS:
+        for name in names(kind):
+            point = None if name in BUILT_INS[kind] else _entry_points(kind)[name]
+            target = point.value if point else BUILT_INS[kind][name]
+            origin = "built in" if point is None else (point.dist.name if point.dist else "unknown package")
+            try:
+                load_class(kind, name)
+                error = None
+            except (EvalkitError, ImportError, AttributeError) as failure:
+                error = str(failure)
+            found.append(Plugin(kind, name, origin, target, error))
+    return found

@@ -1,0 +1,169 @@
+"""From a run's frames to the scores behind each row of its table.
+
+A row is one dictionary × scorer × explainer × judge × metric.
+
+Decides what is counted where (tried, ineligible, unscored, real and shuffled) and in which order rows stand. Knows no
+number formats and no plots. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from evalkit.metrics import METRICS, RANKING_METRICS, Scores, score_features
+from evalkit.report.frames import REAL, SHUFFLED, RunFrames, check_frames
+
+__all__ = ["Row", "Setup", "Source", "score_rows", "sorted_sources"]
+
+Setup: TypeAlias = tuple[str, str, str]  # scorer, explainer, judge
+
+_ORDER = ["source", "scorer", "explainer", "judge", "control", "feature", "item"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dictionary's columns in a table. ``n_tried`` features were tried, ``n_failed`` of them failed with an error."""
+
+    name: str
+    kind: str
+    site: str
+    width: int | None
+    l0: float | None
+    depth: int | None
+    n_tried: int
+    n_failed: int
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is a control."""
+        return self.kind.startswith("null")
+
+    @property
+    def is_rqae(self) -> bool:
+        """Whether it is an RQAE read at one depth."""
+        return self.kind == "rqae"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """What one row is computed from. ``shuffled`` are the scores under other features' explanations.
+
+    ``n_judgements`` asked with the features' own explanations; ``n_judged`` features have at least one of them.
+    """
+
+    source: Source
+    scorer: str
+    explainer: str
+    judge: str
+    metric: str
+    real: Scores
+    shuffled: Scores
+    n_judgements: int
+    n_judged: int
+
+    @property
+    def setup(self) -> Setup:
+        """Who asked whom: scorer, explainer, judge."""
+        return (self.scorer, self.explainer, self.judge)
+
+
+def sorted_sources(frames: RunFrames) -> list[Source]:
+    """RQAEs by depth, then SAEs and others by width and L0, then the controls."""
+    tried = frames.features.groupby("source").size()
+    failed = frames.features.loc[frames.features["status"] == "failed"].groupby("source").size()
+    sources = [
+        Source(
+            name=str(record["name"]),
+            kind=str(record["kind"]),
+            site=str(record["site"]),
+            width=None if pd.isna(record["width"]) else int(record["width"]),
+            l0=None if pd.isna(record["l0"]) else float(record["l0"]),
+            depth=None if pd.isna(record["depth"]) else int(record["depth"]),
+            n_tried=int(tried.get(record["name"], 0)),
+            n_failed=int(failed.get(record["name"], 0)),
+        )
+        for record in frames.sources.to_dict("records")
+    ]
+    return sorted(sources, key=_place)
+
+
+def _place(source: Source) -> tuple[int, str, str, float, float, float, str]:
+    group = 2 if source.is_null else 0 if source.is_rqae else 1
+    sizes = [math.inf if size is None else float(size) for size in (source.depth, source.width, source.l0)]
+    return (group, source.site, source.kind if group else "", sizes[0], sizes[1], sizes[2], source.name)
+
+
+def score_rows(frames: RunFrames, metrics: tuple[str, ...] = METRICS) -> Iterator[Row]:
+    """Every row, in the order of the table. Raises InputError for frames that do not fit together.
+
+    A dictionary without any judgement of a scorer still gets that scorer's rows, empty, so that survivorship shows.
+    Ranking metrics have rows where any judgement of that scorer, explainer and judge carries a confidence.
+    """
+    check_frames(frames)
+    judgements = frames.judgements.assign(scorer=_scorer_labels(frames.judgements))
+    judgements = judgements.loc[judgements["control"].isin([REAL, SHUFFLED])].sort_values(_ORDER, kind="stable")
+    groups = {_names(key): group for key, group in judgements.groupby(["source", "scorer", "explainer", "judge"])}
+    setups = sorted({(key[1], key[2], key[3]) for key in groups})
+    ranked = {
+        setup for setup in setups if any(groups[key]["confidence"].notna().any() for key in groups if key[1:] == setup)
+    }
+    nothing = judgements.iloc[:0]
+    for source in sorted_sources(frames):
+        for setup in _setups_of(source.name, setups, set(groups)):
+            group = groups.get((source.name, *setup), nothing)
+            for metric in metrics:
+                if metric not in RANKING_METRICS or setup in ranked:
+                    yield _row(source, setup, metric, group)
+
+
+def _setups_of(name: str, setups: list[Setup], seen: set[tuple[str, ...]]) -> list[Setup]:
+    """The setups a dictionary has rows for: those it was judged in and, for a scorer it was never judged by, all."""
+    scorers = {key[1] for key in seen if key[0] == name}
+    return [setup for setup in setups if (name, *setup) in seen or setup[0] not in scorers]
+
+
+def _row(source: Source, setup: Setup, metric: str, group: pd.DataFrame) -> Row:
+    real, shuffled = (group.loc[group["control"] == control] for control in (REAL, SHUFFLED))
+    return Row(
+        source,
+        *setup,
+        metric=metric,
+        real=_scores(metric, real),
+        shuffled=_scores(metric, shuffled),
+        n_judgements=len(real),
+        n_judged=int(real["feature"].nunique()),
+    )
+
+
+def _scores(metric: str, judgements: pd.DataFrame) -> Scores:
+    return score_features(
+        metric,
+        feature=judgements["feature"].to_numpy(dtype=np.str_),
+        window=judgements["window"].to_numpy(dtype=np.int64),
+        label=judgements["label"].to_numpy(dtype=np.bool_),
+        match=_nullable(judgements["match"].astype("boolean")),
+        confidence=_nullable(judgements["confidence"]),
+    )
+
+
+def _nullable(column: pd.Series[Any]) -> NDArray[np.float64]:
+    """Numbers with NaN where a value is missing."""
+    return np.asarray(column.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan), np.float64)
+
+
+def _scorer_labels(judgements: pd.DataFrame) -> pd.Series[str]:
+    """The scorer's name; with its version where a run holds several, since their scores must not be mixed."""
+    versions = judgements.groupby("scorer")["scorer_version"].transform("nunique")
+    named = judgements["scorer"].astype(str)
+    return named.where(versions == 1, named + "@" + judgements["scorer_version"].astype(str))
+
+
+def _names(key: Any) -> tuple[str, ...]:
+    return tuple(str(part) for part in key)

@@ -1,0 +1,171 @@
+"""Opens a causal language model and its tokenizer: a hub id, a local folder or a GGUF file.
+
+Reads files (and the hub, through transformers); knows nothing of sites or hidden states. A hub that does not answer
+within seconds is not asked again: what is in the local cache is used, or the error says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evalkit.errors import BadFile, MissingFile, require
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["hub_reachable", "load_model", "load_tokenizer", "looks_like_path"]
+
+log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def looks_like_path(model: str | Path) -> bool:
+    """Whether ``model`` names something on disk rather than on the hub: it exists, or is written as a path."""
+    text = str(model)
+    return (
+        isinstance(model, Path)
+        or Path(text).expanduser().exists()
+        or text.endswith(".gguf")
+        or text.startswith(("/", "./", "../", "~"))
+        or not _HUB_ID.fullmatch(text)
+    )
+
+
+def hub_reachable(timeout_s: float = 3.0) -> bool:
+    """Whether the model hub answers at all. Any HTTP answer counts; one try, no retries."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        with urllib.request.urlopen(request, timeout=timeout_s):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code not in (403, 407)  # a proxy that refuses is no hub
+    except (OSError, ValueError):
+        return False
+
+
+def load_tokenizer(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The tokenizer that belongs to a model. Raises like ``load_model``."""
+    place, options = _locate(model, revision, gguf_file)
+    require("transformers", "model")
+    from transformers import AutoTokenizer
+
+    return _read(str(model), "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    check: Callable[[str, Any], None] | None = None,
+) -> tuple[str, Any, Any]:
+    """The model's name, its decoder (without the output head) and its tokenizer.
+
+    ``check(name, config)`` is called before the weights are read. Raises MissingFile (no such folder, hub id not
+    reachable), BadFile (not a model, weights missing from it).
+    """
+    place, options = _locate(model, revision, gguf_file)
+    require("transformers", "model")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shown = str(model)
+    local = Path(str(model)).expanduser()
+    name = local.resolve().stem if local.is_file() else local.resolve().name if local.exists() else shown
+    config = _read(shown, "a model config", lambda: AutoConfig.from_pretrained(place, **options))
+    if check:
+        check(name, config)
+    extra: dict[str, Any] = {"quantization_config": _gguf_config()} if "gguf_file" in options else {}
+    found, report = _read(
+        shown,
+        "a causal language model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True, **extra, **options
+        ),
+    )
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise BadFile(
+            shown,
+            expected="every weight of the model",
+            seen=f"{len(missing)} missing, such as {missing[0]}",
+            fix="download the model again",
+        )
+    tokenizer = _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
+    return name, found.get_decoder(), tokenizer
+
+
+def _gguf_config() -> Any:
+    require("gguf", "model")
+    require("accelerate", "model")
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+def _locate(model: str | Path, revision: str | None, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
+    """Where transformers should look, and with which options."""
+    options: dict[str, Any] = {}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    if not looks_like_path(model):
+        if revision:
+            options["revision"] = revision
+        if not hub_reachable():
+            log.info("the model hub does not answer; looking for %s in the local cache", model)
+            options["local_files_only"] = True
+        return str(model), options
+    path = Path(model).expanduser()
+    wanted = path / gguf_file if gguf_file else path
+    if not wanted.exists():
+        raise MissingFile(
+            str(wanted),
+            expected="a model folder, a .gguf file or a hub id",
+            seen="no such file or folder",
+            fix="check the path, or fetch a model with 'evalkit models pull smollm2-135m'",
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BadFile(
+                str(path), expected="a model folder or a .gguf file", seen="another file", fix="name its folder"
+            )
+        options["gguf_file"] = path.name
+        return str(path.parent), options
+    if not gguf_file and not (path / "config.json").exists():
+        raise BadFile(
+            str(path),
+            expected="a model folder with config.json",
+            seen="no config.json",
+            fix="name the folder that save_pretrained or the hub wrote, or a .gguf file",
+        )
+    return str(path), options
+
+
+def _read(shown: str, what: str, read: Callable[[], Any]) -> Any:
+    """Run a loader of transformers; whatever goes wrong with the files becomes one of our errors."""
+    try:
+        return read()
+    except ImportError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds; each is a file that is not what it should be
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not looks_like_path(shown):
+            raise MissingFile(
+                shown,
+                expected=f"{what} on the hub or in the local cache",
+                seen=first[:200],
+                fix="check the id and the network, or name a local folder",
+            ) from error
+        raise BadFile(
+            shown, expected=what, seen=f"{type(error).__name__}: {first[:200]}", fix="download or save the model again"
+        ) from error

@@ -5,7 +5,7 @@ norms (gain = weight), Gemma-type ones (1 + weight) and whatever comes next need
 reads no files.
 
 A model whose final norm is no RMS norm (GPT-2's LayerNorm subtracts the mean and adds a bias) gets a gain of shape
-(0,): raw hidden states are all such a model offers, and asking for normalised ones is an error instead of a wrong number.
+(0,): raw hidden states are all such a model offers, and asking for normalised ones is an error, not a wrong number.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure_norm(decoder: nn.Module, d_model: int) -> tuple[NDArray[np.float32],
 
 
 def _snap(gain: Tensor, module: nn.Module) -> NDArray[np.float32]:
-    """The measured gain, or the stored vector it stands for (weight, or 1 + weight) where that is the same to rounding."""
+    """The measured gain, or the stored vector it stands for (weight, or 1 + weight) if equal to rounding."""
     measured = gain.float()
     weight = getattr(module, "weight", None)
     if weight is not None:

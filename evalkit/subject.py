@@ -194,7 +194,7 @@ class Subject:
     def _module(self, site: str) -> nn.Module:
         match = _BLOCK.search(site)
         if match is None:
-            names = dict(self._decoder.named_modules())
+            names: dict[str, nn.Module] = dict(self._decoder.named_modules())
             short = site.removeprefix(f"{self._decoder.base_model_prefix}.")
             if short and short in names:
                 return names[short]

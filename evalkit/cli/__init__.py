@@ -1,0 +1,82 @@
+"""The command line: thin Typer commands over the library. Data on stdout; progress and logs on stderr.
+
+An ``EvalkitError`` becomes one line and exit code 2; ``--debug`` shows the traceback. Heavy imports happen inside the
+commands, so ``evalkit --help`` is fast.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from evalkit.cli import models, report, runs, train
+from evalkit.cli.console import STDERR
+from evalkit.errors import EvalkitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="evalkit",
+    help="How interpretable are the features of a dictionary of a language model, and how sure are we?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"auto_envvar_prefix": "EVALKIT", "help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")] = False,
+) -> None:
+    from rich.logging import RichHandler
+
+    STDERR.quiet = quiet
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    handler = RichHandler(console=STDERR, show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for package in ("evalkit", "explainers", "scorers", "rqae"):
+        logging.getLogger(package).setLevel(level)
+
+
+runs.register(app)
+report.register(app)
+app.add_typer(models.app, name="models")
+app.add_typer(train.app, name="train")
+
+
+def main() -> None:
+    """Entry point of the ``evalkit`` command."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except EvalkitError as error:
+        if debug:
+            raise
+        _one_line(error)
+        sys.exit(2)
+    except ExceptionGroup as group:
+        first = _first_error(group)
+        if debug or first is None:
+            raise
+        _one_line(first)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; what is complete is kept, the same command goes on from there\n")
+        sys.exit(130)
+
+
+def _one_line(error: EvalkitError) -> None:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
+def _first_error(group: ExceptionGroup[Exception]) -> EvalkitError | None:
+    for error in group.exceptions:
+        found = _first_error(error) if isinstance(error, ExceptionGroup) else error
+        if isinstance(found, EvalkitError):
+            return found
+    return None

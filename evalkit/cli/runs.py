@@ -1,0 +1,266 @@
+"""``evalkit run``, ``collect``, ``explain``, ``score`` and ``plugins``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evalkit.cli.console import STDERR, progress_bars
+
+__all__ = ["register"]
+
+_SCORED, _TEXT, _TEST, _SPEED = "What is scored", "Text", "How it is tested", "Speed and place"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`.",
+        envvar="EVALKIT_MODEL",
+        rich_help_panel=_SCORED,
+    ),
+]
+Dictionaries = Annotated[
+    list[str],
+    typer.Option(
+        "--dictionary",
+        "-d",
+        help="Dictionary: a folder or file, or bundled:NAME (globs allowed). Repeat for several.",
+        rich_help_panel=_SCORED,
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Run folder; an unfinished run goes on.", rich_help_panel=_SPEED)]
+Run = Annotated[Path, typer.Argument(help="Run folder.")]
+Explainers = Annotated[
+    list[str] | None, typer.Option("--explainer", help="Explainer; repeat for several.", rich_help_panel=_TEST)
+]
+Judges = Annotated[list[str] | None, typer.Option("--judge", help="Judge; repeat for several.", rich_help_panel=_TEST)]
+Scorers = Annotated[
+    list[str] | None, typer.Option("--scorer", help="Scorer; repeat for several.", rich_help_panel=_TEST)
+]
+ClientOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Client of LLM explainers and judges: NAME or NAME:PATH, e.g. replay:calls.sqlite.", rich_help_panel=_TEST
+    ),
+]
+Site = Annotated[
+    str | None,
+    typer.Option(help="Site to read, e.g. layers.15; default: what the dictionary says.", rich_help_panel=_SCORED),
+]
+Depths = Annotated[str, typer.Option(help="RQAE depths, in quantizers, comma-separated.", rich_help_panel=_SCORED)]
+Density = Annotated[
+    float, typer.Option(help="Share of tokens on which an RQAE feature counts as active.", rich_help_panel=_SCORED)
+]
+Features = Annotated[
+    int, typer.Option(help="Features per dictionary, random among alive ones.", rich_help_panel=_SCORED)
+]
+Corpus = Annotated[
+    str,
+    typer.Option(
+        help="Text (txt, jsonl, parquet, a folder, a `datasets` id) or a token matrix (npy, pt, safetensors), or bundled:demo.",
+        rich_help_panel=_TEXT,
+    ),
+]
+TextField = Annotated[
+    str, typer.Option(help="Field of the text in jsonl, parquet and datasets.", rich_help_panel=_TEXT)
+]
+Split = Annotated[str, typer.Option(help="Split of a `datasets` corpus.", rich_help_panel=_TEXT)]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Stop reading the corpus after so many tokens.", rich_help_panel=_TEXT)
+]
+ContextLength = Annotated[int, typer.Option(help="Tokens per context.", rich_help_panel=_TEXT)]
+WindowLength = Annotated[
+    int, typer.Option(help="Tokens per window shown to explainer and judge.", rich_help_panel=_TEXT)
+]
+Examples = Annotated[int, typer.Option(help="Windows shown to the explainer, per feature.", rich_help_panel=_TEST)]
+Positives = Annotated[int, typer.Option(help="Active windows per feature and test.", rich_help_panel=_TEST)]
+Negatives = Annotated[int, typer.Option(help="Inactive windows per feature.", rich_help_panel=_TEST)]
+Controls = Annotated[
+    str,
+    typer.Option(help="Controls to run beside the dictionaries, comma-separated; '' for none.", rich_help_panel=_TEST),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_TEST)]
+Embedding = Annotated[
+    str | None, typer.Option(help="Embedding model of the embedding judge: folder or hub id.", rich_help_panel=_TEST)
+]
+BatchSize = Annotated[int, typer.Option(help="Contexts per forward pass; changes no result.", rich_help_panel=_SPEED)]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.", rich_help_panel=_SPEED)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_SPEED)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, do nothing.", rich_help_panel=_SPEED)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(rich_help_panel="Score")(run)
+    app.command(rich_help_panel="Score")(collect)
+    app.command(rich_help_panel="Score")(explain)
+    app.command(rich_help_panel="Score")(score)
+    app.command(rich_help_panel="Look around")(plugins)
+
+
+def run(
+    model: Model,
+    dictionary: Dictionaries,
+    out: Out,
+    corpus: Corpus = "bundled:demo",
+    site: Site = None,
+    depths: Depths = "16,64,256",
+    density: Density = 0.01,
+    features: Features = 50,
+    explainer: Explainers = None,
+    judge: Judges = None,
+    scorer: Scorers = None,
+    client: ClientOption = None,
+    examples: Examples = 40,
+    positives: Positives = 50,
+    negatives: Negatives = 50,
+    controls: Controls = "shuffled,random-directions,planted,permuted",
+    embedding_model: Embedding = None,
+    seed: Seed = 0,
+    text_field: TextField = "text",
+    split: Split = "train",
+    max_tokens: MaxTokens = None,
+    context_length: ContextLength = 128,
+    window_length: WindowLength = 32,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    dry_run: DryRun = False,
+) -> None:
+    """Score feature dictionaries: collect examples, explain the features, judge the explanations.
+
+    Example: `evalkit run --model smollm2-135m -d bundled:rqae-256 -d my_sae/ --out runs/first`
+    """
+    config = _config(locals())
+    if dry_run:
+        _print_plan(config)
+        return
+    _execute(config, out, ("collect", "explain", "score"))
+    STDERR.print(f"done: evalkit table {out}   evalkit plot {out}", highlight=False)
+
+
+def collect(
+    model: Model,
+    dictionary: Dictionaries,
+    out: Out,
+    corpus: Corpus = "bundled:demo",
+    site: Site = None,
+    depths: Depths = "16,64,256",
+    density: Density = 0.01,
+    features: Features = 50,
+    examples: Examples = 40,
+    positives: Positives = 50,
+    negatives: Negatives = 50,
+    controls: Controls = "shuffled,random-directions,planted,permuted",
+    seed: Seed = 0,
+    text_field: TextField = "text",
+    split: Split = "train",
+    max_tokens: MaxTokens = None,
+    context_length: ContextLength = 128,
+    window_length: WindowLength = 32,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Only the first stage of `run`: find where the features fire and draw the examples.
+
+    Example: `evalkit collect --model smollm2-135m -d bundled:rqae-256 --out runs/first`
+    """
+    _execute(_config(locals()), out, ("collect",))
+
+
+def explain(run: Run, explainer: Explainers = None, client: ClientOption = None) -> None:
+    """Describe the features of a collected run.
+
+    Example: `evalkit explain runs/first --explainer words`
+    """
+    config = _config_of(run, explainers=explainer, client=client)
+    _execute(config, run, ("explain",))
+
+
+def score(
+    run: Run,
+    explainer: Explainers = None,
+    judge: Judges = None,
+    scorer: Scorers = None,
+    client: ClientOption = None,
+    device: Device = "auto",
+) -> None:
+    """Judge the explanations of a run.
+
+    Example: `evalkit score runs/first --judge embedding --scorer detection`
+    """
+    config = _config_of(run, explainers=explainer, judges=judge, scorers=scorer, client=client, device=device)
+    _execute(config, run, ("score",))
+
+
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False) -> None:
+    """List explainers, judges, scorers, sources and clients, with where each comes from.
+
+    Example: `evalkit plugins --json`
+    """
+    from dataclasses import asdict
+
+    from evalkit.registry import list_plugins
+
+    found = list_plugins()
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(plugin) for plugin in found], indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kind", "name", "origin", "state", box=None)
+    for plugin in found:
+        table.add_row(plugin.kind, plugin.name, plugin.origin, plugin.error or "ready")
+    Console().print(table)
+
+
+def _config(options: dict[str, Any]) -> Any:
+    from evalkit.config import RunConfig
+
+    names = {
+        "dictionary": "dictionaries",
+        "features": "n_features",
+        "examples": "n_explain",
+        "positives": "n_positives",
+        "negatives": "n_negatives",
+        "explainer": "explainers",
+        "judge": "judges",
+        "scorer": "scorers",
+    }
+    wanted = {names.get(key, key): value for key, value in options.items() if key not in ("out", "dry_run")}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    wanted["depths"] = tuple(part for part in wanted["depths"].split(",") if part)
+    wanted["controls"] = tuple(part.strip() for part in wanted["controls"].split(",") if part.strip())
+    return RunConfig.create(**wanted, **_client_options(wanted))
+
+
+def _config_of(run: Path, **changes: Any) -> Any:
+    from evalkit.pipeline import load_config
+
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return load_config(run, **{**changes, **_client_options(changes)})
+
+
+def _client_options(options: dict[str, Any]) -> dict[str, Any]:
+    """``NAME:PATH`` is a client and its path."""
+    name, _, path = (options.pop("client", None) or "").partition(":")
+    return {"client": name, **({"client_options": {"path": path}} if path else {})} if name else {}
+
+
+def _execute(config: Any, out: Path, stages: tuple[str, ...]) -> None:
+    from evalkit.pipeline import run as run_stages
+
+    with progress_bars() as progress:
+        run_stages(config, out, stages=stages, progress=progress)
+
+
+def _print_plan(config: Any) -> None:
+    from evalkit.pipeline import plan
+
+    sys.stdout.write(json.dumps(plan(config), indent=2) + "\n")

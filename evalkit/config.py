@@ -1,0 +1,111 @@
+"""What a run is: the options that decide its results, checked where they enter.
+
+Knows names and numbers only; opens no file but the TOML it is asked to read. What changes speed but never results
+(batch size, device, progress) is not part of a run's identity.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from evalkit.errors import BadConfig, MissingFile
+
+__all__ = ["CONTROLS", "PROTOCOL_VERSION", "RunConfig", "read_toml"]
+
+PROTOCOL_VERSION = "1"  # raised whenever the same configuration would give other numbers
+CONTROLS = ("shuffled", "random-directions", "planted", "permuted")
+
+_FREE = {"explainers", "judges", "scorers", "client", "client_options", "batch_size", "device"}
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class RunConfig(BaseModel):
+    """One run. Counts are per feature and per pool unless said; lengths are in tokens.
+
+    ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns; ``judges``, ``explainers``, ``scorers`` and
+    ``client`` are registered names. What records are keyed by (explainers, judges, scorers) and what changes speed
+    only (batch_size, device) is not part of a run's identity: it may differ from one command to the next.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    dictionaries: tuple[str, ...] = Field(min_length=1)
+    corpus: str = "bundled:demo"
+    revision: str | None = None
+    text_field: str = "text"
+    split: str = "train"
+    site: str | None = None
+    depths: tuple[Count, ...] = (16, 64, 256)
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.01
+
+    max_tokens: Count | None = None
+    context_length: Annotated[int, Field(ge=8)] = 128
+    window_length: Annotated[int, Field(ge=4)] = 32
+    skip_first: Annotated[int, Field(ge=0)] = 1
+    calibration_contexts: Annotated[int, Field(ge=8)] = 256
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    n_features: Count = 50
+    n_explain: Count = 40
+    n_positives: Annotated[int, Field(ge=2)] = 50
+    n_negatives: Annotated[int, Field(ge=2)] = 50
+    explainers: tuple[str, ...] = ("words",)
+    judges: tuple[str, ...] = ("embedding",)
+    scorers: tuple[str, ...] = ("detection", "fuzzing")
+    client: str | None = None
+    client_options: dict[str, str] = Field(default_factory=dict)
+    controls: tuple[Literal["shuffled", "random-directions", "planted", "permuted"], ...] = CONTROLS
+    embedding_model: str | None = None
+    seed: int = 0
+
+    batch_size: Count = 16
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.window_length + self.skip_first > self.context_length:
+            raise ValueError(
+                f"window_length {self.window_length} + skip_first {self.skip_first} exceeds "
+                f"context_length {self.context_length}"
+            )
+        if len(set(self.depths)) != len(self.depths):
+            raise ValueError(f"depths {self.depths} repeat")
+        return self
+
+    @classmethod
+    def create(cls, **options: Any) -> RunConfig:
+        """A checked configuration. Raises BadConfig with the option, what was expected and what was seen."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"])) or "options"
+            raise BadConfig(
+                option,
+                expected=first["msg"].removeprefix("Value error, "),
+                seen=repr(first.get("input"))[:80] if first["loc"] else "this combination",
+                fix="see `evalkit run --help`",
+            ) from error
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides results, as JSON types."""
+        return {
+            "protocol": PROTOCOL_VERSION,
+            **self.model_dump(mode="json", exclude=_FREE),
+        }
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file. Raises MissingFile, or BadConfig with the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFile(str(path), expected="a TOML file", seen="nothing there", fix="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(str(path), expected="valid TOML", seen=str(error), fix="correct that line") from error

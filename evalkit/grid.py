@@ -1,0 +1,141 @@
+"""Cuts a corpus once into a fixed grid of windows, and its documents into two pools.
+
+Positives and negatives come from the same cells, so where a window is cut says nothing about its label. Knows tokens and
+documents; knows nothing about features. Reads the corpus in blocks; writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.errors import CorpusError
+from evalkit.records import Pool, TokenBatch
+from evalkit.seeds import derive, hash_priorities
+
+__all__ = ["POOLS", "Grid", "GridCorpus", "build_grid", "document_pools"]
+
+POOLS: tuple[Pool, Pool] = ("explain", "score")
+_BLOCK = 1024  # contexts read at a time
+
+
+class GridCorpus(Protocol):
+    """What the grid needs of a corpus."""
+
+    documents: NDArray[np.int64]
+
+    @property
+    def n_contexts(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def batch(self, rows: NDArray[np.int64]) -> TokenBatch: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Every usable window, in order of its id. All arrays are (window,).
+
+    ``ids`` = context x cells per context + cell; ``starts`` is the first position inside the context; ``pools`` is 0 for
+    the explain pool and 1 for the score pool. Usable: no masked token inside, and no earlier window has the same tokens.
+    """
+
+    ids: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    pools: NDArray[np.uint8]
+    window_length: int
+    context_length: int
+    offsets: NDArray[np.int64]  # (context,) where each context's first cell starts
+    n_duplicates: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def window_of(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row into this grid (-1 outside every usable window) and position inside it.
+
+        ``tokens``: flat token numbers, context x context length + position.
+        """
+        contexts, positions = np.divmod(tokens, self.context_length)
+        relative = positions - self.offsets[contexts]
+        cells = relative // self.window_length
+        candidates = contexts * self._cells + cells
+        rows = np.searchsorted(self.ids, candidates)
+        rows = np.minimum(rows, len(self.ids) - 1)
+        inside = (relative >= 0) & (self.ids[rows] == candidates)
+        return np.where(inside, rows, -1), relative % self.window_length
+
+    @property
+    def _cells(self) -> int:
+        return self.context_length // self.window_length
+
+
+def document_pools(documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
+    """0 (explain) or 1 (score) per document, by a hash of its number: half and half, the same for every run of a seed."""
+    return (hash_priorities(derive(seed, "pools"), documents) >> np.uint64(63)).astype(np.uint8)
+
+
+def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed: int) -> Grid:
+    """The grid of a corpus. Raises CorpusError when no usable window is left."""
+    length = corpus.context_length
+    cells = length // window_length
+    rows = np.arange(corpus.n_contexts)
+    room = length - skip_first - window_length
+    if room < 0:
+        raise CorpusError(
+            "corpus",
+            expected=f"contexts of at least {window_length + skip_first} tokens",
+            seen=f"contexts of {length}",
+            fix="use a longer --context-length or a shorter --window-length",
+        )
+    slack = min(window_length, room + 1)
+    offsets = skip_first + (hash_priorities(derive(seed, "grid"), rows) % np.uint64(slack)).astype(np.int64)
+    starts = offsets[:, None] + window_length * np.arange(cells)  # (context, cell)
+    fits = starts + window_length <= length
+    hashes = np.zeros(starts.shape, dtype=np.uint64)
+    clean = np.zeros(starts.shape, dtype=bool)
+    for first in range(0, corpus.n_contexts, _BLOCK):
+        block = rows[first : first + _BLOCK]
+        batch = corpus.batch(block)
+        columns = np.minimum(starts[block][..., None] + np.arange(window_length), length - 1)  # (context, cell, pos)
+        picked = np.arange(len(block))[:, None, None], columns
+        clean[block] = batch.valid[picked].all(-1)
+        hashes[block] = _text_hash(batch.token_ids[picked])
+    usable = (fits & clean).ravel()
+    ids = np.flatnonzero(usable)
+    _, first_of = np.unique(hashes.ravel()[ids], return_index=True)
+    kept = np.sort(ids[first_of])
+    if not len(kept):
+        raise CorpusError(
+            "corpus",
+            expected=f"at least one window of {window_length} unmasked tokens",
+            seen=f"none in {corpus.n_contexts} contexts",
+            fix="use longer documents or a shorter --window-length",
+        )
+    contexts = kept // cells
+    documents = corpus.documents[contexts]
+    return Grid(
+        ids=kept,
+        contexts=contexts,
+        starts=starts.ravel()[kept],
+        documents=documents,
+        pools=document_pools(documents, seed),
+        window_length=window_length,
+        context_length=length,
+        offsets=offsets,
+        n_duplicates=len(ids) - len(kept),
+    )
+
+
+def _text_hash(tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One 64-bit hash per row of the last axis; order matters."""
+    value = np.full(tokens.shape[:-1], 0x243F6A8885A308D3, dtype=np.uint64)
+    for column in np.moveaxis(tokens, -1, 0):
+        value = hash_priorities(0x13198A2E03707344, value ^ column.astype(np.uint64))
+    return value

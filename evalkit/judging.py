@@ -1,0 +1,186 @@
+"""The two stages after collection: explanations for features, judgements for explanations.
+
+Skips every record that is there; one feature's failure is recorded and the rest goes on. Knows explainers, judges and
+scorers only through their contracts; reads and writes records only through the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from evalkit.errors import EvalkitError, MissingExtra, PluginError, StorageError
+from evalkit.examples import FeatureExamples
+from evalkit.progress import SILENT
+from evalkit.protocols import Client, Explainer, Judge, Progress, Scorer
+from evalkit.records import Explanation, FeatureId, JudgeItem
+from evalkit.seeds import derive
+from evalkit.store import RunStore, ScoreKey
+
+__all__ = ["REAL", "SHUFFLED", "explain_features", "score_features", "shuffled_partners"]
+
+_LOG = logging.getLogger(__name__)
+REAL, SHUFFLED = "", "shuffled"
+CONCURRENCY = 64  # features in flight; clients have their own limits
+_FATAL = (StorageError, MissingExtra, PluginError)  # these would fail for every feature: stop and say so
+
+Examples = Mapping[str, Mapping[FeatureId, FeatureExamples]]  # by source, then feature
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoreJob:
+    key: ScoreKey
+    explanation: Explanation
+    examples: FeatureExamples
+    scorer: Scorer
+    judge: Judge
+
+
+def shuffled_partners(features: Iterable[FeatureId], source: str, seed: int) -> dict[FeatureId, FeatureId]:
+    """Gives every feature another one's explanation: a single random cycle, so nobody keeps its own.
+
+    Empty below two features.
+    """
+    ordered = sorted(features, key=lambda feature: derive(seed, "shuffled", source, feature))
+    if len(ordered) < 2:
+        return {}
+    return dict(zip(ordered, [*ordered[1:], ordered[0]], strict=True))
+
+
+async def explain_features(
+    store: RunStore,
+    examples: Examples,
+    explainers: Sequence[Explainer],
+    client: Client | None,
+    *,
+    progress: Progress = SILENT,
+) -> None:
+    """An explanation per (source, feature, explainer) that has none yet."""
+    jobs = []
+    for source, by_feature in examples.items():
+        for explainer in explainers:
+            done = store.explanations(source, explainer.name)
+            jobs += [(source, feature, explainer) for feature in by_feature if feature not in done]
+
+    async def explain(job: tuple[str, FeatureId, Explainer]) -> None:
+        source, feature, explainer = job
+        try:
+            explanation = await explainer.explain(feature, examples[source][feature].explain, client)
+        except _FATAL:
+            raise
+        except Exception as error:  # an explainer may be anybody's code; its failure is this feature's alone
+            _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, explainer.name, error)
+            store.write_failed_explanation(source, feature, explainer.name, _reason(error))
+        else:
+            store.write_explanation(replace(explanation, source=source, feature=feature, explainer=explainer.name))
+
+    await _run_all("explain", jobs, explain, progress)
+
+
+async def score_features(
+    store: RunStore,
+    examples: Examples,
+    explainers: Sequence[Explainer],
+    judges: Mapping[str, Judge],
+    scorers: Sequence[Scorer],
+    *,
+    shuffled: bool,
+    seed: int,
+    progress: Progress = SILENT,
+) -> None:
+    """A score per (source, feature, scorer, explainer, judge, control) that has none yet."""
+    done = store.finished_scores()
+    jobs = [
+        job
+        for job in _score_jobs(store, examples, explainers, judges, scorers, shuffled=shuffled, seed=seed)
+        if job.key not in done
+    ]
+    await _prepare_judges(jobs, progress)
+
+    async def score(job: _ScoreJob) -> None:
+        try:
+            result = await job.scorer.score(job.explanation, job.examples.score, job.judge)
+        except _FATAL:
+            raise
+        except Exception as error:  # as above: a scorer or judge may be anybody's code
+            _LOG.warning("%s %s: %s gave no score: %s", job.key[0], job.key[1], job.scorer.name, error)
+            store.write_failed_score(job.key, _reason(error))
+        else:
+            _, _, _, explainer, judge, control = job.key
+            store.write_score(result, explainer=explainer, judge=judge, control=control)
+
+    await _run_all("score", jobs, score, progress)
+
+
+def _score_jobs(
+    store: RunStore,
+    examples: Examples,
+    explainers: Sequence[Explainer],
+    judges: Mapping[str, Judge],
+    scorers: Sequence[Scorer],
+    *,
+    shuffled: bool,
+    seed: int,
+) -> Iterable[_ScoreJob]:
+    for source, by_feature in examples.items():
+        for explainer in explainers:
+            explanations = store.explanations(source, explainer.name)
+            explained = [feature for feature in by_feature if feature in explanations]
+            controls = {REAL: {feature: feature for feature in explained}}
+            if shuffled:
+                controls[SHUFFLED] = shuffled_partners(explained, source, seed)
+            for control, partners in controls.items():
+                for feature, partner in partners.items():
+                    explanation = replace(explanations[partner], feature=feature)
+                    for judge_name, judge in judges.items():
+                        for scorer in scorers:
+                            key = (source, feature, scorer.name, explainer.name, judge_name, control)
+                            yield _ScoreJob(key, explanation, by_feature[feature], scorer, judge)
+
+
+async def _prepare_judges(jobs: Sequence[_ScoreJob], progress: Progress) -> None:
+    """Judges that embed have a ``prepare``: all texts of the stage at once, each distinct one a single time."""
+    judges = {id(job.judge): job.judge for job in jobs}
+    for judge in judges.values():
+        prepare: Callable[..., Awaitable[None]] | None = getattr(judge, "prepare", None)
+        if prepare is None:
+            continue
+        mine = [job for job in jobs if job.judge is judge]
+        texts = {example.text: None for job in mine for example in _windows(job.examples)}
+        explanations = {job.explanation.text: None for job in mine}
+        await prepare([JudgeItem(text) for text in texts], explanations=list(explanations), progress=progress)
+
+
+def _windows(examples: FeatureExamples) -> Iterable[Any]:
+    for part in (examples.score.test, examples.score.calibration):
+        yield from part.positives
+        yield from part.decoys
+        yield from part.negatives
+
+
+async def _run_all(stage: str, jobs: Sequence[Job], work: Callable[[Job], Awaitable[None]], progress: Progress) -> None:
+    if not jobs:
+        return
+    started = time.monotonic()
+    task = progress.start(stage, len(jobs), "features")
+    gate = asyncio.Semaphore(CONCURRENCY)
+
+    async def guarded(job: Job) -> None:
+        async with gate:
+            await work(job)
+            progress.advance(task)
+
+    async with asyncio.TaskGroup() as group:
+        for job in jobs:
+            group.create_task(guarded(job))
+    progress.finish(task)
+    _LOG.info("%s: %d records in %.1f s", stage, len(jobs), time.monotonic() - started)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, EvalkitError) else f"{type(error).__name__}: {error}"

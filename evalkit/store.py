@@ -1,0 +1,321 @@
+"""A run folder: ``run.json`` (its configuration), ``records.sqlite`` (WAL) and the folders other modules fill.
+
+Every record has a key; writing a feature's records is one transaction, so a killed process leaves whole features or
+nothing. Knows the tables; knows nothing about how records are made. Needs neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evalkit.errors import BadFile, MissingFile, RunLocked, RunMismatch, StorageError
+from evalkit.files import storage_errors, write_bytes
+from evalkit.records import Explanation, FeatureId, Score, SourceInfo
+
+if TYPE_CHECKING:
+    from evalkit.report.frames import RunFrames
+
+__all__ = ["FeatureRow", "RunStore", "read_run"]
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS sources (
+    position INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL,
+    width INTEGER, l0 REAL, depth INTEGER, measured TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS features (
+    source TEXT NOT NULL, feature TEXT NOT NULL, position INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT,
+    density REAL, threshold REAL, peak REAL, explain_peak REAL, PRIMARY KEY (source, feature));
+CREATE TABLE IF NOT EXISTS explanations (
+    source TEXT NOT NULL, feature TEXT NOT NULL, explainer TEXT NOT NULL, version TEXT NOT NULL, text TEXT,
+    reason TEXT, PRIMARY KEY (source, feature, explainer));
+CREATE TABLE IF NOT EXISTS scores (
+    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
+    control TEXT NOT NULL, version TEXT NOT NULL, cutoff REAL, reason TEXT,
+    PRIMARY KEY (source, feature, scorer, explainer, judge, control));
+CREATE TABLE IF NOT EXISTS judgements (
+    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
+    control TEXT NOT NULL, item INTEGER NOT NULL, window INTEGER NOT NULL, label INTEGER NOT NULL, match INTEGER,
+    confidence REAL, probability REAL, decile INTEGER, reason TEXT,
+    PRIMARY KEY (source, feature, scorer, explainer, judge, control, item)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
+"""
+
+ScoreKey = tuple[str, str, str, str, str, str]  # source, feature, scorer, explainer, judge, control
+
+
+class FeatureRow(NamedTuple):
+    """A feature that was tried; the columns of table features.
+
+    ``density`` is the share of unmasked tokens it is active on, ``explain_peak`` its largest activation in a window of
+    the explain pool. ``status`` is "ok" or "ineligible" with a ``reason``.
+    """
+
+    source: str
+    feature: FeatureId
+    position: int
+    status: str
+    reason: str | None
+    density: float
+    threshold: float
+    peak: float
+    explain_peak: float
+
+
+class RunStore:
+    """Open with ``RunStore.create`` (to write; one process at a time) or ``RunStore.open`` (to read)."""
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._connection = connection
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, folder: Path, identity: dict[str, Any]) -> RunStore:
+        """Make the folder, or go on with it. Raises RunMismatch, RunLocked, StorageError."""
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder / "run.lock")
+        try:
+            _check_identity(folder, identity)
+            store = cls(folder, _connect(folder / "records.sqlite"))
+            with store._writing():
+                store._connection.executescript(_TABLES)
+        except BaseException:
+            os.close(lock)
+            raise
+        store._lock = lock
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> RunStore:
+        """A finished or unfinished run, to read. Raises MissingFile, BadFile."""
+        path = folder / "records.sqlite"
+        if not path.is_file():
+            inside = ", ".join(sorted(found.name for found in folder.glob("*"))[:4])
+            raise MissingFile(
+                str(folder),
+                expected="a run folder with records.sqlite",
+                seen=f"a folder with {inside or 'nothing'}" if folder.is_dir() else "no such folder",
+                fix="pass the folder that `evalkit run` wrote",
+            )
+        try:
+            connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+            connection.execute("SELECT count(*) FROM judgements")
+        except sqlite3.DatabaseError as error:
+            raise BadFile(str(path), expected="the records of a run", seen=str(error), fix="run again") from error
+        return cls(folder, connection)
+
+    def close(self) -> None:
+        """Close the records and let another process in."""
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction. Raises StorageError when the disk is full or read-only."""
+        try:
+            with self._connection:
+                yield self._connection
+        except sqlite3.OperationalError as error:
+            raise StorageError(
+                str(self.folder / "records.sqlite"),
+                expected="to be able to write it",
+                seen=str(error),
+                fix="free space; what is complete is kept, the same command goes on from there",
+            ) from error
+
+    def write_sources(self, sources: Sequence[SourceInfo], measured: Sequence[dict[str, Any]]) -> None:
+        """Replace the list of sources; ``measured`` holds what was seen of each (FVU, L0 on the calibration tokens)."""
+        rows = [
+            (i, s.name, s.kind, s.site, s.width, s.l0, s.depth, json.dumps({**s.declared, **m}, sort_keys=True))
+            for i, (s, m) in enumerate(zip(sources, measured, strict=True))
+        ]
+        with self._writing() as connection:
+            connection.execute("DELETE FROM sources")
+            connection.executemany("INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def write_features(self, source: str, rows: Iterable[FeatureRow]) -> None:
+        """Replace a source's features: what was tried, whether it is eligible, and why not."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM features WHERE source = ?", (source,))
+            connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def features(self, source: str) -> list[FeatureRow]:
+        """The rows of a source, in the order they were chosen."""
+        query = "SELECT * FROM features WHERE source = ? ORDER BY position"
+        return [FeatureRow(*row) for row in self._connection.execute(query, (source,))]
+
+    def source_names(self) -> list[str]:
+        """Every source, in the order of the run."""
+        return [name for (name,) in self._connection.execute("SELECT name FROM sources ORDER BY position")]
+
+    def write_explanation(self, explanation: Explanation) -> None:
+        """Keep a finished explanation."""
+        e = explanation
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL)",
+                (e.source, e.feature, e.explainer, e.version, e.text),
+            )
+
+    def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
+        """Keep the reason why a feature has no explanation; it is tried again on resume."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?)",
+                (source, feature, explainer, reason),
+            )
+
+    def explanations(self, source: str, explainer: str) -> dict[FeatureId, Explanation]:
+        """Finished explanations by feature."""
+        query = (
+            "SELECT feature, version, text FROM explanations WHERE source = ? AND explainer = ? AND text IS NOT NULL"
+        )
+        return {
+            feature: Explanation(source, feature, explainer, version, text)
+            for feature, version, text in self._connection.execute(query, (source, explainer))
+        }
+
+    def write_score(self, score: Score, *, explainer: str, judge: str, control: str) -> None:
+        """Keep a score and all its judgements, in one transaction."""
+        key = (score.source, score.feature, score.scorer, explainer, judge, control)
+        rows = [
+            (*key, j.item, j.window, j.label, j.match, j.confidence, j.probability, j.decile, j.reason)
+            for j in score.judgements
+        ]
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (*key, score.version, score.cutoff),
+            )
+            connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+
+    def write_failed_score(self, key: ScoreKey, reason: str) -> None:
+        """Keep the reason why a score is missing; it is tried again on resume."""
+        with self._writing() as connection:
+            connection.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, '', NULL, ?)", (*key, reason))
+
+    def finished_scores(self) -> set[ScoreKey]:
+        """Keys of the scores that need not be made again."""
+        query = "SELECT source, feature, scorer, explainer, judge, control FROM scores WHERE reason IS NULL"
+        return set(self._connection.execute(query))
+
+    def write_stage(self, name: str, seconds: float, detail: dict[str, Any]) -> None:
+        """Add to the time a stage took over all invocations; keep its latest detail."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO stages VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "seconds = seconds + excluded.seconds, detail = excluded.detail",
+                (name, seconds, json.dumps(detail, sort_keys=True)),
+            )
+
+    def stage_done(self, name: str) -> bool:
+        """Whether a stage has finished once."""
+        return bool(self._connection.execute("SELECT 1 FROM stages WHERE name = ?", (name,)).fetchone())
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration the run was made with."""
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        return found
+
+    def frames(self) -> RunFrames:
+        """All records as data frames."""
+        import pandas as pd
+
+        from evalkit.report.frames import RunFrames
+
+        def frame(query: str) -> pd.DataFrame:
+            return pd.read_sql_query(query, self._connection)
+
+        judgements = frame(
+            "SELECT j.*, s.version AS scorer_version FROM judgements j JOIN scores s USING "
+            "(source, feature, scorer, explainer, judge, control)"
+        )
+        judgements["label"] = judgements["label"].astype(bool)
+        judgements["match"] = judgements["match"].astype("boolean")
+        for column in ("confidence", "probability"):
+            judgements[column] = judgements[column].astype("float64")
+        judgements["decile"] = judgements["decile"].astype("Int64")
+        sources = frame("SELECT name, kind, site, width, l0, depth, measured FROM sources ORDER BY position")
+        for column in ("width", "depth"):
+            sources[column] = sources[column].astype("Int64")
+        sources["l0"] = sources["l0"].astype("float64")
+        return RunFrames(
+            sources=sources,
+            features=frame("SELECT * FROM features ORDER BY source, position"),
+            explanations=frame("SELECT * FROM explanations ORDER BY source, feature"),
+            judgements=judgements,
+            meta={**self.identity(), "stages": frame("SELECT * FROM stages").to_dict("records")},
+        )
+
+
+def read_run(folder: str | Path) -> RunFrames:
+    """The records of a run as data frames. Raises MissingFile, BadFile."""
+    with RunStore.open(Path(folder)) as store:
+        return store.frames()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+    except sqlite3.DatabaseError as error:
+        raise BadFile(
+            str(path), expected="a SQLite file that can be written", seen=str(error), fix="move it away and run again"
+        ) from error
+    return connection
+
+
+def _acquire(path: Path) -> int:
+    with storage_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise RunLocked(
+            str(path.parent),
+            expected="no other process writing this run",
+            seen=f"process {holder} at work",
+            fix="wait for it, or use another --out",
+        ) from error
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    return handle
+
+
+def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / "run.json"
+    wanted = json.loads(json.dumps(identity))
+    if not path.exists():
+        write_bytes(path, (json.dumps(wanted, indent=2, sort_keys=True) + "\n").encode())
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadFile(str(path), expected="a run's configuration", seen=str(error), fix="use another --out") from error
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if differing:
+        key = sorted(differing)[0]
+        raise RunMismatch(
+            str(folder),
+            expected=f"a run with {key} = {wanted.get(key)!r}",
+            seen=f"{key} = {found.get(key)!r}",
+            fix="use another --out, or delete the folder to start over",
+        )

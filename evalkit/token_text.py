@@ -1,0 +1,192 @@
+"""The text piece of every token, such that the pieces of a window join to exactly what the tokenizer decodes.
+
+Knows tokenizers, not corpora or models; reads and writes nothing. Special tokens keep their text (windows leave them out
+by their mask). A character split over several byte-level tokens belongs to the first of them, the others are empty. What
+a decoder strips from the start of a text (the space that sentencepiece puts there) is missing from the first piece.
+
+One table of strings per tokenizer makes this fast. Whether the table speaks for the tokenizer is measured on random ids
+when it is made; if not (WordPiece, say), pieces are the differences between the decodings of growing prefixes.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from evalkit.errors import CorpusError
+
+__all__ = ["token_pieces"]
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_TRIALS = 200  # random id sequences a table is tried on
+_TABLES: WeakKeyDictionary[Any, _Table | None] = WeakKeyDictionary()
+
+
+def token_pieces(tokenizer: Any, ids: Iterable[int]) -> tuple[str, ...]:
+    """One text piece per token id; their concatenation is the tokenizer's decoding of the ids.
+
+    Special tokens are kept as text; spaces are not cleaned up. Ids without a token give an empty piece. Raises
+    CorpusError for a negative id.
+    """
+    wanted = [int(index) for index in ids]
+    if not wanted:
+        return ()
+    if min(wanted) < 0:
+        raise CorpusError(
+            f"token id {min(wanted)}", expected="ids from 0", seen=str(min(wanted)), fix="pass token ids of the corpus"
+        )
+    if tokenizer not in _TABLES:
+        _TABLES[tokenizer] = _make_table(tokenizer)
+    table = _TABLES[tokenizer]
+    return _by_prefixes(tokenizer, wanted) if table is None else table.pieces(wanted)
+
+
+class _Table:
+    """Bytes of each token, and its text where these bytes are text by themselves."""
+
+    def __init__(self, raw: Sequence[bytes], strip_first_space: bool, lossy_runs: Sequence[bool]) -> None:
+        self._raw = raw
+        self._strip = strip_first_space
+        self._lossy = lossy_runs  # tokens of one byte that sentencepiece replaces one by one where a run is invalid
+        self._text: list[str | None] = [_strict(data) for data in raw]
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        size = len(self._text)
+        found = [self._text[index] if index < size else "" for index in ids]
+        whole = [text for text in found if text is not None]
+        pieces = whole if len(whole) == len(found) else self._join(ids)
+        if self._strip:
+            first = next((place for place, piece in enumerate(pieces) if piece), 0)
+            pieces[first] = pieces[first].removeprefix(" ")
+        return tuple(pieces)
+
+    def _join(self, ids: Sequence[int]) -> list[str]:
+        """Pieces of a sequence in which some characters are split over tokens."""
+        size = len(self._raw)
+        pieces: list[str] = []
+        start = 0
+        while start < len(ids):
+            end = start + 1
+            if not any(self._lossy):
+                end = len(ids)
+            elif self._is_byte(ids[start]):
+                while end < len(ids) and self._is_byte(ids[end]):
+                    end += 1
+            raw = [self._raw[index] if index < size else b"" for index in ids[start:end]]
+            if any(self._lossy) and self._is_byte(ids[start]) and _strict(b"".join(raw)) is None:
+                pieces += ["\ufffd"] * len(raw)
+            else:
+                pieces += _split(raw)
+            start = end
+        return pieces
+
+    def _is_byte(self, index: int) -> bool:
+        return index < len(self._lossy) and self._lossy[index]
+
+
+def _strict(data: bytes) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _split(raw: Sequence[bytes]) -> list[str]:
+    """Decode joined bytes and give every character to the token that its first byte is in."""
+    data = b"".join(raw)
+    text = data.decode("utf-8", errors="replace")
+    starts = [0, *accumulate(len(part) for part in raw)]
+    pieces = [""] * len(raw)
+    place = offset = 0
+    for character in text:
+        while place + 1 < len(raw) and starts[place + 1] <= offset:
+            place += 1
+        pieces[place] += character
+        offset += _width(data, offset) if character == "\ufffd" else len(character.encode("utf-8"))
+    return pieces
+
+
+def _width(data: bytes, offset: int) -> int:
+    """How many bytes one replacement character stands for (three where the text itself holds U+FFFD)."""
+    try:
+        data[offset:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start == 0:
+            return error.end
+    return 3
+
+
+def _make_table(tokenizer: Any) -> _Table | None:
+    """The table of a tokenizer whose decoder is byte-level or sentencepiece's, None where it does not speak for it."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    names = ["" if token is None else str(token) for token in tokens]
+    none = [False] * len(names)
+    byte_tokens = [bool(_BYTE_TOKEN.fullmatch(name)) and name not in added for name in names]
+    pieced = [_from_sentencepiece(name) for name in names]
+    for table in (
+        _Table([_from_bytes(name) for name in names], False, none),
+        _Table(pieced, False, byte_tokens),
+        _Table(pieced, True, byte_tokens),
+    ):
+        if _speaks_for(table, tokenizer):
+            return table
+    return None
+
+
+def _speaks_for(table: _Table, tokenizer: Any) -> bool:
+    """Whether pieces of the table join to the tokenizer's decoding, on random ids with many rare ones among them."""
+    draw = random.Random(0)
+    size = len(tokenizer)
+    for trial in range(_TRIALS):
+        top = size if trial % 2 else min(size, 400)  # special and byte tokens have low ids in most vocabularies
+        ids = [draw.randrange(top) for _ in range(1 + trial % 40)]
+        if "".join(table.pieces(ids)) != _decode(tokenizer, ids):
+            return False
+    return True
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _by_prefixes(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
+    """Pieces as what each further token adds to the decoding. Quadratic, for decoders of any kind."""
+    full = _decode(tokenizer, ids)
+    ends = []
+    for count in range(1, len(ids)):
+        shared = 0
+        for mine, final in zip(_decode(tokenizer, ids[:count]), full, strict=False):
+            if mine != final:
+                break
+            shared += 1
+        ends.append(max(shared, ends[-1] if ends else 0))
+    ends.append(len(full))
+    return tuple(full[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _byte_map() -> dict[str, int]:
+    """GPT-2's mapping of printable characters to bytes."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+
+
+_BYTES = _byte_map()
+
+
+def _from_bytes(token: str) -> bytes:
+    if all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return token.encode("utf-8")  # an added token, kept as it is written
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode("utf-8")

@@ -1,0 +1,112 @@
+"""The import rule, the public names, and that the light core stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evalkit
+
+ROOT = Path(__file__).parent.parent
+OURS = ("evalkit", "explainers", "scorers", "rqae")
+CONTRACTS = {"evalkit.records", "evalkit.errors", "evalkit.protocols"}
+
+# folder or file → what of ours it may import
+RULES = {
+    "evalkit/records.py": set(),
+    "evalkit/errors.py": set(),
+    "evalkit/protocols.py": {"evalkit.records"},
+    "explainers": {*CONTRACTS, "evalkit.markup", "explainers"},
+    "scorers": {*CONTRACTS, "evalkit.markup", "scorers"},
+    "rqae": {"rqae"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, at any depth of the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if (ROOT / _as_path(node, alias)).exists()}
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+def _as_path(node: ast.ImportFrom, alias: ast.alias) -> str:
+    return f"{node.module}.{alias.name}".replace(".", "/") + ".py"
+
+
+def files(where: str) -> list[Path]:
+    path = ROOT / where
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("where", RULES)
+def test_import_rule(where: str) -> None:
+    allowed = RULES[where]
+    for file in files(where):
+        for name in imports(file):
+            inside = any(name == module or name.startswith(f"{module}.") for module in allowed)
+            assert inside or (name == "evalkit" and "evalkit.records" in allowed), f"{file} imports {name}"
+
+
+def test_report_imports_neither_torch_nor_clients() -> None:
+    for file in files("evalkit/report"):
+        text = file.read_text(encoding="utf-8")
+        assert "import torch" not in text and "transformers" not in text, file
+        assert not any("clients" in name or "subject" in name for name in imports(file)), file
+
+
+def test_the_pipeline_finds_parts_through_the_registry() -> None:
+    for name in ("pipeline", "judging", "api"):
+        reached = imports(ROOT / f"evalkit/{name}.py")
+        assert not any(part.split(".")[0] in ("explainers", "scorers") or ".clients" in part for part in reached), name
+
+
+def test_public_names_are_exact_and_importable() -> None:
+    assert evalkit.__all__ == sorted(evalkit.__all__)
+    for name in evalkit.__all__:
+        assert getattr(evalkit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        _ = evalkit.scores
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_import_and_help_are_lazy() -> None:
+    code = "import evalkit, evalkit.cli, sys; print([m for m in ('torch', 'pandas', 'transformers', 'scipy', 'matplotlib') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_help_takes_less_than_a_second() -> None:
+    durations = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "evalkit", "--help"], capture_output=True, check=True)
+        durations.append(time.perf_counter() - start)
+    assert min(durations) < 1.0, durations
+
+
+def test_reading_results_needs_no_torch() -> None:
+    code = """
+import sys
+import evalkit.report.tables, evalkit.report.plots, evalkit.store
+print("torch" in sys.modules)
+"""
+    assert run_python(code).stdout.strip() == "False"
+
+
+def test_files_stay_readable() -> None:
+    for package in OURS:
+        for file in files(package):
+            assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file

@@ -72,15 +72,18 @@ class Corpus:
         tokens: NDArray[np.uint32],
         documents: NDArray[np.int64],
         lengths: NDArray[np.int64],
+        *,
+        skip_first: int = 1,
     ) -> None:
         self.settings = settings
+        self.skip_first = skip_first
         self.tokens = tokens  # (N, T)
         self.documents = documents  # (N,)
         self.lengths = lengths  # (N,)
 
     @classmethod
-    def open(cls, folder: Path) -> Corpus:
-        """Open what ``tokenize_corpus`` wrote. Raises MissingFile, BadFile."""
+    def open(cls, folder: Path, *, skip_first: int = 1) -> Corpus:
+        """Open what ``tokenize_corpus`` wrote; the first ``skip_first`` positions are masked. MissingFile, BadFile."""
         if not (folder / "corpus.json").is_file():
             raise MissingFile(
                 str(folder), expected="a corpus folder", seen="no corpus.json in it", fix="tokenise the corpus again"
@@ -104,7 +107,7 @@ class Corpus:
                 seen=f"{tokens.shape}, {documents.shape}, {lengths.shape}",
                 fix="delete it and tokenise again",
             )
-        return cls(settings, tokens, documents, lengths)
+        return cls(settings, tokens, documents, lengths, skip_first=skip_first)
 
     @property
     def context_length(self) -> int:
@@ -126,7 +129,7 @@ class Corpus:
         """Tokens without padding."""
         return int(self.lengths.sum())
 
-    def batch(self, rows: Sequence[int] | NDArray[np.int64], *, skip_first: int = 1) -> TokenBatch:
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> TokenBatch:
         """The contexts of the given rows.
 
         ``valid`` is False on special tokens wherever they stand, on padding, and on the first ``skip_first`` positions.
@@ -141,14 +144,14 @@ class Corpus:
             )
         ids = np.asarray(self.tokens[index], dtype=np.int64)  # (B, T)
         position = np.arange(self.context_length)
-        valid = (position < self.lengths[index][:, None]) & (position >= skip_first)
+        valid = (position < self.lengths[index][:, None]) & (position >= self.skip_first)
         valid &= ~np.isin(ids, np.asarray(self.settings.special_ids, dtype=np.int64))
         return TokenBatch(ids, valid, index)
 
-    def batches(self, size: int, *, skip_first: int = 1) -> Iterator[TokenBatch]:
+    def batches(self, size: int) -> Iterator[TokenBatch]:
         """All contexts in order, ``size`` at a time."""
         for start in range(0, self.n_contexts, size):
-            yield self.batch(np.arange(start, min(start + size, self.n_contexts)), skip_first=skip_first)
+            yield self.batch(np.arange(start, min(start + size, self.n_contexts)))
 
     def segments(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """(batch, pos): which document of its context a position is in, counted from 0; −1 outside of any.
@@ -176,6 +179,7 @@ def tokenize_corpus(
     split: str = "train",
     max_tokens: int | None = None,
     add_bos: bool | None = None,
+    skip_first: int = 1,
     revision: str | None = None,
     progress: Progress = SILENT,
 ) -> Corpus:
@@ -184,6 +188,7 @@ def tokenize_corpus(
     ``source``: a .txt file, a folder or pattern of them, .jsonl, .parquet (``text_field`` names the text), a data set
     saved to disk or a hub id (``split``, ``revision``), ``bundled:NAME``, or a token matrix (.npy, .pt, .safetensors)
     that is used as it is, each row a context and a document. ``add_bos`` None does what the tokenizer itself does.
+    ``skip_first`` positions of every context are masked in its batches; it changes nothing on disk.
 
     Raises MissingFile, BadFile, BadShape, CorpusError (nothing left to cut, ids outside the vocabulary), RunMismatch
     (the folder holds another corpus), StorageError (disk full; nothing is left behind).
@@ -204,7 +209,7 @@ def tokenize_corpus(
     )
     _check_settings(settings)
     if folder.exists():
-        return _reopen(folder, settings)
+        return _reopen(folder, settings, skip_first)
     with CorpusWriter(folder, context_length=context_length, pad_id=0) as writer:
         if located.kind == "matrix":
             _copy_matrix(located.files[0], writer, settings, len(tokenizer), progress)
@@ -212,11 +217,11 @@ def tokenize_corpus(
             pieces = read_pieces(located, text_field=text_field, split=split, revision=revision)
             _cut(pieces, tokenizer, writer, settings, progress)
         writer.finish({"settings": asdict(settings)})
-    return Corpus.open(folder)
+    return Corpus.open(folder, skip_first=skip_first)
 
 
-def _reopen(folder: Path, settings: CorpusSettings) -> Corpus:
-    corpus = Corpus.open(folder)
+def _reopen(folder: Path, settings: CorpusSettings, skip_first: int) -> Corpus:
+    corpus = Corpus.open(folder, skip_first=skip_first)
     wanted, held = settings.key(), corpus.settings.key()
     if differing := [name for name in wanted if wanted[name] != held[name]]:
         name = differing[0]

@@ -1,8 +1,8 @@
 """The text piece of every token, such that the pieces of a window join to exactly what the tokenizer decodes.
 
-Knows tokenizers, not corpora or models; reads and writes nothing. Special tokens keep their text (windows leave them out
-by their mask). A character split over several byte-level tokens belongs to the first of them, the others are empty. What
-a decoder strips from the start of a text (the space that sentencepiece puts there) is missing from the first piece.
+Knows tokenizers, not corpora or models; reads and writes nothing. Special tokens keep their text (windows leave them
+out by their mask). A character split over several byte-level tokens belongs to the first of them, the others are empty.
+What a decoder strips from the start of a text (the space that sentencepiece puts there) is missing from the first piece.
 
 One table of strings per tokenizer makes this fast. Whether the table speaks for the tokenizer is measured on random ids
 when it is made; if not (WordPiece, say), pieces are the differences between the decodings of growing prefixes.
@@ -158,7 +158,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 def _by_prefixes(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
     """Pieces as what each further token adds to the decoding. Quadratic, for decoders of any kind."""
     full = _decode(tokenizer, ids)
-    ends = []
+    ends: list[int] = []
     for count in range(1, len(ids)):
         shared = 0
         for mine, final in zip(_decode(tokenizer, ids[:count]), full, strict=False):

@@ -126,7 +126,7 @@ for feature in range(100000):
 
 
 def test_reading_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(MissingFile, match="expected a run folder with records.sqlite; seen no such folder"):
+    with pytest.raises(MissingFile, match=r"expected a run folder with records\.sqlite; seen no such folder"):
         read_run(tmp_path / "nothing")
     with pytest.raises(MissingFile, match="seen a folder with nothing"):
         read_run(tmp_path)

@@ -61,7 +61,7 @@ Features = Annotated[
 Corpus = Annotated[
     str,
     typer.Option(
-        help="Text (txt, jsonl, parquet, a folder, a `datasets` id) or a token matrix (npy, pt, safetensors), or bundled:demo.",
+        help="Text (txt, jsonl, parquet, folder, `datasets` id), a token matrix (npy, pt, safetensors), or bundled:demo.",
         rich_help_panel=_TEXT,
     ),
 ]

@@ -43,7 +43,7 @@ class CorpusSettings:
     """What decides the tokens of a corpus: the same settings mean the same folder.
 
     ``digest`` identifies the source's content, ``tokenizer`` the tokenizer. ``special_ids`` are masked wherever they
-    stand; ``break_ids`` (BOS, EOS) also separate documents inside a context.
+    stand, so that no window can cross the separators of a token matrix that packs several documents into a row.
     """
 
     source: str
@@ -55,7 +55,6 @@ class CorpusSettings:
     max_tokens: int | None
     add_bos: bool
     special_ids: tuple[int, ...]
-    break_ids: tuple[int, ...]
     bos_id: int | None
 
     def key(self) -> dict[str, Any]:
@@ -90,8 +89,7 @@ class Corpus:
             )
         try:
             stored = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["settings"]
-            for name in ("special_ids", "break_ids"):
-                stored[name] = tuple(stored[name])
+            stored["special_ids"] = tuple(stored["special_ids"])
             settings = CorpusSettings(**stored)
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             documents = np.load(folder / "documents.npy", allow_pickle=False)
@@ -153,21 +151,6 @@ class Corpus:
         for start in range(0, self.n_contexts, size):
             yield self.batch(np.arange(start, min(start + size, self.n_contexts)))
 
-    def segments(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """(batch, pos): which document of its context a position is in, counted from 0; −1 outside of any.
-
-        Above 0 only in token matrices that pack several documents into a row, separated by BOS or EOS (−1 too).
-        """
-        index = np.asarray(rows, dtype=np.int64).reshape(-1)
-        ids = np.asarray(self.tokens[index], dtype=np.int64)  # (B, T)
-        breaks = np.isin(ids, np.asarray(self.settings.break_ids, dtype=np.int64))
-        starts = np.zeros_like(breaks)
-        starts[:, 1:] = breaks[:, :-1] & ~breaks[:, 1:]  # the first position after a run of separators
-        leading = np.logical_and.accumulate(breaks, axis=1)
-        starts[:, 1:] &= ~leading[:, :-1]  # a row that begins with BOS begins with document 0
-        outside = breaks | (np.arange(self.context_length) >= self.lengths[index][:, None])
-        return np.where(outside, -1, np.cumsum(starts, axis=1)).astype(np.int64)
-
 
 def tokenize_corpus(
     source: str | Path,
@@ -205,7 +188,6 @@ def tokenize_corpus(
         add_bos=_wants_bos(tokenizer, add_bos),
         bos_id=tokenizer.bos_token_id,
         special_ids=_special_ids(tokenizer),
-        break_ids=_break_ids(tokenizer),
     )
     _check_settings(settings)
     if folder.exists():
@@ -249,12 +231,6 @@ def _special_ids(tokenizer: Any) -> tuple[int, ...]:
     """BOS, EOS, padding and every other control token: never counted as active or inactive."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return tuple(sorted({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}))
-
-
-def _break_ids(tokenizer: Any) -> tuple[int, ...]:
-    end = tokenizer.get_vocab().get("<|endoftext|>")  # separates documents even where it is not declared as EOS
-    ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, end if end in _special_ids(tokenizer) else None}
-    return tuple(sorted(index for index in ids if index is not None))
 
 
 def _check_settings(settings: CorpusSettings) -> None:

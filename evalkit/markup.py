@@ -9,6 +9,7 @@ where backslashes stand there already, one more; taking marks out removes exactl
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -64,15 +65,15 @@ def token_spans(tokens: Sequence[str]) -> tuple[Span, ...]:
     ends = [0]
     for token in tokens:
         ends.append(ends[-1] + len(token))
-    return tuple(zip(ends[:-1], ends[1:], strict=True))
+    return tuple(itertools.pairwise(ends))
 
 
 def spans(tokens: Sequence[str], flags: Sequence[bool]) -> tuple[Span, ...]:
     """The character ranges of the runs of marked tokens, in order and apart from each other, none of them empty.
 
     White space at the start of a run stays outside of the mark, because tokenizers glue it to the word that follows. A
-    run of nothing but white space is marked as it is: the feature does fire there. A run without text (the first bytes
-    of a character that a later token completes) takes the nearest token with text after it, else before it.
+    run of nothing but white space is marked as it is: the feature does fire there. A run without text (later bytes of a
+    character that belongs to an earlier token) takes the nearest token with text before it, else after it.
     """
     bounds = token_spans(tokens)
     text = "".join(tokens)
@@ -82,7 +83,7 @@ def spans(tokens: Sequence[str], flags: Sequence[bool]) -> tuple[Span, ...]:
         if start == end:
             after = next((span for span in bounds[last:] if span[0] < span[1]), None)
             before = next((span for span in reversed(bounds[:first]) if span[0] < span[1]), None)
-            start, end = after or before or (start, end)
+            start, end = before or after or (start, end)
         run = text[start:end]
         if run.strip():
             start = end - len(run.lstrip())
@@ -129,7 +130,9 @@ def _guard(chunk: str, before: str) -> str:
 
 def parse(marked: str) -> tuple[str, tuple[Span, ...]]:
     """The text and the marks that ``render`` wrote. Raises InputError where marks do not pair."""
-    text, marks, start, position = "", [], None, 0
+    text, position = "", 0
+    marks: list[Span] = []
+    start: int | None = None
     for piece in _PIECE.finditer(marked):
         text += marked[position : piece.start()]
         position = piece.end()

@@ -1,0 +1,84 @@
+"""Codebooks: the grid of the published RQAE, its symmetries, and which indices mean the same direction.
+
+Knows nothing of models, files or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024 ("round_fsq").
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations_with_replacement, product
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rqae.config import RqaeConfig
+
+__all__ = ["canonical_indices", "distinct_codes", "grid_codebook", "normalised", "sorted_patterns"]
+
+
+def grid_codebook(levels: int, dim: int, *, rounded: bool) -> Tensor:
+    """All points of an evenly spaced grid on [-1, 1]^dim in ``itertools.product`` order, (levels**dim, dim) float32.
+
+    ``rounded`` divides each point by its norm; the zero vector stays zero.
+    """
+    points = np.array(list(product(np.linspace(-1, 1, levels), repeat=dim)))
+    if rounded:
+        norms = np.linalg.norm(points, axis=-1, keepdims=True)
+        points = points / np.where(norms == 0, 1.0, norms)
+    return torch.from_numpy(points.astype(np.float32))
+
+
+def normalised(codebook: Tensor) -> Tensor:
+    """The codes divided by their norms; zero vectors stay zero."""
+    norms = codebook.norm(dim=-1, keepdim=True)
+    return codebook / torch.where(norms == 0, torch.ones_like(norms), norms)
+
+
+def _grid_steps(levels: int) -> list[int]:
+    """The grid's levels as integers with equal spacing around zero: -2..2 for 5 levels, -3, -1, 1, 3 for 4."""
+    return [2 * k - (levels - 1) for k in range(levels)] if levels % 2 == 0 else [k - levels // 2 for k in range(levels)]
+
+
+@cache
+def _grid_canonical(levels: int, dim: int) -> tuple[int, ...]:
+    first: dict[tuple[int, ...], int] = {}
+    canonical = []
+    for index, point in enumerate(product(_grid_steps(levels), repeat=dim)):
+        divisor = gcd(*point) or 1
+        canonical.append(first.setdefault(tuple(value // divisor for value in point), index))
+    return tuple(canonical)
+
+
+def canonical_indices(config: RqaeConfig) -> Tensor:
+    """For each code index the lowest index of the same direction, (num_codes,) int64.
+
+    Only "round_fsq" repeats directions (81 of 625 indices are not canonical or are the zero vector); "fsq" codes of one
+    direction differ in length, and learned codes are taken as distinct, so both map to themselves.
+    """
+    if config.quantization_method != "round_fsq":
+        return torch.arange(config.num_codes)
+    return torch.tensor(_grid_canonical(config.codebook_size, config.codebook_dim))
+
+
+def distinct_codes(config: RqaeConfig) -> int:
+    """How many different codes an input can get: 544 for the published codebook. The zero vector is never chosen."""
+    canonical = canonical_indices(config)
+    has_zero = config.quantization_method == "round_fsq" and config.codebook_size % 2 == 1 and config.codebook_size > 1
+    return len(canonical.unique()) - int(has_zero)
+
+
+@cache
+def sorted_patterns(levels: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """The directions of the grid up to sign flips and permutations: descending non-negative integers with gcd 1.
+
+    In the units of ``_grid_steps``; 10 patterns for 5 levels in 4 dimensions, 26 for 7 levels, 51 for 9.
+    """
+    magnitudes = sorted({abs(step) for step in _grid_steps(levels)}, reverse=True)
+    patterns = {
+        tuple(value // gcd(*point) for value in point)
+        for point in combinations_with_replacement(magnitudes, dim)
+        if any(point)
+    }
+    return tuple(sorted(patterns, reverse=True))

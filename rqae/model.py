@@ -1,0 +1,170 @@
+"""The residual quantization autoencoder: weights, encoding to codes, decoding from codes.
+
+Reads and writes the published checkpoint layout through ``rqae.checkpoint``; computes in float32. Its input is the
+final-normed hidden state: it knows nothing of language models, norms or features.
+Source: H. Kamath, Residual Quantization Autoencoders, 2024.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rqae.blocked import BlockedEncoder
+from rqae.checkpoint import read_checkpoint, write_checkpoint
+from rqae.codebook import canonical_indices, grid_codebook, normalised
+from rqae.config import RqaeConfig
+from rqae.errors import RqaeError
+
+__all__ = ["RQAE"]
+
+_HALF_PRECISION = 4e-3  # how far a grid stored in bfloat16 may be from the exact one
+
+
+class RQAE(nn.Module):
+    """An RQAE with its layers stacked: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d).
+
+    ``codebook`` (n_q, K, c) and ``canonical`` (K,), the lowest index of each code's direction. ``codebook_counts`` (n_q, K)
+    is the running share of training tokens that took each code.
+    """
+
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+    codebook: Tensor
+    codebook_counts: Tensor
+    canonical: Tensor
+
+    def __init__(
+        self,
+        config: RqaeConfig,
+        w_in: Tensor,
+        b_in: Tensor,
+        w_out: Tensor,
+        b_out: Tensor,
+        codebook: Tensor | None = None,
+        codebook_counts: Tensor | None = None,
+    ) -> None:
+        """Raises RqaeError naming the tensor whose shape is wrong. A grid method needs no ``codebook``."""
+        super().__init__()
+        self.config = config
+        count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
+        given = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out}
+        shapes = {"w_in": (count, width, dim), "b_in": (count, width), "w_out": (count, dim, width), "b_out": (count, dim)}
+        counts = torch.zeros(count, config.num_codes) if codebook_counts is None else codebook_counts
+        given |= {"codebook": _codebook(config, codebook), "codebook_counts": counts}
+        shapes |= {"codebook": (count, config.num_codes, width), "codebook_counts": (count, config.num_codes)}
+        for name, tensor in given.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise RqaeError(
+                    f"tensor {name!r}",
+                    expected=f"shape {list(shapes[name])}",
+                    seen=f"shape {list(tensor.shape)}",
+                    fix="make the tensors match the config",
+                )
+            self.register_buffer(name, tensor.detach().to(torch.float32))
+        self.register_buffer("canonical", canonical_indices(config))
+        self._encoder: tuple[tuple[object, ...], BlockedEncoder] | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> RQAE:
+        """Read a checkpoint folder; float16, bfloat16 and float32 weights all load. Raises RqaeError."""
+        config, tensors = read_checkpoint(Path(folder))
+        return cls(config, **tensors)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint folder in the published layout, in float32 unless ``dtype`` says otherwise."""
+        names = ("w_in", "b_in", "w_out", "b_out", "codebook", "codebook_counts")
+        write_checkpoint(Path(folder), self.config, {name: getattr(self, name) for name in names}, dtype)
+
+    def encode(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Codes of final-normed hidden states, x (…, d) → (…, depth) int64, each the lowest index of its direction.
+
+        Uses the first ``depth`` quantizers (None: all) and costs what they cost. Raises RqaeError naming the first row
+        that is not finite.
+        """
+        depth = self._depth(depth)
+        if x.shape[-1] != self.config.dim:
+            raise RqaeError(
+                "RQAE input",
+                expected=f"last dimension {self.config.dim}",
+                seen=f"shape {list(x.shape)}",
+                fix="encode hidden states of the model that this RQAE was trained on",
+            )
+        rows = x.detach().reshape(-1, self.config.dim).to(self.w_in)
+        finite = rows.isfinite().all(dim=-1)
+        if not bool(finite.all()):
+            raise RqaeError(
+                f"RQAE input row {int((~finite).nonzero()[0])}",
+                expected="finite numbers",
+                seen="NaN or infinity",
+                fix="drop that token, or compute the subject model in float32",
+            )
+        codes, _ = self.encoder().encode(rows, depth)
+        return codes.reshape(*x.shape[:-1], depth)
+
+    def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
+        """Reconstruction from the first ``depth`` codes (None: all given), codes (…, k) → (…, d) float32.
+
+        Raises RqaeError for codes outside the codebook or more of them than quantizers.
+        """
+        depth = self._depth(codes.shape[-1] if depth is None else depth)
+        if codes.shape[-1] < depth:
+            raise RqaeError("RQAE codes", expected=f"{depth} codes", seen=str(codes.shape[-1]), fix="encode deeper")
+        vectors = self.vectors(codes[..., :depth]).flatten(-2)  # (…, depth · c)
+        weight = self.w_out[:depth].transpose(1, 2).reshape(-1, self.config.dim)
+        return vectors @ weight + self.b_out[:depth].sum(dim=0)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """The codebook vectors C_{c_i} of codes of the first k quantizers, (…, k) → (…, k, c)."""
+        low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+        if low < 0 or high >= self.config.num_codes:
+            raise RqaeError(
+                "RQAE codes",
+                expected=f"0 to {self.config.num_codes - 1}",
+                seen=f"{low} to {high}",
+                fix="use codes of this checkpoint",
+            )
+        return self.codebook[torch.arange(codes.shape[-1], device=self.codebook.device), codes.long()]
+
+    def encoder(self) -> BlockedEncoder:
+        """The precomputed encoder, rebuilt when a weight has changed."""
+        tensors = (self.w_in, self.b_in, self.w_out, self.b_out, self.codebook)
+        state: tuple[object, ...] = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)
+        if self._encoder is None or self._encoder[0] != state:
+            self._encoder = state, BlockedEncoder.build(self.config, *tensors, self.canonical)
+        return self._encoder[1]
+
+    def _depth(self, depth: int | None) -> int:
+        count = self.config.num_quantizers
+        if depth is None:
+            return count
+        if not 0 < depth <= count:
+            raise RqaeError("depth", expected=f"1 to {count}", seen=str(depth), fix="use at most the RQAE's quantizers")
+        return depth
+
+
+def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
+    """The codebook to compute with: the exact grid, or the learned codes normalised."""
+    if config.is_grid:
+        rounded = config.quantization_method == "round_fsq"
+        grid = grid_codebook(config.codebook_size, config.codebook_dim, rounded=rounded).expand(config.num_quantizers, -1, -1)
+        if given is not None and given.shape == grid.shape and not (given.float() - grid).abs().max() <= _HALF_PRECISION:
+            raise RqaeError(
+                "tensor 'codebook'",
+                expected=f"the {config.quantization_method} grid of {config.codebook_size} levels",
+                seen="other values",
+                fix="name another quantization_method for a learned codebook",
+            )
+        return grid if given is None or given.shape == grid.shape else given
+    if given is None or not bool(given.float().norm(dim=-1).gt(0).all()):
+        raise RqaeError(
+            "tensor 'codebook'",
+            expected="a learned codebook without zero vectors",
+            seen="none" if given is None else "a zero vector",
+            fix="give the codebook of the checkpoint",
+        )
+    return normalised(given.float())

@@ -49,6 +49,8 @@ class RunFrames:
         "shuffled" for another feature's), item (unique within the columns before it), window (grid window id), label
         (bool), match (nullable bool: None is unscored), confidence (nullable), probability (nullable), decile
         (nullable, 0–9), reason (nullable, why unscored)
+    explanations
+        source, feature, explainer, version, text (None where it failed), reason; tables and plots need none
     meta
         what footers print, all optional: ``protocol`` (its version), ``cost`` (a sentence, or a mapping such as
         {"judge calls": 4000, "USD": 0.12}). Other keys are ignored here.
@@ -58,6 +60,7 @@ class RunFrames:
     features: pd.DataFrame
     judgements: pd.DataFrame
     meta: Mapping[str, Any] = field(default_factory=dict)
+    explanations: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def check_frames(frames: RunFrames) -> None:

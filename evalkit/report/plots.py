@@ -1,0 +1,36 @@
+"""The figures of a run, as files: ``scores`` (the published comparison) and ``features`` (per-feature distributions).
+
+Works from the records alone. Writes PNG and SVG, atomically; the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evalkit.errors import InputError
+from evalkit.report import style
+from evalkit.report.features_figure import features_figure
+from evalkit.report.frames import RunFrames
+from evalkit.report.rows import score_rows
+from evalkit.report.scores_figure import scores_figure
+
+__all__ = ["plot_run"]
+
+
+def plot_run(frames: RunFrames, folder: Path, metric: str = "auroc") -> list[Path]:
+    """Write scores.png, scores.svg, features.png and features.svg into ``folder``; returns their paths.
+
+    Raises InputError when the run has no score of this metric, BadConfig for an unknown one, StorageError when the
+    folder cannot be written.
+    """
+    rows = list(score_rows(frames, (metric,)))
+    if not any(len(row.real.values) for row in rows):
+        raise InputError(
+            f"metric {metric}",
+            expected="at least one feature with a score",
+            seen="none in this run",
+            fix="plot another metric (auroc and auprc need a judge that gives a confidence)",
+        )
+    with style.house_style():
+        paths = style.save(scores_figure(rows, metric), folder, "scores")
+        return paths + style.save(features_figure(rows, metric), folder, "features")

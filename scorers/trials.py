@@ -1,0 +1,114 @@
+"""What every scorer does around its own idea: order the questions, ask the judge, hold the answers against the labels.
+
+A trial is one question with its label; the judge gets the question only. Pure but for the judge that is handed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from evalkit.protocols import Judge
+from evalkit.records import Answer, Example, Explanation, JudgeItem, Judgement, Score
+from scorers.cutoff import fit_cutoff
+
+__all__ = ["Trial", "generator", "hold_test", "shuffle"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One window under test. ``reason`` is set where no question could be made of it: it is reported, not asked."""
+
+    window: int
+    label: bool
+    item: JudgeItem | None
+    decile: int | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, example: Example, label: bool, item: JudgeItem | None, reason: str | None = None) -> Trial:
+        return cls(example.window, label, item, example.decile, reason)
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """The random generator of (seed, names): the same for the same names, whatever else is drawn."""
+    text = "\x1f".join([str(seed), *map(str, names)])
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big"))
+
+
+def shuffle(trials: Sequence[Trial], seed: int, *names: str | int) -> list[Trial]:
+    """The trials in an order that depends on (seed, names) and the set of windows, not on their order here."""
+    ordered = sorted(trials, key=lambda trial: (trial.window, trial.label))
+    return [ordered[index] for index in generator(seed, *names).permutation(len(ordered))]
+
+
+async def hold_test(
+    name: str,
+    version: str,
+    explanation: Explanation,
+    judge: Judge,
+    test: Sequence[Trial],
+    calibration: Sequence[Trial],
+) -> Score:
+    """The score of one test: one judgement per trial, in the order of the trials.
+
+    Answers without a match get one from a cut-off fitted on ``calibration``, which is asked only if there are such.
+    """
+    answers = await _ask(judge, explanation.text, test)
+    cutoff = None
+    if any(_needs_cutoff(answer) for answer in answers):
+        known = zip(await _ask(judge, explanation.text, calibration), calibration, strict=True)
+        pairs = [(a.confidence, trial.label) for a, trial in known if a.confidence is not None and a.reason is None]
+        cutoff = fit_cutoff([confidence for confidence, _ in pairs], [label for _, label in pairs])
+        answers = [_decide(answer, cutoff) if _needs_cutoff(answer) else answer for answer in answers]
+    judgements = tuple(
+        Judgement(
+            item=index,
+            window=trial.window,
+            label=trial.label,
+            match=answer.match,
+            confidence=answer.confidence,
+            probability=answer.probability,
+            decile=trial.decile,
+            reason=answer.reason,
+        )
+        for index, (trial, answer) in enumerate(zip(test, answers, strict=True))
+    )
+    return Score(explanation.source, explanation.feature, name, version, judgements, cutoff)
+
+
+async def _ask(judge: Judge, explanation: str, trials: Sequence[Trial]) -> list[Answer]:
+    """One answer per trial; unscored where the judge gave the wrong number of them, or there was nothing to ask."""
+    asked = [trial.item for trial in trials if trial.item is not None]
+    answers = list(await judge.judge(explanation, asked)) if asked else []
+    if len(answers) != len(asked):
+        reason = f"the judge gave {len(answers)} answers to {len(asked)} items"
+        answers = [Answer(None, reason=reason)] * len(asked)
+    given = iter(answers)
+    return [Answer(None, reason=trial.reason) if trial.item is None else _sound(next(given)) for trial in trials]
+
+
+def _sound(answer: Answer) -> Answer:
+    """The answer, unscored with a reason if it says nothing usable."""
+    if answer.match is None and answer.reason is None and answer.confidence is None:
+        return replace(answer, reason="the judge gave neither a match nor a confidence")
+    numbers = (answer.confidence, answer.probability)
+    if any(number is not None and not math.isfinite(number) for number in numbers):
+        return Answer(None, reason=answer.reason or "the judge's confidence is not a finite number")
+    if answer.match is None:
+        return answer
+    return replace(answer, match=bool(answer.match), reason=None)
+
+
+def _needs_cutoff(answer: Answer) -> bool:
+    return answer.match is None and answer.reason is None
+
+
+def _decide(answer: Answer, cutoff: float | None) -> Answer:
+    if cutoff is None or answer.confidence is None:
+        return replace(answer, reason="no match cut-off: the calibration windows lack one of the two labels")
+    return replace(answer, match=answer.confidence > cutoff)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,7 +17,8 @@ from evalkit.errors import BadConfig, MissingFile
 __all__ = ["CONTROLS", "PROTOCOL_VERSION", "RunConfig", "read_toml"]
 
 PROTOCOL_VERSION = "1"  # raised whenever the same configuration would give other numbers
-CONTROLS = ("shuffled", "random-directions", "planted", "permuted")
+Control: TypeAlias = Literal["shuffled", "random-directions", "planted", "permuted"]
+CONTROLS: tuple[Control, ...] = ("shuffled", "random-directions", "planted", "permuted")
 
 _FREE = {"explainers", "judges", "scorers", "client", "client_options", "batch_size", "device"}
 
@@ -60,7 +61,7 @@ class RunConfig(BaseModel):
     scorers: tuple[str, ...] = ("detection", "fuzzing")
     client: str | None = None
     client_options: dict[str, str] = Field(default_factory=dict)
-    controls: tuple[Literal["shuffled", "random-directions", "planted", "permuted"], ...] = CONTROLS
+    controls: tuple[Control, ...] = CONTROLS
     embedding_model: str | None = None
     seed: int = 0
 

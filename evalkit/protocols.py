@@ -48,8 +48,13 @@ __all__ = [
 class FeatureSource(Protocol):
     """Answers "how active is feature f on these tokens". ``hidden`` is always the raw hidden state of the site."""
 
-    name: str
-    site: Site
+    @property
+    def name(self) -> str:
+        """Unique: model/site/kind/width/L0 or depth; the key everywhere."""
+
+    @property
+    def site(self) -> Site:
+        """Where it reads, and what it reconstructs."""
 
     @property
     def info(self) -> SourceInfo:

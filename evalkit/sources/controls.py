@@ -61,7 +61,7 @@ class RandomDirectionsSource:
     def directions(self) -> Float[Tensor, "d_model feature"]:
         generator = torch.Generator().manual_seed(derive(self.seed, "random-directions"))
         vectors = torch.randn(self.d_model, self.n_features, generator=generator)
-        return vectors / vectors.norm(dim=0)
+        return torch.nn.functional.normalize(vectors, dim=0)
 
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
@@ -77,7 +77,7 @@ class RandomDirectionsSource:
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The projection on the span of its directions."""
-        basis, _ = torch.linalg.qr(self.directions().to(hidden.device))
+        basis: Tensor = torch.linalg.qr(self.directions().to(hidden.device)).Q
         return (hidden.float() @ basis) @ basis.T
 
 

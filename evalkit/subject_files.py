@@ -11,7 +11,8 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from evalkit.errors import BadFile, MissingFile, require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hub_reachable", "load_model", "load_tokenizer", "looks_like_path"]
+__all__ = ["hub_reachable", "load_model", "load_tokenizer", "load_whole", "looks_like_path"]
 
 log = logging.getLogger(__name__)
 
@@ -76,24 +77,44 @@ def load_model(
     ``check(name, config)`` is called before the weights are read. Raises MissingFile (no such folder, hub id not
     reachable), BadFile (not a model, weights missing from it).
     """
+    local = Path(str(model)).expanduser()
+    name = local.resolve().stem if local.is_file() else local.resolve().name if local.exists() else str(model)
+    whole, tokenizer = load_whole(
+        model,
+        dtype=dtype,
+        revision=revision,
+        gguf_file=gguf_file,
+        check=None if check is None else lambda config: check(name, config),
+    )
+    return name, whole.get_decoder(), tokenizer
+
+
+def load_whole(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> tuple[Any, Any]:
+    """The causal language model with its output head, and its tokenizer. Quantised GGUF weights are written out."""
     place, options = _locate(model, revision, gguf_file)
     require("transformers", "model")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     shown = str(model)
-    local = Path(str(model)).expanduser()
-    name = local.resolve().stem if local.is_file() else local.resolve().name if local.exists() else shown
     config = _read(shown, "a model config", lambda: AutoConfig.from_pretrained(place, **options))
     if check:
-        check(name, config)
+        check(config)
     extra: dict[str, Any] = {"quantization_config": _gguf_config()} if "gguf_file" in options else {}
-    found, report = _read(
-        shown,
-        "a causal language model",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, **extra, **options
-        ),
-    )
+    with _quiet():
+        found, report = _read(
+            shown,
+            "a causal language model",
+            lambda: AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, output_loading_info=True, **extra, **options
+            ),
+        )
     if missing := sorted(report.get("missing_keys") or ()):
         raise BadFile(
             shown,
@@ -101,8 +122,21 @@ def load_model(
             seen=f"{len(missing)} missing, such as {missing[0]}",
             fix="download the model again",
         )
-    tokenizer = _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
-    return name, found.get_decoder(), tokenizer
+    return found, _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: only the command line draws."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _gguf_config() -> Any:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib import image
-from report.simulated import NAMES, simulate
 
 from evalkit.errors import BadConfig, InputError, StorageError
 from evalkit.report.frames import RunFrames
@@ -19,6 +17,7 @@ from evalkit.report.rows import Source, score_rows, sorted_sources
 from evalkit.report.scores_figure import scores_figure
 from evalkit.report.style import names_of, palette, short_number
 from evalkit.stats import macro_mean
+from tests.report.simulated import NAMES, simulate
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +144,4 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(frames: RunFrames
     with pytest.raises(StorageError) as error:
         plot_run(frames, tmp_path / "taken")
     assert error.value.subject == str(tmp_path / "taken" / "scores.png")
-    assert os.listdir(tmp_path) == ["taken"]
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

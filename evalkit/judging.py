@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from evalkit.errors import EvalkitError, MissingExtra, PluginError, StorageError
 from evalkit.examples import FeatureExamples
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Explainer, Judge, Progress, Scorer
-from evalkit.records import Explanation, FeatureId, JudgeItem
+from evalkit.records import Explanation, FeatureId, JudgeItem, ScoreExamples
 from evalkit.seeds import derive
 from evalkit.store import RunStore, ScoreKey
 
@@ -144,23 +144,25 @@ def _score_jobs(
 
 
 async def _prepare_judges(jobs: Sequence[_ScoreJob], progress: Progress) -> None:
-    """Judges that embed have a ``prepare``: all texts of the stage at once, each distinct one a single time."""
-    judges = {id(job.judge): job.judge for job in jobs}
-    for judge in judges.values():
+    """Judges that embed have a ``prepare``: all questions of the stage at once, so each distinct text is embedded once."""
+    for judge in {id(job.judge): job.judge for job in jobs}.values():
         prepare: Callable[..., Awaitable[None]] | None = getattr(judge, "prepare", None)
         if prepare is None:
             continue
         mine = [job for job in jobs if job.judge is judge]
-        texts = {example.text: None for job in mine for example in _windows(job.examples)}
-        explanations = {job.explanation.text: None for job in mine}
-        await prepare([JudgeItem(text) for text in texts], explanations=list(explanations), progress=progress)
+        tests = {(job.scorer.name, *job.key[:2]): job for job in mine}  # the same for every explanation
+        items = dict.fromkeys(item for job in tests.values() for item in _items(job))
+        explanations = dict.fromkeys(job.explanation.text for job in mine)
+        await prepare(list(items), explanations=list(explanations), progress=progress)
 
 
-def _windows(examples: FeatureExamples) -> Iterable[Any]:
-    for part in (examples.score.test, examples.score.calibration):
-        yield from part.positives
-        yield from part.decoys
-        yield from part.negatives
+def _items(job: _ScoreJob) -> Iterable[JudgeItem]:
+    """What a scorer will ask: its own ``items`` where it can tell, else every window whole."""
+    listed: Callable[[ScoreExamples], Sequence[JudgeItem]] | None = getattr(job.scorer, "items", None)
+    if listed is not None:
+        return listed(job.examples.score)
+    parts = (job.examples.score.test, job.examples.score.calibration)
+    return [JudgeItem(e.text) for part in parts for e in (*part.positives, *part.decoys, *part.negatives)]
 
 
 async def _run_all(stage: str, jobs: Sequence[Job], work: Callable[[Job], Awaitable[None]], progress: Progress) -> None:

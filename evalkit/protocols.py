@@ -108,6 +108,7 @@ class SourceReader(Protocol):
     """Opens dictionaries of one on-disk format. One small module per format."""
 
     format: str
+    options: frozenset[str]  # the names that ``read`` takes
 
     def matches(self, path: Path) -> bool:
         """Whether ``path`` (a file or folder) looks like this format; cheap, never raises."""

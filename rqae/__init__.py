@@ -3,5 +3,6 @@
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
 from rqae.model import RQAE
+from rqae.training import RqaeTrainingConfig, TrainingReport, held_out_fvu, train_rqae
 
-__all__ = ["RQAE", "RqaeConfig", "RqaeError"]
+__all__ = ["RQAE", "RqaeConfig", "RqaeError", "RqaeTrainingConfig", "TrainingReport", "held_out_fvu", "train_rqae"]

@@ -89,7 +89,14 @@ class BlockedEncoder:
 
     @classmethod
     def build(
-        cls, config: RqaeConfig, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, codebook: Tensor, canonical: Tensor
+        cls,
+        config: RqaeConfig,
+        w_in: Tensor,
+        b_in: Tensor,
+        w_out: Tensor,
+        b_out: Tensor,
+        codebook: Tensor,
+        canonical: Tensor,
     ) -> BlockedEncoder:
         """From the stacked layers: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d)."""
         count, width, dim = w_in.shape
@@ -118,7 +125,9 @@ class BlockedEncoder:
             codes[:, low] = chosen
             vectors[:, low * width : high * width] = self.codebook[low][chosen]
             return
-        middle = low + (1 << ((high - low - 1).bit_length() - 1))  # a power of two: a shorter depth takes the same steps
+        middle = low + (
+            1 << ((high - low - 1).bit_length() - 1)
+        )  # a power of two: a shorter depth takes the same steps
         self._solve(p, codes, vectors, low, middle)
         left, right = slice(low * width, middle * width), slice(middle * width, high * width)
         p[:, right].addmm_(vectors[:, left], self.gram[left, right], alpha=-1)

@@ -8,7 +8,6 @@ header before anything is read. Safetensors only: nothing is unpickled. Knows no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -36,7 +35,10 @@ def read_config(folder: Path) -> RqaeConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise RqaeError(
-            str(path), expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}", seen="no such file", fix="check the path"
+            str(path),
+            expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",
+            seen="no such file",
+            fix="check the path",
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -132,10 +134,12 @@ def write_checkpoint(folder: Path, config: RqaeConfig, tensors: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in flat.items()}, weights, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in flat.items()}, weights, metadata={"format": "pt"}
+        )
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(settings, folder / CONFIG_FILE)
+        weights.replace(folder / WEIGHTS_FILE)
+        settings.replace(folder / CONFIG_FILE)
     finally:
         weights.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)

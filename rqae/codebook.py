@@ -38,7 +38,9 @@ def normalised(codebook: Tensor) -> Tensor:
 
 def _grid_steps(levels: int) -> list[int]:
     """The grid's levels as integers with equal spacing around zero: -2..2 for 5 levels, -3, -1, 1, 3 for 4."""
-    return [2 * k - (levels - 1) for k in range(levels)] if levels % 2 == 0 else [k - levels // 2 for k in range(levels)]
+    return (
+        [2 * k - (levels - 1) for k in range(levels)] if levels % 2 == 0 else [k - levels // 2 for k in range(levels)]
+    )
 
 
 @cache
@@ -66,7 +68,7 @@ def distinct_codes(config: RqaeConfig) -> int:
     """How many different codes an input can get: 544 for the published codebook. The zero vector is never chosen."""
     canonical = canonical_indices(config)
     has_zero = config.quantization_method == "round_fsq" and config.codebook_size % 2 == 1 and config.codebook_size > 1
-    return len(canonical.unique()) - int(has_zero)
+    return len(set(canonical.tolist())) - int(has_zero)
 
 
 @cache

@@ -32,7 +32,12 @@ class RqaeConfig:
     quantization_method: str = "round_fsq"
 
     def __post_init__(self) -> None:
-        limits = {"dim": _MAX_SIZE, "codebook_dim": _MAX_CODEBOOK_DIM, "codebook_size": MAX_CODES, "num_quantizers": _MAX_SIZE}
+        limits = {
+            "dim": _MAX_SIZE,
+            "codebook_dim": _MAX_CODEBOOK_DIM,
+            "codebook_size": MAX_CODES,
+            "num_quantizers": _MAX_SIZE,
+        }
         for name, limit in limits.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:

@@ -28,7 +28,8 @@ def random_layers(config: RqaeConfig, generator: torch.Generator) -> dict[str, T
     count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
 
     def uniform(*shape: int, fan_in: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator) * 2 - 1) / fan_in**0.5
+        values: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) / fan_in**0.5
+        return values
 
     return {
         "w_in": uniform(count, width, dim, fan_in=dim),
@@ -73,7 +74,9 @@ def greedy_layers(
         covariance -= (moments.T @ solution) / len(sample)
         covariance = (covariance + covariance.T) / 2
         if layer == 0:
-            covariance += torch.outer(mean, mean).double()  # from about the mean to about zero, where the residual now is
+            covariance += torch.outer(
+                mean, mean
+            ).double()  # from about the mean to about zero, where the residual now is
         mean = torch.zeros_like(mean)
         for name, value in zip(layers, (w_in, b_in, solution[:width].T.float(), solution[width].float()), strict=True):
             layers[name].append(value)

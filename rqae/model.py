@@ -18,7 +18,7 @@ from rqae.codebook import canonical_indices, grid_codebook, normalised
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
 
-__all__ = ["RQAE"]
+__all__ = ["RQAE", "initial_codebook"]
 
 _HALF_PRECISION = 4e-3  # how far a grid stored in bfloat16 may be from the exact one
 
@@ -53,7 +53,12 @@ class RQAE(nn.Module):
         self.config = config
         count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
         given = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out}
-        shapes = {"w_in": (count, width, dim), "b_in": (count, width), "w_out": (count, dim, width), "b_out": (count, dim)}
+        shapes = {
+            "w_in": (count, width, dim),
+            "b_in": (count, width),
+            "w_out": (count, dim, width),
+            "b_out": (count, dim),
+        }
         counts = torch.zeros(count, config.num_codes) if codebook_counts is None else codebook_counts
         given |= {"codebook": _codebook(config, codebook), "codebook_counts": counts}
         shapes |= {"codebook": (count, config.num_codes, width), "codebook_counts": (count, config.num_codes)}
@@ -151,8 +156,14 @@ def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
     """The codebook to compute with: the exact grid, or the learned codes normalised."""
     if config.is_grid:
         rounded = config.quantization_method == "round_fsq"
-        grid = grid_codebook(config.codebook_size, config.codebook_dim, rounded=rounded).expand(config.num_quantizers, -1, -1)
-        if given is not None and given.shape == grid.shape and not (given.float() - grid).abs().max() <= _HALF_PRECISION:
+        grid = grid_codebook(config.codebook_size, config.codebook_dim, rounded=rounded).expand(
+            config.num_quantizers, -1, -1
+        )
+        if (
+            given is not None
+            and given.shape == grid.shape
+            and not (given.float() - grid).abs().max() <= _HALF_PRECISION
+        ):
             raise RqaeError(
                 "tensor 'codebook'",
                 expected=f"the {config.quantization_method} grid of {config.codebook_size} levels",
@@ -168,3 +179,11 @@ def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
             fix="give the codebook of the checkpoint",
         )
     return normalised(given.float())
+
+
+def initial_codebook(config: RqaeConfig, generator: torch.Generator) -> Tensor:
+    """The codebook that training starts from (and keeps): the grid, or seeded random directions, (n_q, K, c)."""
+    if config.is_grid:
+        return _codebook(config, None)
+    shape = (config.num_quantizers, config.num_codes, config.codebook_dim)
+    return normalised(torch.randn(shape, generator=generator))

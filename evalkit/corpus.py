@@ -94,7 +94,7 @@ class Corpus:
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             documents = np.load(folder / "documents.npy", allow_pickle=False)
             lengths = np.load(folder / "lengths.npy", allow_pickle=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise BadFile(
                 str(folder), expected="a corpus folder", seen=str(error)[:200], fix="delete it and tokenise again"
             ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from evalkit.errors import BadConfig, BadFile, EvalkitError, MissingFile, StorageError, require
 from evalkit.progress import SILENT
-from evalkit.subject_files import hub_reachable
+from evalkit.subject_files import hub_reachable, load_whole, quiet
 
 if TYPE_CHECKING:
     from evalkit.protocols import Progress
@@ -238,11 +238,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     against 1.4e-3) and their range fits; computing in bfloat16 afterwards is the same to its own noise.
     """
     torch: Any = require("torch", "model")
-    from evalkit.subject_files import load_whole
-
     model, tokenizer = load_whole(gguf, dtype=torch.float32)
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.to(torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -6,13 +6,14 @@ within seconds is not asked again: what is in the local cache is used, or the er
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from evalkit.errors import BadFile, MissingFile, require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hub_reachable", "load_model", "load_tokenizer", "load_whole", "looks_like_path"]
+__all__ = ["hub_reachable", "load_model", "load_tokenizer", "load_whole", "looks_like_path", "quiet"]
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def load_whole(
     if check:
         check(config)
     extra: dict[str, Any] = {"quantization_config": _gguf_config()} if "gguf_file" in options else {}
-    with _quiet():
+    with quiet():
         found, report = _read(
             shown,
             "a causal language model",
@@ -126,14 +127,15 @@ def load_whole(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: only the command line draws."""
+def quiet() -> Iterator[None]:
+    """No progress bars of other libraries: only the command line draws."""
     from transformers.utils import logging as theirs
 
     shown = theirs.is_progress_bar_enabled()
     theirs.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar of its own that nothing else turns off
+            yield
     finally:
         if shown:
             theirs.enable_progress_bar()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,46 +46,38 @@ def token_pieces(tokenizer: Any, ids: Iterable[int]) -> tuple[str, ...]:
 
 
 class _Table:
-    """Bytes of each token, and its text where these bytes are text by themselves."""
+    """Bytes of each token, and its text where these bytes are text by themselves. An id without a token has no bytes."""
 
-    def __init__(self, raw: Sequence[bytes], strip_first_space: bool, lossy_runs: Sequence[bool]) -> None:
+    def __init__(self, raw: Sequence[bytes | None], byte_tokens: Sequence[bool], *, strip_first_space: bool) -> None:
         self._raw = raw
+        self._byte_tokens = byte_tokens  # sentencepiece replaces these one by one where a run of them is invalid
+        self._has_byte_tokens = any(byte_tokens)
         self._strip = strip_first_space
-        self._lossy = lossy_runs  # tokens of one byte that sentencepiece replaces one by one where a run is invalid
-        self._text: list[str | None] = [_strict(data) for data in raw]
+        self._text: list[str | None] = [None if data is None else _strict(data) for data in raw]
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """One piece per id."""
         size = len(self._text)
-        found = [self._text[index] if index < size else "" for index in ids]
-        whole = [text for text in found if text is not None]
-        pieces = whole if len(whole) == len(found) else self._join(ids)
+        found = [self._text[index] if index < size else None for index in ids]
+        pieces = [text for text in found if text is not None]
+        if len(pieces) < len(found):
+            pieces = self._join(ids)
         if self._strip:
             first = next((place for place, piece in enumerate(pieces) if piece), 0)
             pieces[first] = pieces[first].removeprefix(" ")
         return tuple(pieces)
 
     def _join(self, ids: Sequence[int]) -> list[str]:
-        """Pieces of a sequence in which some characters are split over tokens."""
-        size = len(self._raw)
-        pieces: list[str] = []
-        start = 0
-        while start < len(ids):
-            end = start + 1
-            if not any(self._lossy):
-                end = len(ids)
-            elif self._is_byte(ids[start]):
-                while end < len(ids) and self._is_byte(ids[end]):
-                    end += 1
-            raw = [self._raw[index] if index < size else b"" for index in ids[start:end]]
-            if any(self._lossy) and self._is_byte(ids[start]) and _strict(b"".join(raw)) is None:
-                pieces += ["\ufffd"] * len(raw)
-            else:
-                pieces += _split(raw)
-            start = end
+        """Pieces of a sequence in which some characters are split over tokens, or some ids have no token."""
+        pieces = [""] * len(ids)
+        known = [place for place, index in enumerate(ids) if index < len(self._raw) and self._raw[index] is not None]
+        for is_bytes, run in groupby(known, lambda place: self._has_byte_tokens and self._byte_tokens[ids[place]]):
+            places = list(run)
+            raw = [self._raw[ids[place]] or b"" for place in places]
+            valid = not is_bytes or _strict(b"".join(raw)) is not None
+            for place, piece in zip(places, _split(raw) if valid else ["\ufffd"] * len(raw), strict=True):
+                pieces[place] = piece
         return pieces
-
-    def _is_byte(self, index: int) -> bool:
-        return index < len(self._lossy) and self._lossy[index]
 
 
 def _strict(data: bytes) -> str | None:
@@ -122,16 +114,15 @@ def _width(data: bytes, offset: int) -> int:
 
 def _make_table(tokenizer: Any) -> _Table | None:
     """The table of a tokenizer whose decoder is byte-level or sentencepiece's, None where it does not speak for it."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-    names = ["" if token is None else str(token) for token in tokens]
-    none = [False] * len(names)
-    byte_tokens = [bool(_BYTE_TOKEN.fullmatch(name)) and name not in added for name in names]
-    pieced = [_from_sentencepiece(name) for name in names]
+    byte_tokens = [name is not None and bool(_BYTE_TOKEN.fullmatch(name)) and name not in added for name in names]
+    plain = [None if name is None else _from_bytes(name) for name in names]
+    pieced = [None if name is None else _from_sentencepiece(name) for name in names]
     for table in (
-        _Table([_from_bytes(name) for name in names], False, none),
-        _Table(pieced, False, byte_tokens),
-        _Table(pieced, True, byte_tokens),
+        _Table(plain, [False] * len(names), strip_first_space=False),
+        _Table(pieced, byte_tokens, strip_first_space=False),
+        _Table(pieced, byte_tokens, strip_first_space=True),
     ):
         if _speaks_for(table, tokenizer):
             return table

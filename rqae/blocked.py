@@ -24,6 +24,9 @@ from rqae.literal import choose_codes
 __all__ = ["BlockedEncoder", "GridQuantiser", "Quantiser", "TableQuantiser"]
 
 _TIE = 4e-7  # relative; a few units in the last place of float32
+_CHUNK = (
+    1024  # rows at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
+)
 
 
 class Quantiser:
@@ -51,21 +54,23 @@ class GridQuantiser(Quantiser):
         device, levels, dim = codebook.device, config.codebook_size, config.codebook_dim
         self._codebook, self._canonical = codebook[0], canonical
         steps = torch.tensor(sorted_patterns(levels, dim), dtype=torch.float64)  # (S, c)
-        self._patterns = (steps / steps.norm(dim=-1, keepdim=True)).to(device, torch.float32).T.contiguous()
+        self._patterns = (steps / steps.norm(dim=-1, keepdim=True)).to(device, torch.float32)
         self._steps = (steps if levels % 2 else steps / 2).to(device, torch.float32)  # even grids step by two
         self._place = torch.tensor([float(levels ** (dim - 1 - a)) for a in range(dim)], device=device)
-        self._centre = float((levels**dim - 1) / 2)
+        self._centre = (levels**dim - 1) / 2
+        self._zero_is_a_level = levels % 2 == 1
 
     def __call__(self, p: Tensor, quantizer: int) -> Tensor:
         magnitudes, order = p.abs().sort(dim=-1, descending=True)  # (N, c)
-        cosines = magnitudes @ self._patterns  # (N, S), each times |p|
-        best, pattern = cosines.max(dim=-1)
-        signed_place = torch.where(p > 0, self._place, -self._place).gather(1, order)
-        codes = ((self._steps[pattern] * signed_place).sum(dim=-1) + self._centre).long()
-        codes = self._canonical[codes]
-        tied = (cosines >= (best * (1 - _TIE))[:, None]).sum(dim=-1) > 1
-        tied |= (magnitudes[:, 1:] == magnitudes[:, :-1]).any(dim=-1) | (magnitudes[:, -1] == 0)
-        if tied.any():
+        cosines = self._patterns @ magnitudes.T  # (S, N), each times |p|
+        best, pattern = cosines.max(dim=0)
+        signed_place = torch.copysign(self._place, p).gather(1, order)
+        index = (self._steps.index_select(0, pattern) * signed_place).sum(dim=-1).add_(self._centre)
+        codes = self._canonical.index_select(0, index.long())
+        close = cosines >= best * (1 - _TIE)  # the best itself, and what ties with it to rounding
+        equal = magnitudes[:, 1:] == magnitudes[:, :-1]
+        if int(torch.count_nonzero(close)) > len(p) or bool(equal.any()) or not self._zero_is_a_level:
+            tied = (close.sum(dim=0) > 1) | equal.any(dim=-1) | (magnitudes[:, -1] == 0)
             codes[tied] = choose_codes(p[tied], self._codebook, self._canonical)
         return codes
 
@@ -110,20 +115,20 @@ class BlockedEncoder:
     def encode(self, x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """x (N, d) → codes (N, depth) int64 and their vectors side by side (N, depth · c)."""
         end = depth * self.codebook.shape[-1]
-        p = torch.addmm(self.bias[:end], x, self.weight[:, :end])  # (N, depth · c)
-        codes = torch.empty(len(x), depth, dtype=torch.int64, device=x.device)
-        vectors = torch.empty_like(p)
-        if depth:
-            self._solve(p, codes, vectors, 0, depth)
-        return codes, vectors
+        codes = torch.empty(depth, len(x), dtype=torch.int64, device=x.device)
+        vectors = torch.empty(len(x), end, device=x.device)
+        for start in range(0, len(x), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            p = torch.addmm(self.bias[:end], x[rows], self.weight[:, :end])  # (rows, depth · c)
+            self._solve(p, codes[:, rows], vectors[rows], 0, depth)
+        return codes.T.contiguous(), vectors
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1, whose p already lacks everything left of ``low``."""
         width = self.codebook.shape[-1]
         if high - low == 1:
-            chosen = self.quantise(p[:, low * width : high * width].contiguous(), low)
-            codes[:, low] = chosen
-            vectors[:, low * width : high * width] = self.codebook[low][chosen]
+            codes[low] = self.quantise(p[:, low * width : high * width].contiguous(), low)
+            vectors[:, low * width : high * width] = self.codebook[low].index_select(0, codes[low])
             return
         middle = low + (
             1 << ((high - low - 1).bit_length() - 1)

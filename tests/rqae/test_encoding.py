@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rqae import RQAE, RqaeConfig, RqaeError
+from rqae.blocked import GridQuantiser, TableQuantiser
+from rqae.codebook import canonical_indices, grid_codebook
+from rqae.literal import encode_literal
+from tests.rqae.models import random_rqae
+
+FAMILIES = [
+    RqaeConfig(32, 4, 5, 23),
+    RqaeConfig(32, 3, 7, 9),
+    RqaeConfig(32, 4, 4, 9),
+    RqaeConfig(32, 2, 9, 8),
+    RqaeConfig(32, 4, 2, 5),
+    RqaeConfig(32, 1, 5, 4),
+    RqaeConfig(32, 4, 3, 12, "fsq"),
+    RqaeConfig(32, 5, 40, 11, "learned"),
+]
+
+
+def in_float64(model: RQAE, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Codes from the definition, one token at a time in float64, and the margin of each choice."""
+    codes = np.zeros((len(x), model.config.num_quantizers), dtype=np.int64)
+    margins = np.zeros(codes.shape)
+    layers = [t.double().numpy() for t in (model.w_in, model.b_in, model.w_out, model.b_out, model.codebook)]
+    canonical = model.canonical.numpy()
+    for row, token in enumerate(x.double().numpy()):
+        residual = token.copy()
+        for i, (w_in, b_in, w_out, b_out, book) in enumerate(zip(*layers, strict=True)):
+            p = w_in @ residual + b_in
+            scores = book @ (p / np.linalg.norm(p))
+            best = canonical[int(scores.argmax())]
+            margins[row, i] = scores[best] - scores[canonical != best].max()
+            codes[row, i] = best
+            residual -= w_out @ book[best] + b_out
+    return codes, margins
+
+
+@pytest.mark.parametrize(
+    "config", FAMILIES, ids=lambda c: f"{c.quantization_method}-{c.codebook_size}-{c.codebook_dim}"
+)
+def test_both_encodings_follow_the_definition(config):
+    model = random_rqae(config)
+    x = torch.randn(200, config.dim, generator=torch.Generator().manual_seed(1))
+    codes, margins = in_float64(model, x)
+    decided = np.minimum.accumulate(margins, axis=1) > 1e-4  # up to the first choice that rounding could turn
+    assert decided.mean() > 0.9
+    for found in (encode_literal(model, x), model.encode(x)):
+        assert found.dtype == torch.int64 and found.shape == codes.shape
+        np.testing.assert_array_equal(found.numpy()[decided], codes[decided])
+
+
+def test_codes_are_canonical_and_decode_adds_up():
+    model = random_rqae(RqaeConfig(16, num_quantizers=12))
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
+    codes = model.encode(x)
+    assert codes.shape == (3, 5, 12)
+    assert torch.equal(model.canonical[codes], codes)
+    expected = sum(model.codebook[i][codes[..., i]] @ model.w_out[i].T + model.b_out[i] for i in range(7))
+    torch.testing.assert_close(model.decode(codes, 7), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.decode(codes[..., :7]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shorter_depth_is_a_prefix():
+    model = random_rqae(RqaeConfig(64, num_quantizers=100))
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(3))
+    whole = model.encode(x)
+    for depth in (1, 2, 16, 33, 64, 99):
+        assert torch.equal(model.encode(x, depth), whole[:, :depth])
+
+
+def test_codes_of_a_context_do_not_depend_on_the_batch():
+    model = random_rqae(RqaeConfig(576, num_quantizers=64))
+    x = torch.randn(2304, 576, generator=torch.Generator().manual_seed(4))
+    whole = model.encode(x)
+    for size in (128, 384, 1024):
+        assert torch.equal(torch.cat([model.encode(part) for part in x.split(size)]), whole)
+
+
+def identity_rqae(levels: int = 5, width: int = 4) -> RQAE:
+    """One quantizer that reads and writes its codebook vector unchanged."""
+    eye = torch.eye(width)[None]
+    return RQAE(RqaeConfig(width, width, levels, 1), eye, torch.zeros(1, width), eye, torch.zeros(1, width))
+
+
+@given(st.integers(0, 624), st.floats(1e-3, 1e3))
+def test_a_code_vector_of_any_length_encodes_to_itself(index, length):
+    model = identity_rqae()
+    if index == 312:
+        return
+    codes = model.encode(model.codebook[0, index] * length)
+    assert codes.tolist() == [int(model.canonical[index])]
+    torch.testing.assert_close(model.decode(codes), model.codebook[0, index])
+
+
+def test_zero_takes_the_lowest_index():
+    model = identity_rqae()
+    assert model.encode(torch.zeros(2, 4)).tolist() == [[0], [0]]
+    assert encode_literal(model, torch.zeros(2, 4)).tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("levels,p,code", [(2, (1.0, 0, 0, 0), 8), (2, (0, 0, 0, 1.0), 1), (2, (0, -1.0, 0, 1.0), 1)])
+def test_ties_take_the_lowest_index(levels, p, code):
+    """With levels -1 and 1 the sign of a zero is free: the lowest index has -1 there."""
+    model = identity_rqae(levels)
+    assert model.encode(torch.tensor([p])).tolist() == [[code]]
+
+
+vectors = st.lists(st.floats(-10, 10, width=32, allow_subnormal=False), min_size=4, max_size=4)
+integers = st.lists(st.integers(-3, 3).map(float), min_size=4, max_size=4)
+
+
+@settings(max_examples=300)
+@given(st.one_of(vectors, integers), st.sampled_from([2, 3, 4, 5, 7]))
+def test_symmetric_quantiser_agrees_with_the_table(p, levels):
+    config = RqaeConfig(4, 4, levels, 1)
+    codebook, canonical = grid_codebook(levels, 4, rounded=True)[None], canonical_indices(config)
+    row = torch.tensor([p])
+    fast = int(GridQuantiser(config, codebook, canonical)(row, 0))
+    table = int(TableQuantiser(codebook, canonical)(row, 0))
+    if fast != table:  # only where the two are equally good to rounding
+        unit = row.double()[0] / row.double().norm()
+        exact = codebook[0].double() @ unit
+        assert abs(float(exact[fast] - exact[table])) < 3e-7
+        assert float(exact.max() - exact[fast]) < 3e-7
+
+
+def test_rebuilt_when_a_weight_changes():
+    model = random_rqae(RqaeConfig(16, num_quantizers=4))
+    x = torch.randn(50, 16)
+    before = model.encode(x)
+    model.w_in.neg_()
+    model.b_in.neg_()
+    after = model.encode(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, encode_literal(model, x))
+
+
+def test_bad_input_is_named():
+    model = random_rqae(RqaeConfig(16, num_quantizers=4))
+    x = torch.randn(6, 16)
+    x[4, 3] = torch.nan
+    with pytest.raises(RqaeError, match="RQAE input row 4: expected finite numbers; seen NaN or infinity"):
+        model.encode(x)
+    x[4, 3] = -torch.inf
+    with pytest.raises(RqaeError, match="row 4"):
+        model.encode(x)
+    with pytest.raises(RqaeError, match=r"expected last dimension 16; seen shape \[6, 15\]"):
+        model.encode(x[:, :15])
+    with pytest.raises(RqaeError, match="depth: expected 1 to 4; seen 5"):
+        model.encode(torch.randn(2, 16), 5)
+    with pytest.raises(RqaeError, match="expected 0 to 624; seen 0 to 625"):
+        model.decode(torch.tensor([[0, 625]]))
+    assert model.encode(torch.empty(0, 16)).shape == (0, 4)

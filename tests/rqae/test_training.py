@@ -1,0 +1,178 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rqae import RQAE, RqaeConfig, RqaeError, RqaeTrainingConfig, held_out_fvu, train_rqae
+from rqae.gradients import loss_and_gradients
+from tests.rqae.models import random_rqae
+
+SMALL = RqaeTrainingConfig(
+    dim=24, num_quantizers=12, init_tokens=2000, steps=30, batch_tokens=256, warmup_steps=5, checkpoint_every=10
+)
+
+
+def activations(count: int, seed: int, dim: int = 24) -> torch.Tensor:
+    """Rows of one length, as a norm gives, with a mean and unequal directions."""
+    mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) * torch.linspace(2, 0.1, dim)
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, dim, generator=g) @ mixing.T + torch.linspace(-3, 3, dim)
+    return rows * torch.rsqrt(rows.square().mean(dim=1, keepdim=True))
+
+
+TRAIN, HELD_OUT = activations(8000, 1), activations(2000, 2)
+
+
+@pytest.mark.parametrize("method,size", [("round_fsq", 5), ("fsq", 3), ("vq", 30)])
+def test_gradients_agree_with_autograd_on_the_definition(method, size):
+    model = random_rqae(RqaeConfig(24, 4, size, 6, method))
+    x = activations(50, 3)
+    layers = {name: getattr(model, name) for name in ("w_in", "b_in", "w_out", "b_out")}
+    squared, gradients, codes = loss_and_gradients(x, layers, model.encoder())
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in layers.items()}
+    residual, total = x, torch.zeros_like(x)
+    for i in range(6):
+        p = residual @ leaves["w_in"][i].T + leaves["b_in"][i]
+        straight_through = p + (model.codebook[i][codes[:, i]] - p).detach()
+        out = straight_through @ leaves["w_out"][i].T + leaves["b_out"][i]
+        residual, total = residual - out.detach(), total + out
+    loss = (total - x).square().mean()
+    loss.backward()
+    assert float(squared.sum() / x.numel()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(gradients[name], leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def pca_fvu(train: torch.Tensor, rows: torch.Tensor, components: int) -> float:
+    mean = train.mean(dim=0)
+    _, _, v = torch.linalg.svd(train - mean, full_matrices=False)
+    kept = (rows - mean) @ v[:components].T @ v[:components]
+    return float((rows - mean - kept).square().sum() / (rows - rows.mean(dim=0)).square().sum())
+
+
+def test_beats_its_start_a_random_start_and_pca_of_some_components():
+    model, report = train_rqae(TRAIN, SMALL, held_out=HELD_OUT)
+    assert report.steps == 30 and report.tokens == 30 * 256
+    assert set(report.fvu_held_out) == {1, 4, 12}
+    assert report.fvu_held_out[12] < report.fvu_start[12]
+    assert report.fvu_held_out[12] < pca_fvu(TRAIN, HELD_OUT, 12)
+    assert report.fvu_held_out[1] > report.fvu_held_out[4] > report.fvu_held_out[12]
+    _, random = train_rqae(TRAIN, replace(SMALL, initialisation="random"), held_out=HELD_OUT)
+    assert report.fvu_held_out[12] < random.fvu_held_out[12] < random.fvu_start[12]
+    error = (model.decode(model.encode(HELD_OUT)) - HELD_OUT).square().sum()
+    variance = (HELD_OUT - HELD_OUT.mean(dim=0)).square().sum()
+    assert report.fvu_held_out[12] == pytest.approx(float(error / variance), rel=1e-4)
+
+
+def test_counts_are_the_shares_of_the_codes():
+    model, _ = train_rqae(TRAIN, SMALL)
+    torch.testing.assert_close(model.codebook_counts.sum(dim=1), torch.ones(12), rtol=0, atol=1e-4)
+    used = model.encode(TRAIN[:4000])[:, 0]
+    shares = torch.bincount(used, minlength=625) / len(used)
+    assert float((model.codebook_counts[0] - shares).abs().sum()) < 0.5
+    assert float(model.codebook_counts[:, model.canonical != torch.arange(625)].sum()) == 0
+
+
+def same(a: RQAE, b: RQAE) -> bool:
+    return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+
+
+def test_seeded_and_the_same_from_an_array_a_memory_map_or_a_tensor(tmp_path):
+    first, _ = train_rqae(TRAIN, SMALL)
+    np.save(tmp_path / "rows.npy", TRAIN.numpy())
+    second, _ = train_rqae(np.load(tmp_path / "rows.npy", mmap_mode="r"), SMALL)
+    other, _ = train_rqae(TRAIN, replace(SMALL, seed=1))
+    assert same(first, second)
+    assert not same(first, other)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopsAt:
+    """Progress that breaks off the training after some steps."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.seen, self.started, self.finished = limit, 0, [], 0
+
+    def start(self, description, total, unit):
+        self.started.append((description, total, unit))
+        return len(self.started)
+
+    def advance(self, task, amount=1):
+        self.seen += amount * (task == len(self.started) and "all" in self.started[-1][0])
+        if self.seen == self.limit:
+            raise Interrupted
+
+    def finish(self, task):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_resumed_training_ends_the_same(tmp_path, stream):
+    def source():
+        return iter(TRAIN.split(700)) if stream else TRAIN
+
+    whole, _ = train_rqae(source(), SMALL)
+    config = replace(SMALL, checkpoint=tmp_path / "training.pt")
+    with pytest.raises(Interrupted):
+        train_rqae(source(), config, progress=StopsAt(17))
+    resumed, report = train_rqae(source(), config)
+    assert same(whole, resumed)
+    assert report.tokens == 20 * 256 and report.steps == 30  # steps 10 to 29 were done again
+    with pytest.raises(RqaeError, match="expected a checkpoint of this training configuration; seen another"):
+        train_rqae(source(), replace(config, learning_rate=1.0))
+
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"config": Payload()}, tmp_path / "training.pt")
+    with pytest.raises(RqaeError, match="expected a training checkpoint"):
+        train_rqae(TRAIN, replace(SMALL, checkpoint=tmp_path / "training.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_progress_is_told_of_both_stages():
+    progress = StopsAt(10**9)
+    train_rqae(TRAIN, SMALL, progress=progress)
+    assert progress.started == [
+        ("fitting quantizers in sequence", 12, "quantizers"),
+        ("training all quantizers", 30, "steps"),
+    ]
+    assert progress.seen == 30 and progress.finished == 2
+
+
+def test_bad_rows_and_options():
+    with pytest.raises(RqaeError, match=r"training activations: expected rows of 24 numbers; seen shape \[2000, 23\]"):
+        train_rqae(TRAIN[:, :23], SMALL)
+    with pytest.raises(RqaeError, match="expected at least one row; seen none"):
+        train_rqae(iter([]), SMALL)
+    broken = TRAIN.clone()
+    broken[:, 3] = torch.nan
+    with pytest.raises(RqaeError, match="expected finite numbers"):
+        train_rqae(broken, SMALL)
+    with pytest.raises(RqaeError, match="'batch_tokens': expected at least 1; seen 0"):
+        train_rqae(TRAIN, replace(SMALL, batch_tokens=0))
+
+
+def test_degenerate_data_trains_without_nan():
+    low_rank = TRAIN[:, :3] @ torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    model, report = train_rqae(low_rank, SMALL, held_out=low_rank)
+    assert report.fvu_held_out[12] < 0.05
+    constant = torch.ones(500, 24)
+    model, _ = train_rqae(constant, replace(SMALL, steps=3))
+    torch.testing.assert_close(model.decode(model.encode(constant)), constant, rtol=0, atol=1e-2)
+
+
+def test_held_out_fvu_of_perfect_and_mean_reconstruction():
+    model = random_rqae(RqaeConfig(24, num_quantizers=2))
+    model.w_out.zero_()
+    model.b_out.zero_()
+    model.b_out[0] = HELD_OUT.mean(dim=0)
+    assert held_out_fvu(model, HELD_OUT, batch_tokens=300)[2] == pytest.approx(1, rel=1e-5)
+    assert np.isnan(held_out_fvu(model, torch.ones(300, 24))[2])  # no variance to explain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalkit.errors import InputError
@@ -23,6 +23,7 @@ def text_and_marks(draw: st.DrawFn) -> tuple[str, tuple[tuple[int, int], ...]]:
     return text, pairs
 
 
+@settings(deadline=None)
 @given(text_and_marks())
 def test_strip_and_parse_undo_render(case: tuple[str, tuple[tuple[int, int], ...]]) -> None:
     text, marks = case
@@ -30,12 +31,14 @@ def test_strip_and_parse_undo_render(case: tuple[str, tuple[tuple[int, int], ...
     assert parse(render(text, marks)) == (text, marks)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<>\\a", max_size=8))
 def test_touching_marks_survive(text: str) -> None:
     marks = tuple((i, i + 1) for i in range(len(text)))  # every character its own mark
     assert parse(render(text, marks)) == (text, marks)
 
 
+@settings(deadline=None)
 @given(hostile)
 def test_text_without_marks_never_shows_one(text: str) -> None:
     written = render(text, ())
@@ -67,6 +70,7 @@ def test_marked_tokens_use_the_excess_over_the_threshold() -> None:
     assert marked_tokens((), 0.0) == ()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), max_size=20), st.floats(-1e6, 1e6), st.floats(0, 1))
 def test_marks_are_active_and_hold_the_peak(values: list[float], threshold: float, share: float) -> None:
     flags = marked_tokens(values, threshold, share)
@@ -80,6 +84,7 @@ def test_levels() -> None:
     assert levels((0.0, 0.5), 0.0, 0.0) == (0, 10)
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=20))
 def test_runs_rebuild_the_flags(flags: list[bool]) -> None:
     found = runs(flags)
@@ -105,6 +110,7 @@ def test_a_run_without_text_takes_its_character() -> None:
     assert spans(("€", "", ""), (True, False, True)) == ((0, 1),)  # two runs, one character: one mark
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(alphabet=" \nab€", max_size=3), st.booleans()), max_size=12))
 def test_spans_can_always_be_rendered(pairs: list[tuple[str, bool]]) -> None:
     tokens, flags = [p[0] for p in pairs], [p[1] for p in pairs]

@@ -1,0 +1,167 @@
+"""The judge that asks a language model, k texts at a time for a list of 0 and 1, or one text for yes or no with P(yes).
+
+Prompts are the versioned files ``prompts/list_v1.toml`` and ``prompts/single_v1.toml``; explanation and texts enter them as
+JSON strings, so no text can end its own quotes. Replies are constrained where the client can. One that cannot be read is
+asked for once more, then its items are unscored with the reason. Knows nothing of labels; the client is the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, TypeAlias
+
+from evalkit.errors import BadConfig
+from evalkit.markup import render
+from evalkit.protocols import Client
+from evalkit.records import Answer, JudgeItem, Message, Response
+from scorers.judges.parsing import Unparsable, parse_list, parse_yes_no, probability_of_yes
+
+__all__ = ["LlmJudge", "list_prompt", "list_schema", "single_prompt"]
+
+Mode: TypeAlias = Literal["list", "single"]
+CHOICES = ("yes", "no")
+_LOGPROBS = 10  # candidates of the first token; "yes" and "no" with their spellings fit easily
+_TOKENS_PER_ANSWER, _TOKENS_AROUND = 4, 16
+
+
+@cache
+def _prompt(mode: Mode, marked: bool) -> dict[str, Any]:
+    text = files("scorers.judges").joinpath(f"prompts/{mode}_v1.toml").read_text(encoding="utf-8")
+    section: dict[str, Any] = tomllib.loads(text)["marked" if marked else "plain"]
+    return section
+
+
+class LlmJudge:
+    """Asks ``client``.
+
+    ``mode``: "list" (``batch_size`` texts a request) or "single" (one text, P(yes) where the client gives
+    log-probabilities). ``seed`` goes to the client, mixed with the request. Raises BadConfig.
+    """
+
+    name = "llm"
+    probabilistic = True
+
+    def __init__(self, client: Client | None, mode: Mode = "list", batch_size: int = 5, seed: int = 0) -> None:
+        if client is None:
+            raise BadConfig("judge 'llm'", expected="a client", seen="none", fix="name a client of a language model")
+        if mode not in ("list", "single"):
+            raise BadConfig("mode of judge 'llm'", expected="list or single", seen=repr(mode), fix="use one of these")
+        if batch_size < 1:
+            raise BadConfig("batch_size of judge 'llm'", expected="at least 1", seen=str(batch_size), fix="use 5")
+        self.client, self.mode, self.batch_size, self.seed = client, mode, batch_size, seed
+        self.version = f"{mode}-1"
+
+    async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
+        """As many answers as items, in their order. Raises ClientError where the model cannot be reached."""
+        size = self.batch_size if self.mode == "list" else 1
+        batches = []
+        for marked in (False, True):  # the two kinds of question have different prompts
+            chosen = [index for index, item in enumerate(items) if (item.marks is not None) == marked]
+            batches += [chosen[first : first + size] for first in range(0, len(chosen), size)]
+        ask = self._ask_list if self.mode == "list" else self._ask_single
+        replies = await asyncio.gather(*(ask(explanation, [items[index] for index in batch]) for batch in batches))
+        answers = [Answer(None, reason="not asked")] * len(items)
+        for batch, reply in zip(batches, replies, strict=True):
+            for index, answer in zip(batch, reply, strict=True):
+                answers[index] = answer
+        return answers
+
+    async def _ask_list(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
+        messages, count = list_prompt(explanation, batch), len(batch)
+        reason = ""
+        for _ in range(2):
+            response = await self.client.generate(
+                messages,
+                schema=list_schema(count),
+                seed=self._seed(messages),
+                max_tokens=_TOKENS_PER_ANSWER * count + _TOKENS_AROUND,
+            )
+            try:
+                return [Answer(match, confidence=float(match)) for match in parse_list(response.text, count)]
+            except Unparsable as error:
+                reason = str(error)
+                messages = _again(messages, response, f"a JSON list of exactly {count} numbers, each 0 or 1")
+        return [Answer(None, reason=reason)] * count
+
+    async def _ask_single(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
+        messages = single_prompt(explanation, batch[0])
+        reason = ""
+        for _ in range(2):
+            response = await self.client.generate(
+                messages, choices=CHOICES, logprobs=_LOGPROBS, seed=self._seed(messages), max_tokens=1
+            )
+            yes = probability_of_yes(response.logprobs[0]) if response.logprobs else None
+            if yes is not None:
+                return [Answer(yes > 0.5, confidence=yes, probability=yes)]
+            try:
+                match = parse_yes_no(response.text)
+            except Unparsable as error:
+                reason = str(error)
+                messages = _again(messages, response, "one word, yes or no")
+            else:
+                return [Answer(match, confidence=float(match))]
+        return [Answer(None, reason=reason)]
+
+    def _seed(self, messages: Sequence[Message]) -> int:
+        """31 bits from the judge's seed and the request, so that no two requests share their noise."""
+        text = "\x1f".join([str(self.seed), *(message.content for message in messages)])
+        return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big") >> 1
+
+
+def list_schema(count: int) -> dict[str, Any]:
+    """The JSON schema of a list of ``count`` answers."""
+    return {"type": "array", "items": {"enum": [0, 1]}, "minItems": count, "maxItems": count}
+
+
+def list_prompt(explanation: str, items: Sequence[JudgeItem]) -> list[Message]:
+    """The chat messages that ask for one list of answers. The items are all marked or all not."""
+    marked = bool(items) and items[0].marks is not None
+    prompt = _prompt("list", marked)
+    messages = [Message("system", prompt["system"].strip())]
+    for shot in prompt["shots"]:
+        messages.append(Message("user", _list_question(shot["description"], shot["texts"])))
+        messages.append(Message("assistant", json.dumps(shot["answers"])))
+    return [*messages, Message("user", _list_question(explanation, [_shown(item) for item in items]))]
+
+
+def single_prompt(explanation: str, item: JudgeItem) -> list[Message]:
+    """The chat messages that ask about one text."""
+    prompt = _prompt("single", item.marks is not None)
+    messages = [Message("system", prompt["system"].strip())]
+    for shot in prompt["shots"]:
+        messages.append(Message("user", _single_question(shot["description"], shot["text"])))
+        messages.append(Message("assistant", shot["answer"]))
+    return [*messages, Message("user", _single_question(explanation, _shown(item)))]
+
+
+def _list_question(description: str, texts: Sequence[str]) -> str:
+    numbered = [f"{number}. {_quote(text)}" for number, text in enumerate(texts, 1)]
+    answers = "1 answer" if len(texts) == 1 else f"{len(texts)} answers"
+    return "\n".join([f"Description: {_quote(description)}", "Texts:", *numbered, f"Reply with a list of {answers}."])
+
+
+def _single_question(description: str, text: str) -> str:
+    return f"Description: {_quote(description)}\nText: {_quote(text)}\nReply with yes or no."
+
+
+def _shown(item: JudgeItem) -> str:
+    """Marked texts are escaped, so a << of the corpus is no mark; unmarked ones are shown as they are."""
+    return item.text if item.marks is None else render(item.text, item.marks)
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _again(messages: Sequence[Message], response: Response, wanted: str) -> list[Message]:
+    return [
+        *messages,
+        Message("assistant", response.text),
+        Message("user", f"That could not be read. Reply with {wanted}, and nothing else."),
+    ]

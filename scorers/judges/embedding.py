@@ -106,7 +106,8 @@ class EmbeddingJudge:
         needed = first_row + len(vectors)
         if needed > len(self._vectors):
             grown = np.empty((max(needed, 2 * len(self._vectors)), vectors.shape[1]), dtype=np.float16)
-            grown[:first_row] = self._vectors[:first_row]
+            if first_row:
+                grown[:first_row] = self._vectors[:first_row]
             self._vectors = grown
         self._vectors[first_row:needed] = vectors
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def find_model(model: str | Path | None = None) -> str:
     return next((str(place) for place in places if (place / "config.json").is_file()), HUB_ID)
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers while it loads: only the command line draws."""
+    logging = require("transformers.utils.logging", "embed")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class Embedder:
     """The loaded model. ``dtype``: "bfloat16" or "float32"; ``batch_size``: rows, rounded up to whole blocks of 16."""
 
@@ -70,10 +84,11 @@ class Embedder:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._rows = -(-batch_size // _ROW_BLOCK) * _ROW_BLOCK
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
-            loaded = transformers.AutoModel.from_pretrained(
-                model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-            )
+            with _no_bars():
+                self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+                loaded = transformers.AutoModel.from_pretrained(
+                    model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+                )
         except (OSError, ValueError, KeyError) as error:
             kind = BadFile if Path(model).exists() else MissingFile
             raise kind(

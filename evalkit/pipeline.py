@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,6 +92,7 @@ def open_sources(config: RunConfig) -> list[FeatureSource]:
     from evalkit.sources import open_dictionary
 
     options: dict[str, Any] = {"depths": config.depths, "density": config.density, "revision": config.revision}
+    options["subject"] = PurePosixPath(config.model).name  # where a dictionary does not say whose it is
     if config.site:
         options["site"] = config.site
     return [source for path in config.dictionaries for source in open_dictionary(path, **options)]
@@ -122,6 +123,7 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
         split=config.split,
         max_tokens=config.max_tokens,
         skip_first=config.skip_first,
+        revision=config.revision,
         progress=progress,
     )
     grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)

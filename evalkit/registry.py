@@ -35,8 +35,8 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
         "fuzzing": "scorers.fuzzing:FuzzingScorer",
     },
     "sources": {
-        "rqae": "evalkit.sources.rqae:RqaeReader",
         "gemma-scope": "evalkit.sources.gemma_scope:GemmaScopeReader",
+        "rqae": "evalkit.sources.rqae:RqaeReader",
     },
     "clients": {
         "replay": "evalkit.clients.replay:ReplayClient",

@@ -1,0 +1,104 @@
+"""``evalkit train sae`` and ``evalkit train rqae``: a dictionary of one site of a subject model, from text."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evalkit.cli.console import progress_bars
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Train a dictionary of one site of a subject model.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option(help="Subject model: hub id, folder or .gguf file.", envvar="EVALKIT_MODEL")]
+Site = Annotated[str, typer.Option(help="Site to read, e.g. layers.15: the residual stream after block 15.")]
+Corpus = Annotated[str, typer.Option(help="Training text, as for `evalkit run`.")]
+HeldOut = Annotated[str, typer.Option(help="Text of other documents, to measure on.")]
+Work = Annotated[Path, typer.Option(help="Folder of the hidden states; dictionaries of one site may share it.")]
+Tokens = Annotated[int | None, typer.Option(help="Distinct tokens to collect at most.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+@app.command()
+def sae(
+    model: Model,
+    site: Site,
+    corpus: Corpus,
+    held_out: HeldOut,
+    out: Annotated[Path, typer.Option(help="Folder under which layer_N/width_W/average_l0_L/ is written.")],
+    work: Work = Path("text/states"),
+    width: Annotated[int, typer.Option(help="Latents.")] = 2048,
+    l0: Annotated[float, typer.Option(help="Active latents per token wanted.")] = 32.0,
+    max_tokens: Tokens = None,
+    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, repeats counted.")] = 6_000_000,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Train a batch-top-k SAE, stored as JumpReLU in Gemma Scope's layout with a card; prints its folder.
+
+    Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus train.jsonl --held-out test.jsonl --out my_saes`
+    """
+    from evalkit.training.dictionaries import TextSpec, open_text, train_sae_dictionary
+    from evalkit.training.sae import SaeTrainingConfig
+
+    spec = _spec(TextSpec, model, site, corpus, held_out, work, max_tokens, dtype, device)
+    config = SaeTrainingConfig(width=width, l0=l0, tokens=train_tokens, seed=seed)
+    checkpoint = work / f"sae-{width}-{l0:g}-{train_tokens}-{seed}.checkpoint"
+    with progress_bars() as progress:
+        text = open_text(spec, progress)
+        folder = train_sae_dictionary(
+            text, config, out, command=_command(), checkpoint=checkpoint, progress=progress
+        )
+    checkpoint.unlink(missing_ok=True)
+    sys.stdout.write(f"{folder}\n")
+
+
+@app.command()
+def rqae(
+    model: Model,
+    site: Site,
+    corpus: Corpus,
+    held_out: HeldOut,
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    work: Work = Path("text/states"),
+    quantizers: Annotated[int, typer.Option(help="Quantizers.")] = 256,
+    steps: Annotated[int, typer.Option(help="Training steps, of 2,048 tokens.")] = 600,
+    max_tokens: Tokens = None,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout with a card; prints its folder.
+
+    Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus train.jsonl --held-out test.jsonl --out my_rqae`
+    """
+    from evalkit.training.dictionaries import TextSpec, open_text, train_rqae_dictionary
+    from rqae.training import RqaeTrainingConfig
+
+    spec = _spec(TextSpec, model, site, corpus, held_out, work, max_tokens, dtype, device)
+    checkpoint = work / f"rqae-{quantizers}-{steps}-{seed}.checkpoint"
+    with progress_bars() as progress:
+        text = open_text(spec, progress)
+        config = RqaeTrainingConfig(
+            dim=text.info.d_model, num_quantizers=quantizers, steps=steps, seed=seed, checkpoint=checkpoint
+        )
+        folder = train_rqae_dictionary(text, config, out, command=_command(), progress=progress)
+    checkpoint.unlink(missing_ok=True)
+    sys.stdout.write(f"{folder}\n")
+
+
+def _spec(factory: Any, *values: Any) -> Any:
+    model, site, corpus, held_out, work, max_tokens, dtype, device = values
+    return factory(model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=dtype, device=device)
+
+
+def _command() -> str:
+    return shlex.join(["evalkit", *sys.argv[1:]])

@@ -22,7 +22,7 @@ from evalkit.errors import BadFile, MissingFile, require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hub_reachable", "load_model", "load_tokenizer", "load_whole", "looks_like_path", "quiet"]
+__all__ = ["hub_reachable", "load_model", "load_whole", "looks_like_path", "quiet"]
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,6 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
         return error.code < 500 and error.code not in (403, 407)  # a proxy that refuses is no hub
     except (OSError, ValueError):
         return False
-
-
-def load_tokenizer(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
-    """The tokenizer that belongs to a model. Raises like ``load_model``."""
-    place, options = _locate(model, revision, gguf_file)
-    require("transformers", "model")
-    from transformers import AutoTokenizer
-
-    return _read(str(model), "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
 
 
 def load_model(

@@ -52,7 +52,12 @@ def with_sae_lens(store: ActivationStore, options: argparse.Namespace) -> SaeWei
     b_enc = state["b_enc"]
     if sae.cfg.apply_b_dec_to_input:
         b_enc = b_enc - state["b_dec"] @ state["W_enc"]
-    return SaeWeights(state["W_enc"], b_enc, state["W_dec"], state["b_dec"], state["threshold"].float())
+    threshold = state["threshold"].float()
+    if options.calibrate:
+        rows = store.sample(16_384, options.seed)
+        pre = torch.relu(rows @ state["W_enc"] + b_enc).flatten()
+        threshold = torch.full_like(threshold, float(pre.topk(round(options.l0 * len(rows))).values.min()))
+    return SaeWeights(state["W_enc"], b_enc, state["W_dec"], state["b_dec"], threshold)
 
 
 def main() -> None:
@@ -67,6 +72,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibrate", action="store_true", help="sae-lens: set its threshold afterwards, as ours")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     store, held_out = ActivationStore(options.store), ActivationStore(options.held_out)
@@ -93,6 +99,7 @@ def main() -> None:
                 "trainer": options.trainer,
                 "tokens": options.tokens,
                 "learning_rate": options.learning_rate,
+                "calibrated": options.calibrate or options.trainer == "ours",
                 "fvu": round(fit.fvu, 4),
                 "l0": round(fit.l0, 2),
                 "dead_share": round(1 - fit.alive_share, 4),

@@ -152,8 +152,13 @@ SQLITE_DROP = (
     r"releaselog|/matrix|/session/|changes|chronology|keyword_index|sitemap|doclist|c3ref/.*list|consortium|copyright"
 )
 POSTGRES_DROP = r"/(release-|bookindex|biblio|legalnotice|index\.html|features|errcodes|sql-keywords|acronyms|docguide)"
-SPHINX_DROP = r"genindex|py-modindex|/search|/license|/copyright|/releases/|/contents|/whatsnew/changelog|/bugs|/_modules/|/_sources/"
-RUST_DROP = r"/print\.html|/toc\.html|/SUMMARY|title-page|appendix-0[56]|index\.html|/ch\d\d-\d\d.*second-edition|first-edition|2018-edition"
+SPHINX_DROP = (
+    r"genindex|py-modindex|/search|/license|/copyright|/releases/|/contents|/whatsnew/changelog|/bugs"
+    r"|/_modules/|/_sources/"
+)
+RUST_DROP = (
+    r"/print\.html|/toc\.html|/SUMMARY|title-page|appendix-0[56]|index\.html|second-edition|first-edition|2018-edition"
+)
 
 SOURCES = (
     Source(

@@ -187,8 +187,13 @@ def _planted_groups(
 ) -> dict[FeatureId, tuple[int, ...]]:
     """Strings of at least four letters that are one token, neither rare nor common, drawn by hash from the sample.
 
-    A group holds all token ids of the string (with and without the leading space).
+    A group holds all token ids of the string (with and without the leading space). Rare is what can be expected in fewer
+    than four times the windows that a test needs; common is what is ten times as frequent as that, and above 0.3%.
     """
+    corpus = calibration.corpus
+    pool_tokens = corpus.n_contexts * (corpus.context_length - config.window_length) / 2  # inside windows, per pool
+    rare = 4 * config.n_positives / pool_tokens
+    common = max(10 * rare, 3e-3)
     sampled = np.concatenate([batch.token_ids[batch.valid] for batch in calibration.sample_batches()])
     ids, counts = np.unique(sampled, return_counts=True)
     groups: dict[str, list[int]] = {}
@@ -198,7 +203,7 @@ def _planted_groups(
         if len(text) >= 4 and text.isalpha():
             groups.setdefault(text, []).append(token)
             totals[text] = totals.get(text, 0) + count
-    fitting = [text for text, total in totals.items() if 2e-4 <= total / len(sampled) <= 3e-3]
+    fitting = [text for text, total in totals.items() if rare <= total / len(sampled) <= common]
     first_ids = np.array([groups[text][0] for text in fitting], dtype=np.int64)
     order = np.argsort(hash_priorities(derive(config.seed, "planted"), first_ids))
     return {fitting[index]: tuple(groups[fitting[index]]) for index in order[: config.n_features].tolist()}

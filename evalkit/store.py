@@ -232,6 +232,11 @@ class RunStore:
         found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         return found
 
+    def _cost(self) -> str:
+        """What the run took, in words."""
+        stages = list(self._connection.execute("SELECT name, seconds FROM stages ORDER BY rowid"))
+        return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages) or "not recorded"
+
     def frames(self) -> RunFrames:
         """All records as data frames."""
         import pandas as pd
@@ -259,7 +264,7 @@ class RunStore:
             features=frame("SELECT * FROM features ORDER BY source, position"),
             explanations=frame("SELECT * FROM explanations ORDER BY source, feature"),
             judgements=judgements,
-            meta={**self.identity(), "stages": frame("SELECT * FROM stages").to_dict("records")},
+            meta={**self.identity(), "cost": self._cost()},
         )
 
 

@@ -44,7 +44,7 @@ def sae(
 ) -> None:
     """Train a batch-top-k SAE, stored as JumpReLU in Gemma Scope's layout with a card; prints its folder.
 
-    Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus train.jsonl --held-out test.jsonl --out my_saes`
+    Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_saes`
     """
     from evalkit.training.dictionaries import TextSpec, open_text, train_sae_dictionary
     from evalkit.training.sae import SaeTrainingConfig
@@ -54,9 +54,7 @@ def sae(
     checkpoint = work / f"sae-{width}-{l0:g}-{train_tokens}-{seed}.checkpoint"
     with progress_bars() as progress:
         text = open_text(spec, progress)
-        folder = train_sae_dictionary(
-            text, config, out, command=_command(), checkpoint=checkpoint, progress=progress
-        )
+        folder = train_sae_dictionary(text, config, out, command=_command(), checkpoint=checkpoint, progress=progress)
     checkpoint.unlink(missing_ok=True)
     sys.stdout.write(f"{folder}\n")
 
@@ -78,7 +76,7 @@ def rqae(
 ) -> None:
     """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout with a card; prints its folder.
 
-    Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus train.jsonl --held-out test.jsonl --out my_rqae`
+    Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """
     from evalkit.training.dictionaries import TextSpec, open_text, train_rqae_dictionary
     from rqae.training import RqaeTrainingConfig

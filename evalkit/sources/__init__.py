@@ -6,7 +6,6 @@ readers read.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,8 @@ def _resolve(path: str) -> Sequence[Path]:
     pattern = str(BUNDLED / name) if name != path else path
     if Path(pattern).exists():
         return [Path(pattern)]
-    found = sorted(Path(match) for match in glob.glob(pattern))
+    anchor = Path(Path(pattern).anchor)
+    found = sorted(anchor.glob(str(Path(pattern).relative_to(anchor)))) if pattern else []
     if not found:
         there = sorted(str(card.parent.relative_to(BUNDLED)) for card in BUNDLED.rglob("card.json"))
         raise MissingFile(

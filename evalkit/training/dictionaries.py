@@ -236,4 +236,4 @@ def _measure_rqae(
             squares[depth]["raw"] += float((denormalise(found, hidden, info) - hidden).double().square().sum())
     variance = {kind: totals[kind] - float(sums[kind].square().sum()) / len(store) for kind in sums}
     fit = {depth: {kind: row[kind] / variance[kind] for kind in row} for depth, row in squares.items()}
-    return fit, float(used.sum()) / (len(used) * int(model.canonical.unique().numel()))
+    return fit, float(used.sum()) / (len(used) * len(set(model.canonical.tolist())))

@@ -84,9 +84,8 @@ def active_entries(
         values = source.activations(hidden, features)  # (batch, pos, feature)
     thresholds = torch.tensor([source.threshold(feature) for feature in features], dtype=values.dtype)
     active = (values > thresholds.to(values.device)) & torch.from_numpy(batch.valid).to(values.device)[..., None]
-    flat = active.reshape(-1, len(features))
-    rows, columns = flat.nonzero(as_tuple=True)
-    picked = values.reshape(-1, len(features))[rows, columns]
+    rows, columns = active.flatten(0, 1).nonzero(as_tuple=True)
+    picked = values.flatten(0, 1)[rows, columns]
     return rows.cpu().numpy(), columns.cpu().numpy(), picked.float().cpu().numpy()
 
 

@@ -1,7 +1,8 @@
 """Turns drawn windows into example records, and keeps them as parquet: one file per source, one for the windows' text.
 
 Knows the layout of those files and nothing about how windows were drawn or will be used. Writes
-``examples/source-N.parquet`` (source, feature, role, rank, window, decile, activations) and ``examples/windows.parquet`` (window, document, tokens).
+``examples/source-N.parquet`` (source, feature, role, rank, window, decile, activations) and ``examples/windows.parquet``
+(window, document, tokens).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from evalkit.calibration import Calibration, Centre, measure_fit, top_share_threshold
 from evalkit.collection import Chosen
 from evalkit.config import RunConfig
-from evalkit.errors import BadConfig
+from evalkit.errors import BadConfig, CorpusError
 from evalkit.protocols import CalibratedSource, CentredSource, FeatureSource
 from evalkit.records import FeatureId, SubjectInfo
 from evalkit.seeds import derive, hash_priorities
@@ -105,6 +105,13 @@ def _choose_alive(source: FeatureSource, config: RunConfig, calibration: Calibra
                 alive.append(candidate)
             if len(alive) == config.n_features:
                 return alive, len(alive) / tested
+    if not alive:
+        raise CorpusError(
+            source.name,
+            expected="features that fire on the corpus",
+            seen=f"none of {len(ids)} on {calibration.sample.sum()} contexts",
+            fix="check the site, the layer and the subject model; or use a longer corpus",
+        )
     _LOG.warning("%s: only %d of its %d features fire on the calibration sample", source.name, len(alive), len(ids))
     return alive, len(alive) / max(1, tested)
 
@@ -171,7 +178,10 @@ def _controls(
         matched = dict(zip(random.features(), top_share_threshold(values, densities), strict=True))
         controls.append(random.with_thresholds(matched))
     if "planted" in config.controls:
-        controls.append(PlantedSource(source.site, _planted_groups(config, calibration, token_text)))
+        if groups := _planted_groups(config, calibration, token_text):
+            controls.append(PlantedSource(source.site, groups))
+        else:
+            _LOG.warning("no planted control: the corpus has no word of one token that is frequent enough")
     if "permuted" in config.controls:
         controls.append(
             PermutedSource(source.site, excess, features, derive(config.seed, "permuted"), config.context_length)

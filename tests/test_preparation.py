@@ -10,7 +10,7 @@ import torch
 
 from evalkit.calibration import Calibration, calibrate, choose_centres
 from evalkit.config import RunConfig
-from evalkit.errors import BadConfig
+from evalkit.errors import BadConfig, CorpusError
 from evalkit.preparation import prepare, reference_of
 from evalkit.records import Site, SourceInfo, SubjectInfo
 from evalkit.sources.controls import PermutedSource, PlantedSource, RandomDirectionsSource
@@ -136,6 +136,15 @@ def test_controls_are_matched_to_the_middle_dictionary(calibration: Calibration)
     assert all(feature.startswith("w") and len(feature) == 4 for feature in planted.features)
     assert isinstance(permuted.source, PermutedSource)
     assert permuted.features == reference.chosen.features
+
+
+def test_a_dictionary_that_never_fires_is_refused(calibration: Calibration) -> None:
+    class Silent(ReluSource):
+        def activations(self, hidden: torch.Tensor, features: Sequence[str]) -> torch.Tensor:
+            return torch.zeros(*hidden.shape[:2], len(features))
+
+    with pytest.raises(CorpusError, match="expected features that fire on the corpus; seen none of 40 on 100 contexts"):
+        prepare(config(), [Silent()], SUBJECT, calibration, [], word)
 
 
 def test_two_dictionaries_of_one_name_are_refused(calibration: Calibration) -> None:

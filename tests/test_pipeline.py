@@ -1,0 +1,166 @@
+"""The stages together, on a tiny random model; the real models are in test_real_models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evalkit import registry
+from evalkit.config import RunConfig
+from evalkit.errors import CorpusError, MissingFile, RunMismatch
+from evalkit.pipeline import load_config, plan, read_examples, run
+from evalkit.store import RunStore, read_run
+from tests.dictionaries import write_rqae, write_sae
+
+WORDS = ["whale", "ship", "sea", "deck", "calm", "night", "storm", "sailor", "captain", "island", "wind", "boat", "oar"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 documents of words in random order."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(generator.choice(WORDS, 160)) + "."}) for _ in range(80)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(tiny_llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("dictionaries")
+    write_sae(folder / "sae", 32, 64, 10)
+    write_rqae(folder / "rqae", 32, 8, model="tiny-llama", site="layers.3")
+    return {
+        "model": str(tiny_llama),
+        "dictionaries": (str(folder / "sae"), str(folder / "rqae")),
+        "corpus": str(corpus),
+        "depths": (2, 8),
+        "density": 0.05,
+        "n_features": 6,
+        "n_explain": 8,
+        "n_positives": 5,
+        "n_negatives": 5,
+        "calibration_contexts": 40,
+        "dtype": "float32",
+    }
+
+
+def config(options: dict[str, object], **changes: object) -> RunConfig:
+    return RunConfig.create(**{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def collected(options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    run(config(options), folder, stages=("collect", "explain"))
+    return folder
+
+
+def example_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "examples").iterdir())}
+
+
+def test_every_dictionary_and_control_has_features(collected: Path) -> None:
+    frames = read_run(collected)
+    assert frames.sources["kind"].tolist() == [
+        "sae", "rqae", "rqae", "null-random-directions", "null-permuted",
+    ]  # fmt: skip
+    tried = frames.features.groupby("source").size()
+    assert (tried == 6).all()
+    assert (frames.features["status"] == "ok").sum() > 15
+    rqae = frames.features[frames.features["source"].str.contains("depth-8")]
+    assert rqae["density"].between(0.02, 0.1).all()
+    pairs = [set(frames.features[frames.features["source"].str.endswith(f"depth-{d}")]["feature"]) for d in (2, 8)]
+    assert pairs[0] == pairs[1]  # the same token occurrence at every depth
+
+
+def test_examples_keep_the_protocol(collected: Path, options: dict[str, object]) -> None:
+    with RunStore.open(collected) as store:
+        examples = read_examples(store, 0)
+    for by_feature in examples.values():
+        for one in by_feature.values():
+            explain, score = one.explain, one.score
+            shown = {example.window for example in explain.positives}
+            parts = [score.test.positives, score.test.decoys, score.test.negatives]
+            windows = [example.window for part in parts for example in part]
+            assert len(set(windows)) == len(windows)
+            assert not shown & set(windows)
+            documents = {
+                e.document for e in (*explain.positives, *score.calibration.positives, *score.calibration.negatives)
+            }
+            assert not documents & {e.document for part in parts for e in part}
+            assert all(e.peak > score.threshold for part in parts[:2] for e in part)
+            assert all(e.peak == 0 for e in score.test.negatives)
+            assert len(score.test.positives) in (3, 4, 5) and len(score.test.negatives) == 5
+            assert all(len(e.tokens) == len(e.activations) == 32 for part in parts for e in part)
+            assert explain.peak == pytest.approx(max(e.peak for e in explain.positives), rel=2)
+
+
+def test_batch_size_changes_no_byte(collected: Path, options: dict[str, object], tmp_path: Path) -> None:
+    run(config(options, batch_size=3), tmp_path / "other", stages=("collect",))
+    assert example_files(tmp_path / "other") == example_files(collected)
+
+
+def test_another_seed_draws_other_examples(collected: Path, options: dict[str, object], tmp_path: Path) -> None:
+    run(config(options, seed=1), tmp_path / "other", stages=("collect",))
+    assert example_files(tmp_path / "other") != example_files(collected)
+
+
+def test_an_interrupted_collection_goes_on(collected: Path, options: dict[str, object], tmp_path: Path) -> None:
+    """Without a shard, the sampled files and the mark of the stage, the same command makes the same bytes again."""
+    folder = tmp_path / "run"
+    run(config(options), folder, stages=("collect",))
+    before = example_files(folder)
+    assert before == example_files(collected)
+    (folder / "collected" / "shard-000000.npz").unlink()
+    for path in (folder / "examples").iterdir():
+        path.unlink()
+    with RunStore.create(folder, config(options).identity()) as store, store._writing() as connection:
+        connection.execute("DELETE FROM stages")
+    run(config(options), folder, stages=("collect",))
+    assert example_files(folder) == before
+
+
+def test_explanations_are_words_of_the_corpus(collected: Path) -> None:
+    texts = read_run(collected).explanations["text"]
+    assert len(texts) > 15 and texts.str.contains("|".join(WORDS)).mean() > 0.8
+
+
+def test_another_configuration_is_refused(collected: Path, options: dict[str, object]) -> None:
+    with pytest.raises(RunMismatch, match="expected a run with n_features = 7; seen n_features = 6"):
+        run(config(options, n_features=7), collected)
+    assert load_config(collected, explainers=("default",)).explainers == ("default",)
+    assert load_config(collected).identity() == config(options).identity()
+
+
+def test_a_corpus_too_short_says_what_is_missing(options: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("The whale swam under the ship. " * 60)
+    with pytest.raises(CorpusError, match="expected at least 10 windows in each pool; seen"):
+        run(config(options, corpus=str(path)), tmp_path / "run")
+
+
+def test_stages_in_the_wrong_order(options: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match="expected a run whose examples are collected"):
+        run(
+            config(options),
+            tmp_path / "run",
+            stages=("score",),
+        )
+    with pytest.raises(MissingFile, match="fix: start with `evalkit collect` or `evalkit run`"):
+        load_config(tmp_path / "nothing")
+
+
+def test_the_plan_counts_what_a_run_does(options: dict[str, object]) -> None:
+    planned = plan(config(options))
+    assert planned["features"] == 6 * 6
+    assert planned["judgements"] == 6 * 6 * 2 * 2 * 10
+
+
+def test_every_built_in_can_be_loaded() -> None:
+    broken = [plugin for plugin in registry.list_plugins() if plugin.origin == "built in" and plugin.error]
+    assert broken == []

@@ -52,7 +52,7 @@ class FuzzingScorer:
         true = true_marks(example, examples.threshold)
         if not any(true):
             return Trial.of(example, label, None, NOT_ACTIVE)
-        # one generator a window: positions differ between windows, and do not depend on which others there are
+        # one generator a window: positions differ between windows, and do not depend on the order of work
         random = generator(examples.seed, examples.source, examples.feature, self.name, "marks", example.window)
         false = false_marks(example, examples.threshold, starts, random)
         if false is None:

@@ -86,8 +86,9 @@ class Embedder:
         try:
             with _no_bars():
                 self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+                # eager attention: 15-20% faster than sdpa on texts of a few tokens
                 loaded = transformers.AutoModel.from_pretrained(
-                    model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+                    model, dtype=getattr(torch, dtype), attn_implementation="eager"
                 )
         except (OSError, ValueError, KeyError) as error:
             kind = BadFile if Path(model).exists() else MissingFile

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import scorers.judges.llm as llm
-from evalkit.errors import BadConfig
+from evalkit.clients.replay import ReplayClient
+from evalkit.errors import BadConfig, NotRecorded
 from evalkit.records import Answer, JudgeItem, Message, Response
 from evalkit.registry import create
 from scorers.judges.llm import LlmJudge, list_prompt, list_schema, single_prompt
@@ -140,6 +141,17 @@ def test_seeds_differ_between_requests_and_repeat_between_runs() -> None:
 
     assert seeds(0) == seeds(0) != seeds(1)
     assert len(set(seeds(0))) == 6
+
+
+def test_a_recorded_judge_replays_to_the_same_answers_without_its_model(tmp_path: Path) -> None:
+    live = Scripted(lambda m, s: json.dumps([even(text) for text in texts_of(m)]))
+    recorder = ReplayClient(tmp_path / "answers.sqlite", record_from=live)
+    recorded = asyncio.run(LlmJudge(recorder).judge("even numbers", ITEMS))
+    replay = LlmJudge(create("clients", "replay", path=str(tmp_path / "answers.sqlite")))
+    assert asyncio.run(replay.judge("even numbers", ITEMS)) == recorded
+    assert len(live.requests) == 3
+    with pytest.raises(NotRecorded):
+        asyncio.run(replay.judge("odd numbers", ITEMS))
 
 
 def test_no_items() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "measure_fit", "top_share_threshold"]
 
+SINK_RATIO = 10.0  # a token whose state is so many times longer than the median is an attention sink
 _BATCH = 16  # contexts per forward
 
 
@@ -58,6 +59,7 @@ class Calibration:
     """Hidden states of some contexts, by site; a HiddenStates that asks the subject model only for the others.
 
     ``rows`` (context,) are corpus rows, ascending; ``sample`` marks those of the uniform sample (the rest hold centres).
+    ``limits`` are the norms that tell attention sinks, by site.
     """
 
     corpus: _Corpus
@@ -65,6 +67,7 @@ class Calibration:
     rows: NDArray[np.int64]
     sample: NDArray[np.bool_]
     states: dict[str, Float[Tensor, "context pos d_model"]]
+    limits: dict[str, float]
 
     def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Hidden states of a batch, remembered where possible."""
@@ -150,7 +153,13 @@ def calibrate(
         states = _compute(corpus, subject, rows, sites, progress)
         with atomic_path(path) as temporary:
             save_file({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}, temporary)
-    return Calibration(corpus, subject, rows, np.isin(rows, sample), states)
+    in_sample = np.isin(rows, sample)
+    valid = torch.from_numpy(corpus.batch(rows[in_sample]).valid)
+    limits = {
+        site: SINK_RATIO * float(found[torch.from_numpy(in_sample)][valid].float().norm(dim=-1).median())
+        for site, found in states.items()
+    }
+    return Calibration(corpus, subject, rows, in_sample, states, limits)
 
 
 def _compute(
@@ -198,12 +207,11 @@ def top_share_threshold(values: Float[Tensor, "token feature"], shares: Sequence
     return [float(ordered[place, column]) for column, place in enumerate(places)]
 
 
-def measure_fit(reconstruct: Callable[[Tensor], Tensor], hidden: Tensor, valid: NDArray[np.bool_]) -> float:
+def measure_fit(reconstruct: Callable[[Tensor], Tensor], hidden: Tensor, valid: Tensor) -> float:
     """FVU: squared error over the variance about the mean, on the valid tokens.
 
     Source: fraction of variance unexplained, as in Gemma Scope, arXiv 2408.05147, section 4.
     """
-    keep = torch.from_numpy(valid).to(hidden.device)
-    truth = hidden[keep].double()
-    residual = truth - reconstruct(hidden)[keep].double()
+    truth = hidden[valid].double()
+    residual = truth - reconstruct(hidden)[valid].double()
     return float(residual.square().sum() / (truth - truth.mean(dim=0)).square().sum())

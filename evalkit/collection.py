@@ -9,7 +9,7 @@ states"; knows nothing about windows, explainers or judges. Writes ``collected/s
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -27,13 +27,27 @@ from evalkit.records import FeatureId, TokenBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SHARD_CONTEXTS", "Activations", "Chosen", "Collection", "HiddenStates", "active_entries", "collect"]
+__all__ = [
+    "SHARD_CONTEXTS",
+    "Activations",
+    "Chosen",
+    "Collection",
+    "HiddenStates",
+    "active_entries",
+    "collect",
+    "valid_tokens",
+]
 
 SHARD_CONTEXTS = 64
 
 
 class HiddenStates(Protocol):
-    """Gives raw hidden states by site: the subject model, or something that remembers some of them."""
+    """Gives raw hidden states by site: the subject model, or something that remembers some of them.
+
+    ``limits``: by site, the norm above which a token is an attention sink and masked like BOS.
+    """
+
+    limits: Mapping[str, float]
 
     def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
         """(batch, pos, d_model) float32 per site path."""
@@ -73,8 +87,13 @@ class Activations:
     n_tokens: int
 
 
+def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
+    """(batch, pos) bool: not masked in the corpus, and no attention sink (a state whose norm exceeds ``limit``)."""
+    return torch.from_numpy(batch.valid).to(hidden.device) & (hidden.norm(dim=-1) <= limit)
+
+
 def active_entries(
-    chosen: Chosen, hidden: Tensor, batch: TokenBatch
+    chosen: Chosen, hidden: Tensor, batch: TokenBatch, valid: Tensor
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """(row in the flattened batch, feature index, activation) where the activation exceeds the feature's threshold."""
     source, features = chosen.source, chosen.features
@@ -83,7 +102,7 @@ def active_entries(
     else:
         values = source.activations(hidden, features)  # (batch, pos, feature)
     thresholds = torch.tensor([source.threshold(feature) for feature in features], dtype=values.dtype)
-    active = (values > thresholds.to(values.device)) & torch.from_numpy(batch.valid).to(values.device)[..., None]
+    active = (values > thresholds.to(values.device)) & valid.to(values.device)[..., None]
     rows, columns = active.flatten(0, 1).nonzero(as_tuple=True)
     picked = values.flatten(0, 1)[rows, columns]
     return rows.cpu().numpy(), columns.cpu().numpy(), picked.float().cpu().numpy()
@@ -122,7 +141,7 @@ class Collection:
                     tokens.append(arrays[f"{source}.token"].astype(np.int64) + base)
                     features.append(arrays[f"{source}.feature"].astype(np.int64))
                     values.append(arrays[f"{source}.value"])
-                    n_tokens += int(arrays["n_tokens"])
+                    n_tokens += int(arrays["n_tokens"][source])
             except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
                 raise BadFile(
                     str(path), expected="a shard of this run", seen=str(error), fix="delete the file and run again"
@@ -165,16 +184,19 @@ def _collect_shard(
     task: int,
 ) -> dict[str, NDArray[np.generic]]:
     found: list[list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in chosen]
-    n_tokens = 0
+    n_tokens = [0 for _ in chosen]
     for first in range(0, len(rows), batch_size):
         batch = corpus.batch(rows[first : first + batch_size])
         by_site = states.hidden(batch)
-        n_tokens += int(batch.valid.sum())
-        for parts, one in zip(found, chosen, strict=True):
-            token, feature, value = active_entries(one, by_site[one.source.site.path], batch)
+        valid = {site: valid_tokens(hidden, batch, states.limits[site]) for site, hidden in by_site.items()}
+        for index, one in enumerate(chosen):
+            site = one.source.site.path
+            n_tokens[index] += int(valid[site].sum())
+            token, feature, value = active_entries(one, by_site[site], batch, valid[site])
+            parts = found[index]
             parts.append((token + first * corpus.context_length, feature, value))
         progress.advance(task, batch.token_ids.size)
-    arrays: dict[str, NDArray[np.generic]] = {"n_tokens": np.asarray(n_tokens)}
+    arrays: dict[str, NDArray[np.generic]] = {"n_tokens": np.asarray(n_tokens, dtype=np.int64)}
     small = np.uint16 if SHARD_CONTEXTS * corpus.context_length <= 1 << 16 else np.uint32
     for index, parts in enumerate(found):
         arrays[f"{index}.token"] = np.concatenate([part[0] for part in parts]).astype(small)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from evalkit.calibration import Calibration, Centre, measure_fit, top_share_threshold
-from evalkit.collection import Chosen
+from evalkit.collection import Chosen, valid_tokens
 from evalkit.config import RunConfig
 from evalkit.errors import BadConfig, CorpusError
 from evalkit.protocols import CalibratedSource, CentredSource, FeatureSource
@@ -122,8 +122,9 @@ def _sample_values(
     """Activations on the unmasked tokens of the calibration sample."""
     parts = []
     for batch in calibration.sample_batches():
-        values = source.activations(calibration.hidden(batch)[source.site.path], features)
-        parts.append(values[torch.from_numpy(batch.valid).to(values.device)].float().cpu())
+        hidden = calibration.hidden(batch)[source.site.path]
+        valid = valid_tokens(hidden, batch, calibration.limits[source.site.path])
+        parts.append(source.activations(hidden, features)[valid].float().cpu())
     return torch.cat(parts)
 
 
@@ -131,7 +132,8 @@ def _measure(source: FeatureSource, calibration: Calibration) -> dict[str, Any]:
     rows = calibration.rows[calibration.sample][:_FIT_CONTEXTS]
     batch = calibration.corpus.batch(rows)
     hidden = calibration.hidden(batch)[source.site.path]
-    measured: dict[str, Any] = {"fvu_measured": measure_fit(source.reconstruct, hidden, batch.valid)}
+    valid = valid_tokens(hidden, batch, calibration.limits[source.site.path])
+    measured: dict[str, Any] = {"fvu_measured": measure_fit(source.reconstruct, hidden, valid)}
     if measured["fvu_measured"] >= 1:
         _LOG.warning(
             "%s: reconstruction is worse than the mean (FVU %.2f); is it the right site, layer and model?",
@@ -140,7 +142,7 @@ def _measure(source: FeatureSource, calibration: Calibration) -> dict[str, Any]:
         )
     ids = () if isinstance(source, CentredSource) else source.features()
     if 0 < len(ids) <= _FIT_WIDTH:
-        active = source.activations(hidden, ids)[torch.from_numpy(batch.valid).to(hidden.device)] > 0
+        active = source.activations(hidden, ids)[valid] > 0
         measured["l0_measured"] = float(active.sum(dim=1).float().mean())
     return measured
 

@@ -23,6 +23,7 @@ class TableStates:
     """Hidden states by table look-up of the token id: a one-layer model whose states are known in closed form."""
 
     seen: list[int] = field(default_factory=list)  # contexts asked for
+    limits: dict[str, float] = field(default_factory=lambda: {SITE.path: 1e9})
 
     def table(self) -> torch.Tensor:
         return torch.randn(5001, D_MODEL, generator=torch.Generator().manual_seed(0)).bfloat16().float()
@@ -61,6 +62,28 @@ def test_entries_equal_the_dense_definition(corpus: ArrayCorpus, tmp_path: Path)
     planted = collection.read(1)
     hits = np.isin(corpus.tokens, range(20)) & everything.valid
     assert np.array_equal(np.sort(planted.tokens[planted.features == 0]), np.flatnonzero(hits))
+
+
+def test_attention_sinks_are_masked(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    """Half of the tokens are longer than this limit: they neither fire nor count."""
+    states = TableStates(limits={SITE.path: float(TableStates().table().norm(dim=-1).median())})
+    found = collect(corpus, states, sources(), tmp_path, batch_size=8).read(0)
+    everything = corpus.batch(np.arange(150))
+    norms = TableStates().table()[torch.from_numpy(everything.token_ids)].norm(dim=-1).numpy()
+    sound = everything.valid & (norms <= states.limits[SITE.path])
+    assert found.n_tokens == sound.sum()
+    assert sound.ravel()[found.tokens].all()
+    whole = collect(corpus, TableStates(), sources(), tmp_path / "whole", batch_size=8).read(0)
+    assert len(found.tokens) == sound.ravel()[whole.tokens].sum()
+
+
+def test_sinks_are_ten_times_the_median(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    calibration = calibrate(
+        corpus, TableStates(), tmp_path / "c.safetensors", sites=[SITE.path], n_contexts=150, centres=[], seed=0
+    )
+    batch = corpus.batch(np.arange(150))
+    norms = TableStates().table()[torch.from_numpy(batch.token_ids)][torch.from_numpy(batch.valid)].norm(dim=-1)
+    assert calibration.limits == {SITE.path: pytest.approx(10 * float(norms.median()))}
 
 
 def test_batch_size_changes_no_byte(corpus: ArrayCorpus, tmp_path: Path) -> None:
@@ -148,7 +171,7 @@ def test_threshold_is_exceeded_by_the_given_share() -> None:
 
 def test_fvu_in_closed_form() -> None:
     hidden = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
-    valid = np.ones((4, 16), dtype=bool)
+    valid = torch.ones(4, 16, dtype=torch.bool)
     valid[0] = False
     assert measure_fit(lambda h: h, hidden, valid) == 0.0
     mean = hidden[1:].reshape(-1, 8).mean(dim=0)

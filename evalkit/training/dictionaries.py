@@ -191,7 +191,7 @@ def train_rqae_dictionary(
     card = Card(
         model=site.model,
         site=site.path,
-        name=f"{site}/rqae",
+        name=f"{site}/rqae/{out.name}",
         kind="rqae",
         command=command,
         corpus=text.parts,

@@ -22,14 +22,13 @@ from evalkit.errors import BadFile
 from evalkit.files import atomic_path
 from evalkit.progress import SILENT
 from evalkit.protocols import FeatureSource, Progress, TokenSource
-from evalkit.records import FeatureId, TokenBatch
+from evalkit.records import Activations, FeatureId, TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "SHARD_CONTEXTS",
-    "Activations",
     "Chosen",
     "Collection",
     "HiddenStates",
@@ -71,20 +70,6 @@ class Chosen:
 
     source: FeatureSource
     features: tuple[FeatureId, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Activations:
-    """Every active (token, feature) of one source; arrays are (entry,), in corpus order.
-
-    ``tokens``: context x context length + position; ``features``: index into the chosen features; ``n_tokens`` counts
-    the unmasked tokens they were found among.
-    """
-
-    tokens: NDArray[np.int64]
-    features: NDArray[np.int64]
-    values: NDArray[np.float32]
-    n_tokens: int
 
 
 def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:

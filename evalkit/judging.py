@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from evalkit.errors import EvalkitError, MissingExtra, PluginError, StorageError
+from evalkit.errors import BadConfig, EvalkitError, MissingExtra, MissingFile, PluginError, StorageError
 from evalkit.examples import FeatureExamples
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Explainer, Judge, Progress, Scorer
@@ -26,7 +26,7 @@ __all__ = ["REAL", "SHUFFLED", "explain_features", "score_features", "shuffled_p
 _LOG = logging.getLogger(__name__)
 REAL, SHUFFLED = "", "shuffled"
 CONCURRENCY = 64  # features in flight; clients have their own limits
-_FATAL = (StorageError, MissingExtra, PluginError)  # these would fail for every feature: stop and say so
+_FATAL = (BadConfig, MissingExtra, MissingFile, PluginError, StorageError)  # these would fail for every feature
 
 Examples = Mapping[str, Mapping[FeatureId, FeatureExamples]]  # by source, then feature
 Job = TypeVar("Job")

@@ -19,7 +19,7 @@ import numpy as np
 
 from evalkit import registry
 from evalkit.config import RunConfig
-from evalkit.errors import BadConfig, CorpusError, MissingFile
+from evalkit.errors import BadConfig, CorpusError, MissingFile, require
 from evalkit.examples import ExampleStore, FeatureExamples, rows_of
 from evalkit.grid import Grid, build_grid
 from evalkit.judging import explain_features, score_features
@@ -89,6 +89,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 def open_sources(config: RunConfig) -> list[FeatureSource]:
     """All dictionaries of the configuration, unbound."""
+    require("torch", "model")
     from evalkit.sources import open_dictionary
 
     options: dict[str, Any] = {"depths": config.depths, "density": config.density, "revision": config.revision}
@@ -102,6 +103,8 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
     """Corpus → examples. Nothing is loaded when the examples of every source are there."""
     if store.stage_done("collect"):
         return
+    for module in ("torch", "transformers", "safetensors"):
+        require(module, "model")
     from evalkit.calibration import calibrate, choose_centres
     from evalkit.collection import collect
     from evalkit.corpus import tokenize_corpus

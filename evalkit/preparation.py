@@ -197,14 +197,14 @@ def _controls(
 def _planted_groups(
     config: RunConfig, calibration: Calibration, token_text: Callable[[int], str]
 ) -> dict[FeatureId, tuple[int, ...]]:
-    """Strings of at least four letters that are one token, neither rare nor common, drawn by hash from the sample.
+    """Strings of at least five letters that are one token, neither rare nor common, drawn by hash from the sample.
 
     A group holds all token ids of the string (with and without the leading space). Rare is what can be expected in fewer
-    than four times the windows that a test needs; common is what is ten times as frequent as that, and above 0.3%.
+    than three times the windows that a test needs; common is what is ten times as frequent as that, and above 0.3%.
     """
     corpus = calibration.corpus
     pool_tokens = corpus.n_contexts * (corpus.context_length - config.window_length) / 2  # inside windows, per pool
-    rare = 4 * config.n_positives / pool_tokens
+    rare = 3 * config.n_positives / pool_tokens
     common = max(10 * rare, 3e-3)
     sampled = np.concatenate([batch.token_ids[batch.valid] for batch in calibration.sample_batches()])
     ids, counts = np.unique(sampled, return_counts=True)
@@ -212,7 +212,7 @@ def _planted_groups(
     totals: dict[str, int] = {}
     for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
         text = token_text(token).strip()
-        if len(text) >= 4 and text.isalpha():
+        if len(text) >= 5 and text.isalpha():
             groups.setdefault(text, []).append(token)
             totals[text] = totals.get(text, 0) + count
     fitting = [text for text, total in totals.items() if rare <= total / len(sampled) <= common]

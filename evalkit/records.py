@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Activations",
     "Answer",
     "Example",
     "ExplainExamples",
@@ -96,6 +97,20 @@ class TokenBatch:
     token_ids: NDArray[np.int64]
     valid: NDArray[np.bool_]
     contexts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """Every active (token, feature) of one source; arrays are (entry,), in corpus order.
+
+    ``tokens``: context x context length + position; ``features``: index into the chosen features; ``n_tokens`` counts
+    the unmasked tokens they were found among.
+    """
+
+    tokens: NDArray[np.int64]
+    features: NDArray[np.int64]
+    values: NDArray[np.float32]
+    n_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

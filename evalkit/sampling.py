@@ -12,9 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.collection import Activations
 from evalkit.grid import Grid
-from evalkit.records import FeatureId
+from evalkit.records import Activations, FeatureId
 from evalkit.seeds import derive, hash_priorities
 
 __all__ = ["Counts", "Draw", "FeatureWindows", "PoolDraw", "draw_windows", "spread", "windows_of"]

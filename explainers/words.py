@@ -46,7 +46,7 @@ class _Unit:
 
 
 class WordsExplainer:
-    """Writes "words such as X, Y, Z".
+    """Writes "words such as X, Y, Z", or "the word X".
 
     ``n_words``: at most so many units are named. ``n_examples``: the strongest windows whose marks count; the other
     windows count as background only. ``floor``: units below this share of the best one's weight are not named.
@@ -106,7 +106,7 @@ class WordsExplainer:
 
 def _clause(kind: Kind, named: list[str]) -> str:
     if kind == "word":
-        return "words such as " + ", ".join(named)
+        return f"the word {named[0]}" if len(named) == 1 else "words such as " + ", ".join(named)
     if kind == "punctuation":
         return "the punctuation " + " and ".join(f'"{form}"' for form in named)
     return " and ".join(named)

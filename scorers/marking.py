@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalkit.markup import marked_tokens, runs, token_spans, words
-from evalkit.records import Example
+from evalkit.records import Example, Span
 
 __all__ = ["admissible_tokens", "false_marks", "start_counts", "true_marks"]
 
+MARGIN_WORDS = 1  # words between an active token and a false mark …
+ROOMY = 0.8  # … where that leaves so large a share of the places of true marks
 _ATTEMPTS = 64  # random placements tried before a window counts as having no room
 
 
@@ -34,11 +36,14 @@ def start_counts(examples: Sequence[Example], threshold: float) -> NDArray[np.in
     return counts
 
 
-def admissible_tokens(example: Example, threshold: float) -> NDArray[np.bool_]:
-    """Tokens that a false mark may cover: with text, not active, and in no word that an active token is part of."""
+def admissible_tokens(example: Example, threshold: float, margin_words: int = 0) -> NDArray[np.bool_]:
+    """Tokens that a false mark may cover: with text, not active, and in no word that an active token is part of.
+
+    With ``margin_words``, nor in so many words before and after it.
+    """
     bounds = token_spans(example.tokens)
     active = [span for span, value in zip(bounds, example.activations, strict=True) if value > threshold]
-    taken = [(a, b) for a, b in words(example.text) if any(start < b and a < end for start, end in active)]
+    taken = [_neighbourhood(span, words(example.text), margin_words) for span in active]
     return np.array(
         [
             start < end and not value > threshold and not any(start < b and a < end for a, b in taken)
@@ -46,6 +51,19 @@ def admissible_tokens(example: Example, threshold: float) -> NDArray[np.bool_]:
         ],
         dtype=bool,
     )
+
+
+def _neighbourhood(span: Span, in_words: Sequence[Span], margin: int) -> Span:
+    """From the first to the last character of the words that the span touches and of ``margin`` more on either side."""
+    touched = [(a, b) for a, b in in_words if span[0] < b and a < span[1]]
+    start, end = min([span[0], *(a for a, _ in touched)]), max([span[1], *(b for _, b in touched)])
+    before = [a for a, b in in_words if b <= start]
+    after = [b for a, b in in_words if a >= end]
+    if margin and before:
+        start = before[-margin:][0]
+    if margin and after:
+        end = after[:margin][-1]
+    return start, end
 
 
 def false_marks(
@@ -57,18 +75,32 @@ def false_marks(
     and cover more than white space wherever the true run does. Each start is drawn from ``starts`` (see
     ``start_counts``) among those still possible. Where none of the possible starts ever occurs, a start is drawn
     from ``starts`` all the same and the nearest possible one is taken, so the placement stays as close as it can.
+
+    False marks keep one word away from active tokens (a feature's activation often spills over to the next word, and a
+    mark there would be half right), unless that would cost more than a fifth of the places where true marks stand:
+    being placed alike comes first.
     """
     flags = true_marks(example, threshold)
     shapes = [(end - start, not "".join(example.tokens[start:end]).strip()) for start, end in runs(flags)]
     if not shapes:
         return None
-    free = admissible_tokens(example, threshold)
     shapes.sort(key=lambda shape: -shape[0])  # long runs first: they have the fewest places
-    for _ in range(_ATTEMPTS):
-        placed = _place(example, shapes, free, starts, generator)
-        if placed is not None:
-            return tuple(placed.tolist())
+    near, clear = (admissible_tokens(example, threshold, margin) for margin in (0, MARGIN_WORDS))
+    choices = (clear, near) if 0 < ROOMY * _mass(near, starts) <= _mass(clear, starts) else (near,)
+    for free in choices:
+        for _ in range(_ATTEMPTS):
+            placed = _place(example, shapes, free, starts, generator)
+            if placed is not None:
+                return tuple(placed.tolist())
     return None
+
+
+def _mass(free: NDArray[np.bool_], starts: NDArray[np.int64]) -> int:
+    """How many of the true marks start where these tokens are."""
+    padded = np.zeros(len(free), dtype=np.int64)
+    shared = min(len(free), len(starts))
+    padded[:shared] = starts[:shared]
+    return int(padded[free].sum())
 
 
 def _place(

@@ -86,8 +86,8 @@ def config(**options: object) -> RunConfig:
 
 
 def word(token: int) -> str:
-    """Tokens 100–139 are four-letter words, the rest numbers."""
-    return f" w{chr(97 + token % 26)}{chr(97 + token // 26)}x" if 100 <= token < 140 else str(token)
+    """Tokens 100–139 are five-letter words, the rest numbers."""
+    return f" w{chr(97 + token % 26)}{chr(97 + token // 26)}ox" if 100 <= token < 140 else str(token)
 
 
 def test_features_are_drawn_among_the_alive_ones(calibration: Calibration) -> None:
@@ -133,7 +133,7 @@ def test_controls_are_matched_to_the_middle_dictionary(calibration: Calibration)
     assert (fires <= wanted + 1e-3).all()  # a token that ties with the threshold is not active
     assert (wanted - fires).max() < 0.015  # and a common token is 1.25% of all
     assert isinstance(planted.source, PlantedSource)
-    assert all(feature.startswith("w") and len(feature) == 4 for feature in planted.features)
+    assert all(feature.startswith("w") and len(feature) == 5 for feature in planted.features)
     assert isinstance(permuted.source, PermutedSource)
     assert permuted.features == reference.chosen.features
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalkit.collection import Activations
 from evalkit.grid import Grid, build_grid
+from evalkit.records import Activations
 from evalkit.sampling import Counts, Draw, draw_windows, spread, windows_of
 from tests.test_grid import random_corpus
 

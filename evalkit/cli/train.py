@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from evalkit.cli.console import progress_bars
+from evalkit.errors import require
 
 __all__ = ["app"]
 
@@ -37,7 +38,7 @@ def sae(
     width: Annotated[int, typer.Option(help="Latents.")] = 2048,
     l0: Annotated[float, typer.Option(help="Active latents per token wanted.")] = 32.0,
     max_tokens: Tokens = None,
-    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, repeats counted.")] = 6_000_000,
+    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, repeats counted.")] = 4_000_000,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
@@ -46,6 +47,7 @@ def sae(
 
     Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_saes`
     """
+    require("torch", "model")
     from evalkit.training.dictionaries import TextSpec, open_text, train_sae_dictionary
     from evalkit.training.sae import SaeTrainingConfig
 
@@ -78,6 +80,7 @@ def rqae(
 
     Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """
+    require("torch", "model")
     from evalkit.training.dictionaries import TextSpec, open_text, train_rqae_dictionary
     from rqae.training import RqaeTrainingConfig
 

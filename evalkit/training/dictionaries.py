@@ -33,6 +33,7 @@ from evalkit.training.activations import ActivationStore
 from evalkit.training.cards import Card, CorpusPart, write_card, write_sae
 from evalkit.training.sae import SaeTrainingConfig, train_sae
 from rqae import RQAE
+from rqae.codebook import distinct_codes
 from rqae.training import RqaeTrainingConfig, train_rqae
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def train_rqae_dictionary(
     card = Card(
         model=site.model,
         site=site.path,
-        name=f"{site}/rqae/{out.name}",
+        name=f"{site}/{out.name}",
         kind="rqae",
         command=command,
         corpus=text.parts,
@@ -236,4 +237,4 @@ def _measure_rqae(
             squares[depth]["raw"] += float((denormalise(found, hidden, info) - hidden).double().square().sum())
     variance = {kind: totals[kind] - float(sums[kind].square().sum()) / len(store) for kind in sums}
     fit = {depth: {kind: row[kind] / variance[kind] for kind in row} for depth, row in squares.items()}
-    return fit, float(used.sum()) / (len(used) * len(set(model.canonical.tolist())))
+    return fit, float(used.sum()) / (len(used) * distinct_codes(model.config))

@@ -46,13 +46,13 @@ def test_stop_words_beside_the_feature_fall_behind_without_a_list() -> None:
     assert explain(positives).startswith("words such as the")
     assert explain(positives, negatives) == "words such as whale, the"
     # a feature of "the" itself: never silent on it
-    assert explain([window(0, "the dog of the king", the=3.0)], [window(1, "a dog of my own")]) == "words such as the"
+    assert explain([window(0, "the dog of the king", the=3.0)], [window(1, "a dog of my own")]) == "the word the"
 
 
 def test_whole_words_not_token_fragments() -> None:
     tokens = (" un", "believ", "able", " story", ".")
     example = Example(0, 0, tokens, (0.0, 5.0, 0.0, 0.0, 0.0), decile=9)
-    assert explain([example]) == "words such as unbelievable"
+    assert explain([example]) == "the word unbelievable"
 
 
 def test_spellings_are_joined_and_the_commonest_is_shown() -> None:
@@ -60,7 +60,7 @@ def test_spellings_are_joined_and_the_commonest_is_shown() -> None:
         window(0, "The President and president", President=2.0, president=3.0),
         window(1, "President", President=2.0),
     ]
-    assert explain(positives) == "words such as President"
+    assert explain(positives) == "the word President"
 
 
 def test_punctuation_and_space_features_get_an_honest_text() -> None:
@@ -70,12 +70,12 @@ def test_punctuation_and_space_features_get_an_honest_text() -> None:
     spaces = Example(0, 0, ("x", "    ", "y"), (0.0, 6.0, 0.0), decile=9)
     assert explain([spaces]) == "runs of spaces"
     mixed = [window(0, "red, green", p1=4.0, red=3.0)]
-    assert explain(mixed) == 'the punctuation ","; words such as red'
+    assert explain(mixed) == 'the punctuation ","; the word red'
 
 
 def test_the_leading_space_of_a_token_is_not_what_it_fires_on() -> None:
     example = Example(0, 0, ("say", "\n  hello", " now"), (0.0, 5.0, 0.0), decile=9)
-    assert explain([example]) == "words such as hello"
+    assert explain([example]) == "the word hello"
 
 
 def test_a_token_that_ends_one_word_and_starts_punctuation() -> None:
@@ -87,7 +87,7 @@ def test_a_token_that_ends_one_word_and_starts_punctuation() -> None:
 
 def test_marks_follow_the_threshold() -> None:
     high = window(0, "alpha beta gamma", alpha=0.72, beta=0.9, gamma=0.71)
-    assert explain([high], theta=0.7) == "words such as beta"
+    assert explain([high], theta=0.7) == "the word beta"
 
 
 def test_n_words_n_examples_and_ties() -> None:
@@ -95,7 +95,7 @@ def test_n_words_n_examples_and_ties() -> None:
     assert explain([even]) == "words such as alpha, bravo, charlie, delta"
     assert explain([even], n_words=2) == "words such as alpha, bravo"
     strong, weak = window(0, "alpha", alpha=2.0), window(1, "bravo", bravo=1.0)
-    assert explain([weak, strong], n_examples=1) == "words such as alpha"
+    assert explain([weak, strong], n_examples=1) == "the word alpha"
 
 
 def test_order_of_windows_changes_nothing() -> None:

@@ -1,0 +1,40 @@
+"""A run folder with simulated judgements, written through the real store: for tests of what reads runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evalkit.config import RunConfig
+from evalkit.records import Judgement, Score, SourceInfo
+from evalkit.report.frames import RunFrames
+from evalkit.store import FeatureRow, RunStore
+from tests.report.simulated import simulate
+
+
+def write_run(folder: Path, frames: RunFrames | None = None) -> RunFrames:
+    """Write the frames (by default a small simulated run) as a finished run; returns them."""
+    frames = frames or simulate(n_features=6, n_each=6)
+    identity = RunConfig.create(model="simulated", dictionaries=("simulated",)).identity()
+    with RunStore.create(folder, identity) as store:
+        rows = frames.sources.astype(object).where(frames.sources.notna(), None).to_dict("records")
+        infos = [SourceInfo(r["name"], r["kind"], r["site"], r["width"], r["l0"], r["depth"]) for r in rows]
+        store.write_sources(infos, [{} for _ in infos])
+        for source, group in frames.features.groupby("source"):
+            store.write_features(
+                source,
+                [
+                    FeatureRow(source, row.feature, i, row.status, row.reason, row.density, 0.0, 1.0, 1.0)
+                    for i, row in enumerate(group.itertuples())
+                ],
+            )
+        keys = ["source", "feature", "scorer", "explainer", "judge", "control"]
+        for key, group in frames.judgements.groupby(keys):
+            source, feature, scorer, explainer, judge, control = key
+            judgements = tuple(
+                Judgement(row.item, row.window, bool(row.label), None if row.match is None else bool(row.match),
+                          row.confidence, None, None, None if row.match is not None else "simulated")
+                for row in group.astype(object).where(group.notna(), None).itertuples()
+            )  # fmt: skip
+            score = Score(source, feature, scorer, "1", judgements)
+            store.write_score(score, explainer=explainer, judge=judge, control=control)
+    return frames

@@ -32,6 +32,7 @@ demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the tab
 	$(BIN)/evalkit run --model smollm2-135m $(DEMO_DICTIONARIES) $(DEMO_OPTIONS) --out $(DEMO)
 	$(BIN)/evalkit table $(DEMO) --format csv --out $(DEMO)/table.csv
 	$(BIN)/evalkit table $(DEMO)
+	@echo; $(BIN)/evalkit table $(DEMO) --short
 	@echo "plots:"
 	@$(BIN)/evalkit plot $(DEMO)
 

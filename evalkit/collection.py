@@ -46,7 +46,8 @@ class HiddenStates(Protocol):
     ``limits``: by site, the norm above which a token is an attention sink and masked like BOS.
     """
 
-    limits: Mapping[str, float]
+    @property
+    def limits(self) -> Mapping[str, float]: ...
 
     def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
         """(batch, pos, d_model) float32 per site path."""
@@ -74,7 +75,8 @@ class Chosen:
 
 def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
     """(batch, pos) bool: not masked in the corpus, and no attention sink (a state whose norm exceeds ``limit``)."""
-    return torch.from_numpy(batch.valid).to(hidden.device) & (hidden.norm(dim=-1) <= limit)
+    sound: Tensor = hidden.norm(dim=-1) <= limit
+    return sound & torch.from_numpy(batch.valid).to(hidden.device)
 
 
 def active_entries(

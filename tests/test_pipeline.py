@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from evalkit import registry
+from evalkit.clients.replay import ReplayClient
 from evalkit.config import RunConfig
 from evalkit.errors import CorpusError, MissingFile, RunMismatch
+from evalkit.judging import explain_features, score_features
 from evalkit.pipeline import load_config, plan, read_examples, run
+from evalkit.records import Message, Response
 from evalkit.store import RunStore, read_run
 from tests.dictionaries import write_rqae, write_sae
 
@@ -164,3 +172,58 @@ def test_the_plan_counts_what_a_run_does(options: dict[str, object]) -> None:
 def test_every_built_in_can_be_loaded() -> None:
     broken = [plugin for plugin in registry.list_plugins() if plugin.origin == "built in" and plugin.error]
     assert broken == []
+
+
+class RuleClient:
+    """A language model made of two rules: every feature is "whales", and a text matches if its length is even."""
+
+    name = "rules"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def generate(self, messages: Sequence[Message], *, schema: Any = None, **options: Any) -> Response:
+        self.asked += 1
+        if schema is not None and "explanation" in schema.get("properties", {}):
+            return Response('{"explanation": "whales"}', prompt_tokens=10, completion_tokens=3)
+        count = schema["minItems"]
+        return Response(json.dumps([len(messages[-1].content) % 2] * count), prompt_tokens=20, completion_tokens=count)
+
+
+def test_llm_explainer_and_judge_replay_a_recorded_run(
+    collected: Path, options: dict[str, object], tmp_path: Path
+) -> None:
+    """Recorded once, the same explanations and judgements come from the recording alone, through the named client."""
+    recording = tmp_path / "calls.sqlite"
+    live = RuleClient()
+    client = ReplayClient(recording, record_from=live)
+    frames = []
+    for name in ("live", "replayed"):
+        folder = tmp_path / name
+        shutil.copytree(collected, folder)
+        if name == "live":
+            with RunStore.create(folder, config(options).identity()) as store:
+                examples = read_examples(store, 0)
+                explainers = [registry.create("explainers", "default")]
+                asyncio.run(explain_features(store, examples, explainers, client))
+                judges = {"llm": registry.create("judges", "llm", client=client)}
+                scorers = [registry.create("scorers", name) for name in ("detection", "fuzzing")]
+                asyncio.run(score_features(store, examples, explainers, judges, scorers, shuffled=True, seed=0))
+            asked = live.asked
+        else:
+            client.close()
+            replayed = load_config(
+                folder,
+                explainers=("default",),
+                judges=("llm",),
+                client="replay",
+                client_options={"path": str(recording)},
+            )
+            run(replayed, folder, stages=("explain", "score"))
+        frames.append(read_run(folder))
+    assert asked > 50 and live.asked == asked
+    left, right = (one.judgements.sort_values(["source", "feature", "scorer", "control", "item"]) for one in frames)
+    assert len(left) > 100 and left["match"].notna().mean() > 0.9
+    pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
+    default = frames[1].explanations[frames[1].explanations["explainer"] == "default"]
+    assert set(default["text"]) == {"whales"}

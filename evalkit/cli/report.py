@@ -23,6 +23,7 @@ def table(
     run: Run,
     format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv, json, latex or parquet.")] = "markdown",
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="AUROC and balanced accuracy only, as mean ± SE.")] = False,
 ) -> None:
     """Print the scores of a run, one row per dictionary, scorer, explainer, judge and metric, with standard errors.
 
@@ -30,12 +31,12 @@ def table(
     """
     from evalkit.files import write_bytes
     from evalkit.report.render import render
-    from evalkit.report.tables import footer, summary_table
+    from evalkit.report.tables import footer, headline, summary_table
     from evalkit.store import read_run
 
     frames = read_run(run)
     summary = summary_table(frames)
-    rendered = render(summary, format, footer(frames, summary))
+    rendered = render(headline(summary) if short else summary, format, footer(frames, summary))
     data = rendered.encode() if isinstance(rendered, str) else rendered
     if out is not None:
         write_bytes(out, data)

@@ -55,29 +55,29 @@ def shuffled_partners(features: Iterable[FeatureId], source: str, seed: int) -> 
 async def explain_features(
     store: RunStore,
     examples: Examples,
-    explainers: Sequence[Explainer],
+    explainers: Mapping[str, Explainer],
     client: Client | None,
     *,
     progress: Progress = SILENT,
 ) -> None:
-    """An explanation per (source, feature, explainer) that has none yet."""
+    """An explanation per (source, feature, explainer) that has none yet. ``explainers``: by recorded name."""
     jobs = []
     for source, by_feature in examples.items():
-        for explainer in explainers:
-            done = store.explanations(source, explainer.name)
-            jobs += [(source, feature, explainer) for feature in by_feature if feature not in done]
+        for name in explainers:
+            done = store.explanations(source, name)
+            jobs += [(source, feature, name) for feature in by_feature if feature not in done]
 
-    async def explain(job: tuple[str, FeatureId, Explainer]) -> None:
-        source, feature, explainer = job
+    async def explain(job: tuple[str, FeatureId, str]) -> None:
+        source, feature, name = job
         try:
-            explanation = await explainer.explain(feature, examples[source][feature].explain, client)
+            explanation = await explainers[name].explain(feature, examples[source][feature].explain, client)
         except _FATAL:
             raise
         except Exception as error:  # an explainer may be anybody's code; its failure is this feature's alone
-            _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, explainer.name, error)
-            store.write_failed_explanation(source, feature, explainer.name, _reason(error))
+            _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, name, error)
+            store.write_failed_explanation(source, feature, name, _reason(error))
         else:
-            store.write_explanation(replace(explanation, source=source, feature=feature, explainer=explainer.name))
+            store.write_explanation(replace(explanation, source=source, feature=feature, explainer=name))
 
     await _run_all("explain", jobs, explain, progress)
 
@@ -85,7 +85,7 @@ async def explain_features(
 async def score_features(
     store: RunStore,
     examples: Examples,
-    explainers: Sequence[Explainer],
+    explainers: Sequence[str],
     judges: Mapping[str, Judge],
     scorers: Sequence[Scorer],
     *,
@@ -93,7 +93,7 @@ async def score_features(
     seed: int,
     progress: Progress = SILENT,
 ) -> None:
-    """A score per (source, feature, scorer, explainer, judge, control) that has none yet."""
+    """A score per (source, feature, scorer, explainer, judge, control) that has none yet. Names as they are recorded."""
     done = store.finished_scores()
     jobs = [
         job
@@ -120,7 +120,7 @@ async def score_features(
 def _score_jobs(
     store: RunStore,
     examples: Examples,
-    explainers: Sequence[Explainer],
+    explainers: Sequence[str],
     judges: Mapping[str, Judge],
     scorers: Sequence[Scorer],
     *,
@@ -129,7 +129,7 @@ def _score_jobs(
 ) -> Iterable[_ScoreJob]:
     for source, by_feature in examples.items():
         for explainer in explainers:
-            explanations = store.explanations(source, explainer.name)
+            explanations = store.explanations(source, explainer)
             explained = [feature for feature in by_feature if feature in explanations]
             controls = {REAL: {feature: feature for feature in explained}}
             if shuffled:
@@ -139,7 +139,7 @@ def _score_jobs(
                     explanation = replace(explanations[partner], feature=feature)
                     for judge_name, judge in judges.items():
                         for scorer in scorers:
-                            key = (source, feature, scorer.name, explainer.name, judge_name, control)
+                            key = (source, feature, scorer.name, explainer, judge_name, control)
                             yield _ScoreJob(key, explanation, by_feature[feature], scorer, judge)
 
 

@@ -24,7 +24,7 @@ from evalkit.examples import ExampleStore, FeatureExamples, rows_of
 from evalkit.grid import Grid, build_grid
 from evalkit.judging import explain_features, score_features
 from evalkit.progress import SILENT
-from evalkit.protocols import Client, FeatureSource, Progress
+from evalkit.protocols import Client, Explainer, FeatureSource, Progress
 from evalkit.records import FeatureId
 from evalkit.sampling import Counts, draw_windows, windows_of
 from evalkit.store import FeatureRow, RunStore
@@ -255,25 +255,25 @@ def read_examples(store: RunStore, seed: int) -> dict[str, dict[FeatureId, Featu
 def explain_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
     """Examples → explanations."""
     started = time.monotonic()
-    explainers = [registry.create("explainers", name) for name in config.explainers]
+    client = _client(config)
+    explainers = _explainers(config, client)
     examples = read_examples(store, config.seed)
-    asyncio.run(explain_features(store, examples, explainers, _client(config), progress=progress))
-    store.write_stage("explain", time.monotonic() - started, {"explainers": list(config.explainers)})
+    asyncio.run(explain_features(store, examples, explainers, client, progress=progress))
+    store.write_stage("explain", time.monotonic() - started, {"explainers": list(explainers)})
 
 
 def score_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
     """Explanations → judgements."""
     started = time.monotonic()
     client = _client(config)
-    explainers = [registry.create("explainers", name) for name in config.explainers]
     scorers = [registry.create("scorers", name) for name in config.scorers]
-    judges = {name: _judge(name, config, client) for name in config.judges}
+    judges = _by_record_name({name: _judge(name, config, client) for name in config.judges}, client)
     examples = read_examples(store, config.seed)
     asyncio.run(
         score_features(
             store,
             examples,
-            explainers,
+            list(_explainers(config, client)),
             judges,
             scorers,
             shuffled="shuffled" in config.controls,
@@ -281,7 +281,19 @@ def score_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
             progress=progress,
         )
     )
-    store.write_stage("score", time.monotonic() - started, {"judges": list(config.judges)})
+    store.write_stage("score", time.monotonic() - started, {"judges": list(judges)})
+
+
+def _explainers(config: RunConfig, client: Client | None) -> dict[str, Explainer]:
+    return _by_record_name({name: registry.create("explainers", name) for name in config.explainers}, client)
+
+
+def _by_record_name(parts: dict[str, Any], client: Client | None) -> dict[str, Any]:
+    """Parts that speak to a language model are recorded with its name, so two models never share a record."""
+    return {
+        f"{name}@{client.name}" if client and getattr(part, "uses_client", False) else name: part
+        for name, part in parts.items()
+    }
 
 
 def _client(config: RunConfig) -> Client | None:

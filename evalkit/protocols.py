@@ -118,7 +118,10 @@ class SourceReader(Protocol):
 
 
 class Explainer(Protocol):
-    """Writes an explanation from examples of the explain pool."""
+    """Writes an explanation from examples of the explain pool.
+
+    One that asks the client says so with ``uses_client = True``: its records then carry the client's name.
+    """
 
     name: str
     version: str
@@ -131,7 +134,9 @@ class Judge(Protocol):
     """Says whether an explanation matches a window, never knowing the label.
 
     ``probabilistic``: whether its answers carry their own match decision; if False, scorers fit the cut-off on
-    confidences.
+    confidences. A judge that asks a client says so with ``uses_client = True``, as explainers do. One that can prepare in
+    bulk has ``async prepare(items, explanations=(), progress=None)``; a scorer that can list its questions beforehand has
+    ``items(examples)``.
     """
 
     name: str

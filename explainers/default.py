@@ -45,6 +45,7 @@ class DefaultExplainer:
     """
 
     name = "default"
+    uses_client = True
     version = "1"
 
     def __init__(

@@ -94,8 +94,10 @@ class Plain:
 
 def run(store: RunStore, explainer: FirstWindow, judge: Contains) -> None:
     examples = make_examples()
-    asyncio.run(explain_features(store, examples, [explainer], None))
-    asyncio.run(score_features(store, examples, [explainer], {"contains": judge}, [Plain()], shuffled=True, seed=0))
+    asyncio.run(explain_features(store, examples, {explainer.name: explainer}, None))
+    asyncio.run(
+        score_features(store, examples, [explainer.name], {"contains": judge}, [Plain()], shuffled=True, seed=0)
+    )
 
 
 def test_every_feature_gets_its_score_and_a_shuffled_one(tmp_path: Path) -> None:

@@ -204,11 +204,11 @@ def test_llm_explainer_and_judge_replay_a_recorded_run(
         if name == "live":
             with RunStore.create(folder, config(options).identity()) as store:
                 examples = read_examples(store, 0)
-                explainers = [registry.create("explainers", "default")]
+                explainers = {"default@rules": registry.create("explainers", "default")}
                 asyncio.run(explain_features(store, examples, explainers, client))
-                judges = {"llm": registry.create("judges", "llm", client=client)}
+                judges = {"llm@rules": registry.create("judges", "llm", client=client)}
                 scorers = [registry.create("scorers", name) for name in ("detection", "fuzzing")]
-                asyncio.run(score_features(store, examples, explainers, judges, scorers, shuffled=True, seed=0))
+                asyncio.run(score_features(store, examples, list(explainers), judges, scorers, shuffled=True, seed=0))
             asked = live.asked
         else:
             client.close()
@@ -225,5 +225,5 @@ def test_llm_explainer_and_judge_replay_a_recorded_run(
     left, right = (one.judgements.sort_values(["source", "feature", "scorer", "control", "item"]) for one in frames)
     assert len(left) > 100 and left["match"].notna().mean() > 0.9
     pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
-    default = frames[1].explanations[frames[1].explanations["explainer"] == "default"]
+    default = frames[1].explanations[frames[1].explanations["explainer"] == "default@rules"]
     assert set(default["text"]) == {"whales"}

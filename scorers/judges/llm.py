@@ -45,6 +45,7 @@ class LlmJudge:
     """
 
     name = "llm"
+    uses_client = True
     probabilistic = True
 
     def __init__(self, client: Client | None, mode: Mode = "list", batch_size: int = 5, seed: int = 0) -> None:

@@ -63,13 +63,13 @@ def collect_examples(
     config: RunConfig, folder: str | Path, *, progress: Progress | None = None
 ) -> dict[str, dict[FeatureId, FeatureExamples]]:
     """Collect a run's examples into ``folder`` (skipping what is there); by source name, then feature."""
-    from evalkit import pipeline
+    from evalkit import collecting, pipeline
     from evalkit.progress import SILENT
     from evalkit.store import RunStore
 
     pipeline.run(config, Path(folder), stages=("collect",), progress=progress or SILENT)
     with RunStore.open(Path(folder)) as store:
-        return pipeline.read_examples(store, config.seed)
+        return collecting.read_examples(store, config.seed)
 
 
 def run(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> RunFrames:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from evalkit.collection import ContextCorpus
 from evalkit.errors import BadFile, CorpusError
-from evalkit.files import atomic_path
-from evalkit.grid import document_pools
+from evalkit.files import write_bytes
+from evalkit.grid import context_pools
 from evalkit.progress import SILENT
 from evalkit.protocols import Progress
 from evalkit.records import FeatureId, TokenBatch
@@ -100,8 +100,7 @@ def choose_centres(corpus: _Corpus, n: int, seed: int) -> list[Centre]:
 
     Raises CorpusError when there are fewer unique ids.
     """
-    pools = document_pools(corpus.documents, seed)
-    rows = np.flatnonzero(pools == 0)
+    rows = np.flatnonzero(context_pools(corpus, seed) == 0)
     best_priority: dict[int, int] = {}
     best_place: dict[int, int] = {}
     for first in range(0, len(rows), 256):
@@ -151,8 +150,7 @@ def calibrate(
         states = _read(path, rows, sites)
     else:
         states = _compute(corpus, subject, rows, sites, progress)
-        with atomic_path(path) as temporary:
-            save_file({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}, temporary)
+        write_bytes(path, save({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}))
     in_sample = np.isin(rows, sample)
     valid = torch.from_numpy(corpus.batch(rows[in_sample]).valid)
     limits = {

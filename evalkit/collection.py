@@ -82,16 +82,20 @@ def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
 def active_entries(
     chosen: Chosen, hidden: Tensor, batch: TokenBatch, valid: Tensor
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """(row in the flattened batch, feature index, activation) where the activation exceeds the feature's threshold."""
+    """(row in the flattened batch, feature index, excess) where the activation exceeds the feature's threshold.
+
+    The excess is the activation minus the threshold: positive whatever the sign of the threshold.
+    """
     source, features = chosen.source, chosen.features
     if isinstance(source, TokenSource):
         values = source.token_activations(batch, features)
     else:
         values = source.activations(hidden, features)  # (batch, pos, feature)
     thresholds = torch.tensor([source.threshold(feature) for feature in features], dtype=values.dtype)
-    active = (values > thresholds.to(values.device)) & valid.to(values.device)[..., None]
+    excess = values - thresholds.to(values.device)
+    active = (excess > 0) & valid.to(values.device)[..., None]
     rows, columns = active.flatten(0, 1).nonzero(as_tuple=True)
-    picked = values.flatten(0, 1)[rows, columns]
+    picked = excess.flatten(0, 1)[rows, columns]
     return rows.cpu().numpy(), columns.cpu().numpy(), picked.float().cpu().numpy()
 
 

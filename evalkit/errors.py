@@ -18,6 +18,7 @@ library callers catch the branch they care about.
     ├── MissingExtra          an optional dependency that is not installed
     ├── ClientError           a language-model client that cannot answer
     │   └── NotRecorded       a request that the replay client has no answer for
+    ├── StageFailed           a stage in which every feature failed
     └── StorageError          a disk that is full or not writable
 """
 
@@ -41,6 +42,7 @@ __all__ = [
     "RunLocked",
     "RunMismatch",
     "SiteMismatch",
+    "StageFailed",
     "StorageError",
     "UnknownFeature",
     "require",
@@ -109,6 +111,10 @@ class ClientError(EvalkitError):
 
 class NotRecorded(ClientError):
     """A request that the replay client has no recorded answer for."""
+
+
+class StageFailed(EvalkitError):
+    """A stage in which every feature failed."""
 
 
 class StorageError(EvalkitError):

@@ -155,7 +155,6 @@ class ExampleStore:
         self,
         source_index: int,
         windows: Mapping[int, tuple[int, tuple[str, ...]]],
-        thresholds: Mapping[FeatureId, float],
         peaks: Mapping[FeatureId, float],
         seed: int,
     ) -> dict[FeatureId, FeatureExamples]:
@@ -168,24 +167,21 @@ class ExampleStore:
             document, tokens = windows[window]
             example = Example(window, document, tokens, tuple(activations), decile)
             grouped.setdefault(feature, {}).setdefault(role, []).append(example)
-        return {
-            feature: _assemble(source, feature, roles, thresholds[feature], peaks[feature], seed)
-            for feature, roles in grouped.items()
-        }
+        return {feature: _assemble(source, feature, roles, peaks[feature], seed) for feature, roles in grouped.items()}
 
 
 def _assemble(
-    source: str, feature: FeatureId, roles: Mapping[str, list[Example]], threshold: float, peak: float, seed: int
+    source: str, feature: FeatureId, roles: Mapping[str, list[Example]], peak: float, seed: int
 ) -> FeatureExamples:
     def of(role: Role) -> tuple[Example, ...]:
         return tuple(roles.get(role, ()))
 
     return FeatureExamples(
-        ExplainExamples(source, feature, threshold, peak, of("explain.shown"), of("explain.negative")),
+        ExplainExamples(source, feature, 0.0, peak, of("explain.shown"), of("explain.negative")),
         ScoreExamples(
             source,
             feature,
-            threshold,
+            0.0,
             derive(seed, "score", source, feature),
             test=TestExamples(of("test.positive"), of("test.decoy"), of("test.negative")),
             calibration=TestExamples(of("calibration.positive"), of("calibration.decoy"), of("calibration.negative")),

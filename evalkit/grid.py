@@ -16,7 +16,7 @@ from evalkit.errors import CorpusError
 from evalkit.records import Pool, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 
-__all__ = ["POOLS", "Grid", "GridCorpus", "build_grid", "document_pools"]
+__all__ = ["POOLS", "Grid", "GridCorpus", "build_grid", "context_pools"]
 
 POOLS: tuple[Pool, Pool] = ("explain", "score")
 _BLOCK = 1024  # contexts read at a time
@@ -41,7 +41,8 @@ class Grid:
     """Every usable window, in order of its id. All arrays are (window,).
 
     ``ids`` = context x cells per context + cell; ``starts`` is the first position inside the context; ``pools`` is 0 for
-    the explain pool and 1 for the score pool. Usable: no masked token inside, and no earlier window has the same tokens.
+    the explain pool and 1 for the score pool. Usable: no masked token inside, and neither the window nor its whole context
+    repeats an earlier one.
     """
 
     ids: NDArray[np.int64]
@@ -76,9 +77,27 @@ class Grid:
         return self.context_length // self.window_length
 
 
-def document_pools(documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
-    """0 (explain) or 1 (score) per document, by a hash of its number: half and half, the same for every run of a seed."""
-    return (hash_priorities(derive(seed, "pools"), documents) >> np.uint64(63)).astype(np.uint8)
+def context_pools(corpus: GridCorpus, seed: int) -> NDArray[np.uint8]:
+    """0 (explain) or 1 (score) per context: that of its document, by a hash of how the document begins.
+
+    Half and half; copies of a document are in one pool.
+    """
+    return _pools_of(_context_hashes(corpus), corpus.documents, seed)
+
+
+def _pools_of(hashes: NDArray[np.uint64], documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
+    _, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
+    drawn = hash_priorities(derive(seed, "pools"), hashes[first]) >> np.uint64(63)
+    return drawn.astype(np.uint8)[inverse]
+
+
+def _context_hashes(corpus: GridCorpus) -> NDArray[np.uint64]:
+    """One hash of the tokens of every context."""
+    hashes = np.zeros(corpus.n_contexts, dtype=np.uint64)
+    for first in range(0, corpus.n_contexts, _BLOCK):
+        batch = corpus.batch(np.arange(first, min(first + _BLOCK, corpus.n_contexts)))
+        hashes[batch.contexts] = _text_hash(batch.token_ids)
+    return hashes
 
 
 def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed: int) -> Grid:
@@ -107,7 +126,10 @@ def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed:
         picked = np.arange(len(block))[:, None, None], columns
         clean[block] = batch.valid[picked].all(-1)
         hashes[block] = _text_hash(batch.token_ids[picked])
-    usable = (fits & clean).ravel()
+    context_hashes = _context_hashes(corpus)
+    repeated = np.ones(corpus.n_contexts, dtype=bool)
+    repeated[np.unique(context_hashes, return_index=True)[1]] = False
+    usable = (fits & clean & ~repeated[:, None]).ravel()
     ids = np.flatnonzero(usable)
     _, first_of = np.unique(hashes.ravel()[ids], return_index=True)
     kept = np.sort(ids[first_of])
@@ -119,17 +141,16 @@ def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed:
             fix="use longer documents or a shorter --window-length",
         )
     contexts = kept // cells
-    documents = corpus.documents[contexts]
     return Grid(
         ids=kept,
         contexts=contexts,
         starts=starts.ravel()[kept],
-        documents=documents,
-        pools=document_pools(documents, seed),
+        documents=corpus.documents[contexts],
+        pools=_pools_of(context_hashes, corpus.documents, seed)[contexts],
         window_length=window_length,
         context_length=length,
         offsets=offsets,
-        n_duplicates=len(ids) - len(kept),
+        n_duplicates=int((fits & clean).sum()) - len(kept),
     )
 
 

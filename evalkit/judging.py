@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from evalkit.errors import BadConfig, EvalkitError, MissingExtra, MissingFile, PluginError, StorageError
+from evalkit.errors import BadConfig, EvalkitError, MissingExtra, MissingFile, PluginError, StageFailed, StorageError
 from evalkit.examples import FeatureExamples
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Explainer, Judge, Progress, Scorer
@@ -65,9 +65,14 @@ async def explain_features(
     for source, by_feature in examples.items():
         for name in explainers:
             done = store.explanations(source, name)
-            jobs += [(source, feature, name) for feature in by_feature if feature not in done]
+            version = explainers[name].version
+            jobs += [
+                (source, feature, name)
+                for feature in by_feature
+                if feature not in done or done[feature].version != version
+            ]
 
-    async def explain(job: tuple[str, FeatureId, str]) -> None:
+    async def explain(job: tuple[str, FeatureId, str]) -> str | None:
         source, feature, name = job
         try:
             explanation = await explainers[name].explain(feature, examples[source][feature].explain, client)
@@ -76,8 +81,9 @@ async def explain_features(
         except Exception as error:  # an explainer may be anybody's code; its failure is this feature's alone
             _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, name, error)
             store.write_failed_explanation(source, feature, name, _reason(error))
-        else:
-            store.write_explanation(replace(explanation, source=source, feature=feature, explainer=name))
+            return _reason(error)
+        store.write_explanation(replace(explanation, source=source, feature=feature, explainer=name))
+        return None
 
     await _run_all("explain", jobs, explain, progress)
 
@@ -98,11 +104,11 @@ async def score_features(
     jobs = [
         job
         for job in _score_jobs(store, examples, explainers, judges, scorers, shuffled=shuffled, seed=seed)
-        if job.key not in done
+        if done.get(job.key) != job.scorer.version
     ]
     await _prepare_judges(jobs, progress)
 
-    async def score(job: _ScoreJob) -> None:
+    async def score(job: _ScoreJob) -> str | None:
         try:
             result = await job.scorer.score(job.explanation, job.examples.score, job.judge)
         except _FATAL:
@@ -110,9 +116,10 @@ async def score_features(
         except Exception as error:  # as above: a scorer or judge may be anybody's code
             _LOG.warning("%s %s: %s gave no score: %s", job.key[0], job.key[1], job.scorer.name, error)
             store.write_failed_score(job.key, _reason(error))
-        else:
-            _, _, _, explainer, judge, control = job.key
-            store.write_score(result, explainer=explainer, judge=judge, control=control)
+            return _reason(error)
+        _, _, _, explainer, judge, control = job.key
+        store.write_score(result, explainer=explainer, judge=judge, control=control)
+        return None
 
     await _run_all("score", jobs, score, progress)
 
@@ -130,12 +137,13 @@ def _score_jobs(
     for source, by_feature in examples.items():
         for explainer in explainers:
             explanations = store.explanations(source, explainer)
-            explained = [feature for feature in by_feature if feature in explanations]
-            controls = {REAL: {feature: feature for feature in explained}}
-            if shuffled:
-                controls[SHUFFLED] = shuffled_partners(explained, source, seed)
+            controls = {REAL: {feature: feature for feature in by_feature}}
+            if shuffled:  # over all features, so that one that is explained later changes nobody's partner
+                controls[SHUFFLED] = shuffled_partners(by_feature, source, seed)
             for control, partners in controls.items():
                 for feature, partner in partners.items():
+                    if feature not in explanations or partner not in explanations:
+                        continue
                     explanation = replace(explanations[partner], feature=feature)
                     for judge_name, judge in judges.items():
                         for scorer in scorers:
@@ -165,23 +173,36 @@ def _items(job: _ScoreJob) -> Iterable[JudgeItem]:
     return [JudgeItem(e.text) for part in parts for e in (*part.positives, *part.decoys, *part.negatives)]
 
 
-async def _run_all(stage: str, jobs: Sequence[Job], work: Callable[[Job], Awaitable[None]], progress: Progress) -> None:
+async def _run_all(
+    stage: str, jobs: Sequence[Job], work: Callable[[Job], Awaitable[str | None]], progress: Progress
+) -> None:
     if not jobs:
         return
     started = time.monotonic()
     task = progress.start(stage, len(jobs), "features")
     gate = asyncio.Semaphore(CONCURRENCY)
+    failures: list[str] = []
 
     async def guarded(job: Job) -> None:
         async with gate:
-            await work(job)
+            if reason := await work(job):
+                failures.append(reason)
             progress.advance(task)
 
     async with asyncio.TaskGroup() as group:
         for job in jobs:
             group.create_task(guarded(job))
     progress.finish(task)
-    _LOG.info("%s: %d records in %.1f s", stage, len(jobs), time.monotonic() - started)
+    if len(failures) == len(jobs):
+        raise StageFailed(
+            stage,
+            expected=f"at least one of {len(jobs)} features to succeed",
+            seen=f"every one failed; the first: {failures[0]}",
+            fix="mend that and run the same command again",
+        )
+    if failures:
+        _LOG.warning("%s: %d of %d features failed; the same command tries them again", stage, len(failures), len(jobs))
+    _LOG.info("%s: %d records in %.1f s", stage, len(jobs) - len(failures), time.monotonic() - started)
 
 
 def _reason(error: Exception) -> str:

@@ -186,7 +186,9 @@ def _controls(
             _LOG.warning("no planted control: the corpus has no word of one token that is frequent enough")
     if "permuted" in config.controls:
         controls.append(
-            PermutedSource(source.site, excess, features, derive(config.seed, "permuted"), config.context_length)
+            PermutedSource(
+                source.site, excess, features, derive(config.seed, "permuted"), calibration.corpus.context_length
+            )
         )
     return [
         Prepared(Chosen(control, tuple(control.features())), {} if isinstance(control, PlantedSource) else note)

@@ -117,6 +117,8 @@ class Activations:
 class Example:
     """A window of the corpus with one feature's activation on each of its tokens.
 
+    Activations in examples are the excess over the feature's threshold θ, and 0 where it is not active.
+
     ``tokens`` are text pieces whose concatenation is the window's text. ``window`` is its id on the corpus-wide grid.
     ``decile`` (0–9) is its rank by peak among the feature's active windows, None for a negative.
     """
@@ -140,7 +142,8 @@ class Example:
 class ExplainExamples:
     """What an explainer sees: windows of the explain pool only, strongest first.
 
-    ``threshold`` is θ (active means above it), ``peak`` the largest activation of the feature in the explain pool.
+    ``threshold`` is where activity begins in the units of the examples (0 for examples of a run, which hold the excess over
+    θ); ``peak`` is the feature's largest activation in the explain pool.
     """
 
     source: str

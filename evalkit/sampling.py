@@ -104,6 +104,7 @@ def draw_windows(
 ) -> Draw:
     """Draw all roles for one feature, or say why it is ineligible.
 
+    Negatives keep their ratio to positives where there are fewer of these than asked for: F1 and AUPRC depend on it.
     Explain pool: up to ``counts.explain`` windows to show, never more than half of what is there; the rest calibrates the
     judges. Score pool: positives and decoys, disjoint, spread over activation deciles; never more than half decoys.
     """
@@ -146,7 +147,7 @@ def _draw_pool(
         shown=shown[np.lexsort((windows.rows[shown], -windows.peaks[shown]))],
         positives=taken[::2],
         decoys=taken[1::2],
-        negatives=negatives[: counts.negatives],
+        negatives=negatives[: round(counts.negatives * len(taken[::2]) / counts.positives)],
         shown_negatives=negatives[counts.negatives : counts.negatives + (counts.explain if show else 0)],
         deciles=deciles,
     )

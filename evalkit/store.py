@@ -46,6 +46,19 @@ CREATE TABLE IF NOT EXISTS judgements (
 CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
 """
 
+# a feature that was eligible and of which an explanation or a score failed and none succeeded is "failed"
+_FEATURES = """
+WITH failures AS (
+    SELECT source, feature, reason FROM explanations WHERE text IS NULL
+    UNION ALL SELECT source, feature, reason FROM scores WHERE reason IS NOT NULL)
+SELECT source, feature, position, density, threshold, peak,
+    CASE WHEN failed IS NULL THEN status ELSE 'failed' END AS status, coalesce(failed, reason) AS reason
+FROM (SELECT f.*, (SELECT min(x.reason) FROM failures x WHERE x.source = f.source AND x.feature = f.feature
+        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL)
+    ) AS failed FROM features f)
+ORDER BY source, position
+"""
+
 ScoreKey = tuple[str, str, str, str, str, str]  # source, feature, scorer, explainer, judge, control
 
 
@@ -105,8 +118,7 @@ class RunStore:
                 fix="pass the folder that `evalkit run` wrote",
             )
         try:
-            connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-            connection.execute("SELECT count(*) FROM judgements")
+            connection = _open_to_read(path)
         except sqlite3.DatabaseError as error:
             raise BadFile(str(path), expected="the records of a run", seen=str(error), fix="run again") from error
         return cls(folder, connection)
@@ -204,15 +216,20 @@ class RunStore:
             )
             connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
+    def explainers(self) -> list[str]:
+        """Names of the explainers that explanations are recorded of."""
+        query = "SELECT DISTINCT explainer FROM explanations WHERE text IS NOT NULL ORDER BY explainer"
+        return [name for (name,) in self._connection.execute(query)]
+
     def write_failed_score(self, key: ScoreKey, reason: str) -> None:
         """Keep the reason why a score is missing; it is tried again on resume."""
         with self._writing() as connection:
             connection.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, '', NULL, ?)", (*key, reason))
 
-    def finished_scores(self) -> set[ScoreKey]:
-        """Keys of the scores that need not be made again."""
-        query = "SELECT source, feature, scorer, explainer, judge, control FROM scores WHERE reason IS NULL"
-        return set(self._connection.execute(query))
+    def finished_scores(self) -> dict[ScoreKey, str]:
+        """Scores that need not be made again, with the version of their scorer."""
+        query = "SELECT source, feature, scorer, explainer, judge, control, version FROM scores WHERE reason IS NULL"
+        return {row[:6]: row[6] for row in self._connection.execute(query)}
 
     def write_stage(self, name: str, seconds: float, detail: dict[str, Any]) -> None:
         """Add to the time a stage took over all invocations; keep its latest detail."""
@@ -261,7 +278,7 @@ class RunStore:
         sources["l0"] = sources["l0"].astype("float64")
         return RunFrames(
             sources=sources,
-            features=frame("SELECT * FROM features ORDER BY source, position"),
+            features=frame(_FEATURES),
             explanations=frame("SELECT * FROM explanations ORDER BY source, feature"),
             judgements=judgements,
             meta={**self.identity(), "cost": self._cost()},
@@ -272,6 +289,21 @@ def read_run(folder: str | Path) -> RunFrames:
     """The records of a run as data frames. Raises MissingFile, BadFile."""
     with RunStore.open(Path(folder)) as store:
         return store.frames()
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """Read-only; on media that cannot be written at all, without the shared memory that WAL would need."""
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
+        try:
+            connection.execute("SELECT count(*) FROM judgements")
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "immutable" in mode or "readonly" not in str(error):
+                raise
+        else:
+            return connection
+    raise sqlite3.OperationalError("unable to open")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

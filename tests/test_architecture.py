@@ -66,7 +66,7 @@ def test_report_imports_neither_torch_nor_clients() -> None:
 
 
 def test_the_pipeline_finds_parts_through_the_registry() -> None:
-    for name in ("pipeline", "judging", "api"):
+    for name in ("pipeline", "collecting", "judging", "api"):
         reached = imports(ROOT / f"evalkit/{name}.py")
         assert not any(part.split(".")[0] in ("explainers", "scorers") or ".clients" in part for part in reached), name
 

@@ -183,3 +183,63 @@ def test_every_command_has_help_and_an_example(command: list[str]) -> None:
     if command:
         assert f"evalkit {' '.join(command)}" in " ".join(result.output.split())
         assert "Example:" in result.output
+
+
+def test_a_client_is_an_option_of_run(
+    good: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording that is not there is found before anything is collected twice, and named."""
+    options = [part for pair in good.items() for part in pair]
+    code, _, err = call(
+        capsys,
+        monkeypatch,
+        "-q",
+        "run",
+        *options,
+        "--explainer",
+        "default",
+        "--client",
+        f"replay:{tmp_path / 'no.sqlite'}",
+    )
+    assert code == 2
+    assert "no.sqlite: expected a file of recorded answers; seen no such file" in err
+
+
+def test_a_stage_in_which_everything_fails_is_an_error(
+    good: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty recording answers nothing: every feature fails, is recorded as failed, and the command says so."""
+    import asyncio
+
+    from evalkit.clients.replay import ReplayClient
+    from evalkit.records import Message, Response
+    from evalkit.store import read_run
+
+    class Once:
+        name = "once"
+
+        async def generate(self, messages: object, **options: object) -> Response:
+            return Response("nothing")
+
+    recording = tmp_path / "calls.sqlite"
+    client = ReplayClient(recording, record_from=Once())
+    asyncio.run(client.generate([Message("user", "hello")], max_tokens=1))
+    client.close()
+    options = [part for pair in good.items() for part in pair]
+    arguments = [*options, "--explainer", "default", "--client", f"replay:{recording}"]
+    code, _, err = call(capsys, monkeypatch, "-q", "run", *arguments)
+    assert code == 2
+    assert "explain: expected at least one of" in err and "every one failed" in err
+    frames = read_run(tmp_path / "run")
+    assert "failed" in set(frames.features["status"])
+
+
+def test_scoring_before_explaining(
+    good: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evalkit", "-q", "collect", *(str(p) for pair in good.items() for p in pair)])
+    with pytest.raises(SystemExit):
+        main()
+    code, _, err = call(capsys, monkeypatch, "-q", "score", tmp_path / "run")
+    assert code == 2
+    assert "expected explanations by some explainer; seen no explanation; fix: run `evalkit explain" in err

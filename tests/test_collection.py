@@ -10,6 +10,7 @@ import torch
 from evalkit.calibration import calibrate, choose_centres, measure_fit, top_share_threshold
 from evalkit.collection import SHARD_CONTEXTS, Chosen, collect
 from evalkit.errors import BadFile, CorpusError
+from evalkit.grid import context_pools
 from evalkit.records import Site, TokenBatch
 from evalkit.sources.controls import PlantedSource, RandomDirectionsSource
 from tests.test_grid import ArrayCorpus, random_corpus
@@ -57,7 +58,7 @@ def test_entries_equal_the_dense_definition(corpus: ArrayCorpus, tmp_path: Path)
     assert sorted(zip(found.tokens.tolist(), found.features.tolist(), strict=True)) == sorted(
         map(tuple, wanted.tolist())
     )
-    assert np.allclose(found.values, dense[found.tokens, found.features], atol=1e-5)
+    assert np.allclose(found.values, dense[found.tokens, found.features] - 2.0, atol=1e-5)
     assert found.n_tokens == everything.valid.sum()
     planted = collection.read(1)
     hits = np.isin(corpus.tokens, range(20)) & everything.valid
@@ -145,6 +146,7 @@ def test_centres_are_uniform_over_unique_tokens() -> None:
     """A token that makes up most of the corpus is drawn no more often than a rare one."""
     tokens = np.full((300, 64), 7)
     tokens[:, 5:45] = np.arange(40) + 100
+    tokens[:, 0] = np.arange(300) + 1000  # masked, but tells the documents apart
     corpus = ArrayCorpus(tokens, per_document=1)
     drawn = [int(centre.feature.split("@")[0]) for seed in range(200) for centre in choose_centres(corpus, 4, seed)]
     counts = np.bincount(drawn, minlength=140)
@@ -154,9 +156,7 @@ def test_centres_are_uniform_over_unique_tokens() -> None:
 
 
 def test_centres_lie_in_the_explain_pool_on_valid_positions(corpus: ArrayCorpus) -> None:
-    from evalkit.grid import document_pools
-
-    pools = document_pools(corpus.documents, 5)
+    pools = context_pools(corpus, 5)
     for centre in choose_centres(corpus, 50, seed=5):
         assert pools[centre.context] == 0
         assert centre.position >= 1

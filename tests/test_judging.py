@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalkit.errors import ClientError, StorageError
+from evalkit.errors import ClientError, StageFailed, StorageError
 from evalkit.examples import FeatureExamples
 from evalkit.judging import REAL, SHUFFLED, explain_features, score_features, shuffled_partners
 from evalkit.records import (
@@ -133,8 +133,10 @@ def test_one_failing_feature_is_recorded_and_tried_again(tmp_path: Path) -> None
 
 def test_a_failing_judge_is_this_feature_s_alone_but_a_full_disk_stops_the_run(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, {"a": 1}) as store:
-        run(store, FirstWindow(), Contains(fails=ClientError))
-        assert store.finished_scores() == set()
+        with pytest.raises(StageFailed, match="expected at least one of 8 features to succeed; seen every one failed"):
+            run(store, FirstWindow(), Contains(fails=ClientError))
+        assert set(store.frames().features["status"]) <= {"failed"}
+        assert store.finished_scores() == {}
         with pytest.raises(ExceptionGroup) as caught:
             run(store, FirstWindow(), Contains(fails=StorageError))
         assert caught.value.subgroup(StorageError) is not None

@@ -67,7 +67,8 @@ def test_every_row_is_there_with_honest_counts(first: Path) -> None:
     assert table.groupby("kind").size().to_dict() == {
         "rqae": 16, "sae": 8, "null-random-directions": 8, "null-planted": 8, "null-permuted": 8,
     }  # fmt: skip
-    assert (table["n_tried"] == 20).all()
+    assert (table.loc[table["kind"] != "null-planted", "n_tried"] == 20).all()
+    assert (table["n_tried"] <= 20).all() and (table["n_features"] >= 10).all()
     assert (table["n_features"] <= table["n_tried"] - table["n_ineligible"]).all()
     assert (table["se"] > 0).all() and table["null_mean"].notna().all() and table["z"].notna().all()
 

@@ -42,7 +42,7 @@ def test_records_come_back(tmp_path: Path) -> None:
         fill(store)
         assert [row.feature for row in store.features(SOURCE.name)] == ["3", "5"]
         assert store.explanations(SOURCE.name, "words")["3"].text == "cats"
-        assert store.finished_scores() == {(SOURCE.name, "3", "detection", "words", "embedding", "")}
+        assert store.finished_scores() == {(SOURCE.name, "3", "detection", "words", "embedding", ""): "1"}
         assert store.source_names() == [SOURCE.name]
     frames = read_run(tmp_path / "run")
     assert frames.judgements["match"].isna().sum() == 1

@@ -33,11 +33,12 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")] = False,
 ) -> None:
+    from rich.console import Console
     from rich.logging import RichHandler
 
     STDERR.quiet = quiet
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    handler = RichHandler(console=STDERR, show_path=False, show_time=False, markup=False)
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for package in ("evalkit", "explainers", "scorers", "rqae"):
         logging.getLogger(package).setLevel(level)

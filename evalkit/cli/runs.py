@@ -23,6 +23,9 @@ Model = Annotated[
         rich_help_panel=_SCORED,
     ),
 ]
+Revision = Annotated[
+    str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_SCORED)
+]
 Dictionaries = Annotated[
     list[str],
     typer.Option(
@@ -108,6 +111,7 @@ def run(
     out: Out,
     corpus: Corpus = "bundled:demo",
     site: Site = None,
+    revision: Revision = None,
     depths: Depths = "16,64,256",
     density: Density = 0.01,
     features: Features = 50,
@@ -149,6 +153,7 @@ def collect(
     out: Out,
     corpus: Corpus = "bundled:demo",
     site: Site = None,
+    revision: Revision = None,
     depths: Depths = "16,64,256",
     density: Density = 0.01,
     features: Features = 50,
@@ -194,7 +199,8 @@ def score(
 
     Example: `evalkit score runs/first --judge embedding --scorer detection`
     """
-    config = _config_of(run, explainers=explainer, judges=judge, scorers=scorer, client=client, device=device)
+    explainers = explainer or ()  # none named: all that there are explanations of
+    config = _config_of(run, explainers=explainers, judges=judge, scorers=scorer, client=client, device=device)
     _execute(config, run, ("score",))
 
 
@@ -235,9 +241,11 @@ def _config(options: dict[str, Any]) -> Any:
     }
     wanted = {names.get(key, key): value for key, value in options.items() if key not in ("out", "dry_run")}
     wanted = {key: value for key, value in wanted.items() if value is not None}
+    wanted["dictionaries"] = [path.rstrip("/") or path for path in wanted["dictionaries"]]
     wanted["depths"] = tuple(part for part in wanted["depths"].split(",") if part)
     wanted["controls"] = tuple(part.strip() for part in wanted["controls"].split(",") if part.strip())
-    return RunConfig.create(**wanted, **_client_options(wanted))
+    client = _client_options(wanted)  # takes "client" out of ``wanted``
+    return RunConfig.create(**wanted, **client)
 
 
 def _config_of(run: Path, **changes: Any) -> Any:

@@ -172,18 +172,23 @@ def _find(path: Path) -> Iterator[Path]:
 
 
 def _sort_key(file: Path) -> tuple[int, int, float, str]:
-    layer = re.search(r"layer_(\d+)(?=/)", file.as_posix())
+    layer = _part(file, r"layer_(\d+)")
     return (int(layer[1]) if layer else -1, _width_of(file) or 0, _l0_of(file) or 0.0, str(file))
+
+
+def _part(file: Path, pattern: str) -> re.Match[str] | None:
+    """The innermost folder above the file whose whole name is ``pattern``: folders further up may be called anything."""
+    return next((found for name in reversed(file.parts[:-1]) if (found := re.fullmatch(pattern, name))), None)
 
 
 def _width_of(file: Path) -> int | None:
     """1k is 1,024; 1m is 1,048,576."""
-    found = re.search(r"width_(\d+)([km]?)(?=/)", file.as_posix())
+    found = _part(file, r"width_(\d+)([km]?)")
     return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]] if found else None
 
 
 def _l0_of(file: Path) -> float | None:
-    found = re.search(r"(?:average_)?l0_(\d+(?:\.\d+)?)(?=/)", file.as_posix())
+    found = _part(file, r"(?:average_)?l0_(\d+(?:\.\d+)?)")
     return float(found[1]) if found else None
 
 
@@ -191,7 +196,7 @@ def _site_of(file: Path, card: dict[str, Any], options: dict[str, Any]) -> str:
     site = options.get("site", card.get("site"))
     if site:
         return str(site).split("/")[-1]
-    layer = re.search(r"layer_(\d+)(?=/)", file.as_posix())
+    layer = _part(file, r"layer_(\d+)")
     if layer and not re.search(r"-(?:mlp|att)(?=[/-])", file.as_posix()):
         return f"layers.{int(layer[1])}"
     raise BadConfig(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from evalkit.errors import BadFile, MissingFile
-from evalkit.files import atomic_path
+from evalkit.files import write_bytes
 from evalkit.sources.rqae import RqaeSource
 
 __all__ = ["load_features", "save_features"]
@@ -24,8 +24,7 @@ def save_features(source: RqaeSource, path: Path) -> None:
     codes = torch.empty(0, source.depth) if source.codes is None else source.codes
     thresholds = torch.tensor([source.thresholds.get(name, torch.nan) for name in source.ids], dtype=torch.float64)
     tensors = {"codes": codes.to(torch.uint16).contiguous(), "thresholds": thresholds}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"ids": json.dumps(source.ids)})
+    write_bytes(path, save(tensors, metadata={"ids": json.dumps(source.ids)}))
 
 
 def load_features(source: RqaeSource, path: Path) -> RqaeSource:

@@ -82,6 +82,13 @@ def test_site_model_and_l0_from_card_and_options(tmp_path: Path) -> None:
         GemmaScopeReader().read(file, layer=3)
 
 
+def test_folders_further_up_may_be_called_anything(tmp_path: Path) -> None:
+    store(tmp_path / "sweep_layer_3" / "layer_3x" / "width_16k" / "layer_12" / "width_1k" / "average_l0_5", arrays())
+    (source,) = GemmaScopeReader().read(tmp_path / "sweep_layer_3", model="m")
+    assert source.site == Site("m", "layers.12")
+    assert source.info.l0 == 5
+
+
 def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
     for part in ("a", "b"):
         store(tmp_path / part / "layer_3" / "width_1k" / "average_l0_9", arrays())

@@ -95,7 +95,7 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
     text = _decoder(subject.tokenizer)
     prepared = prepare(config, sources, subject.info, calibration, centres, lambda token: text((token,))[0])
     _check_manifest(store.folder / "collected" / "manifest.json", prepared)
-    store.write_sources([one.chosen.source.info for one in prepared], [one.measured for one in prepared])
+    store.write_sources([one.info for one in prepared], [one.measured for one in prepared])
     collection = collect(
         corpus,
         calibration,

@@ -79,7 +79,7 @@ async def explain_features(
         except _FATAL:
             raise
         except Exception as error:  # an explainer may be anybody's code; its failure is this feature's alone
-            _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, name, error)
+            _LOG.warning("%s %s: %s gave no explanation: %s", source, feature, name, _reason(error))
             store.write_failed_explanation(source, feature, name, _reason(error))
             return _reason(error)
         store.write_explanation(replace(explanation, source=source, feature=feature, explainer=name))
@@ -114,7 +114,7 @@ async def score_features(
         except _FATAL:
             raise
         except Exception as error:  # as above: a scorer or judge may be anybody's code
-            _LOG.warning("%s %s: %s gave no score: %s", job.key[0], job.key[1], job.scorer.name, error)
+            _LOG.warning("%s %s: %s gave no score: %s", *job.key[:2], job.scorer.name, _reason(error))
             store.write_failed_score(job.key, _reason(error))
             return _reason(error)
         _, _, _, explainer, judge, control = job.key

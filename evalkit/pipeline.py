@@ -40,6 +40,7 @@ _STAGES = ("collect", "explain", "score")
 
 def run(config: RunConfig, folder: Path, *, stages: Sequence[str] = _STAGES, progress: Progress = SILENT) -> None:
     """Run the stages on a folder. Raises EvalkitError; what is complete stays and is not done again."""
+    _check_parts(config, stages)
     with RunStore.create(folder, config.identity()) as store:
         if "collect" in stages:
             collect_stage(config, store, progress)
@@ -47,6 +48,18 @@ def run(config: RunConfig, folder: Path, *, stages: Sequence[str] = _STAGES, pro
             explain_stage(config, store, progress)
         if "score" in stages:
             score_stage(config, store, progress)
+
+
+def _check_parts(config: RunConfig, stages: Sequence[str]) -> None:
+    """Make every named part once, so that a wrong name or a missing model is found before the expensive stages."""
+    client = _client(config) if {"explain", "score"} & set(stages) else None
+    if "explain" in stages:
+        _explainers(config, client)
+    if "score" in stages:
+        for name in config.judges:
+            _judge(name, config, client)
+        for name in config.scorers:
+            registry.create("scorers", name)
 
 
 def load_config(folder: Path, **changes: Any) -> RunConfig:

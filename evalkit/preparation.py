@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from evalkit.collection import Chosen, valid_tokens
 from evalkit.config import RunConfig
 from evalkit.errors import BadConfig, CorpusError
 from evalkit.protocols import CalibratedSource, CentredSource, FeatureSource
-from evalkit.records import FeatureId, SubjectInfo
+from evalkit.records import FeatureId, SourceInfo, SubjectInfo
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.controls import PermutedSource, PlantedSource, RandomDirectionsSource
 
@@ -31,6 +31,7 @@ __all__ = ["Prepared", "prepare", "reference_of"]
 
 _LOG = logging.getLogger(__name__)
 _FIT_CONTEXTS = 32  # contexts that FVU and L0 are measured on
+_FIT_RATIO = 1.5  # how far the measured L0 may be from the declared one
 _FIT_WIDTH = 1 << 17  # wider dictionaries are not encoded whole just to count L0
 _CANDIDATES = 64  # features whose aliveness is tested at a time
 
@@ -41,6 +42,12 @@ class Prepared:
 
     chosen: Chosen
     measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> SourceInfo:
+        """The source's own, with the measured L0 where it declares none."""
+        info = self.chosen.source.info
+        return info if info.l0 is not None else replace(info, l0=self.measured.get("l0_measured"))
 
 
 def prepare(
@@ -144,6 +151,14 @@ def _measure(source: FeatureSource, calibration: Calibration) -> dict[str, Any]:
     if 0 < len(ids) <= _FIT_WIDTH:
         active = source.activations(hidden, ids)[valid] > 0
         measured["l0_measured"] = float(active.sum(dim=1).float().mean())
+        declared = source.info.l0
+        if declared and not 1 / _FIT_RATIO < measured["l0_measured"] / declared < _FIT_RATIO:
+            _LOG.warning(
+                "%s: L0 is %.1f on this corpus, not %g as declared; is it the right site and normalisation?",
+                source.name,
+                measured["l0_measured"],
+                declared,
+            )
     return measured
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -348,6 +349,10 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     except ValueError as error:
         raise BadFile(str(path), expected="a run's configuration", seen=str(error), fix="use another --out") from error
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if differing and not (folder / "calibration.safetensors").exists() and not (folder / "collected").exists():
+        shutil.rmtree(folder / "corpus", ignore_errors=True)  # nothing was computed: a first try with a mistake in it
+        write_bytes(path, (json.dumps(wanted, indent=2, sort_keys=True) + "\n").encode())
+        return
     if differing:
         key = sorted(differing)[0]
         raise RunMismatch(

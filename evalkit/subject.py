@@ -95,8 +95,7 @@ class Subject:
             )
         if isinstance(sites, str):
             sites = (sites,)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _usable_device(device)
         name, decoder, tokenizer = load_model(
             model, dtype=getattr(torch, dtype), revision=revision, gguf_file=gguf_file, check=_depth_check(sites)
         )
@@ -203,6 +202,22 @@ class Subject:
         ) is not None:
             return found
         raise _no_site(site, self.info, len(self._blocks))
+
+
+def _usable_device(device: str) -> str:
+    """The device, "auto" resolved. Raises BadConfig for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadConfig(
+            f"device {device!r}",
+            expected="a device that this torch can use",
+            seen=str(error).splitlines()[0],
+            fix="use --device cpu or auto",
+        ) from error
+    return device
 
 
 def _aligned(ids: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:

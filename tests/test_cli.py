@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import evalkit
 from evalkit.cli import app, main
 from tests.dictionaries import write_rqae, write_sae
+
+ROOT = Path(__file__).parent.parent
 
 
 def call(
@@ -243,3 +249,58 @@ def test_scoring_before_explaining(
     code, _, err = call(capsys, monkeypatch, "-q", "score", tmp_path / "run")
     assert code == 2
     assert "expected explanations by some explainer; seen no explanation; fix: run `evalkit explain" in err
+
+
+@pytest.mark.parametrize("mistake", [("--explainer", "word"), ("--judge", "llm"), ("--scorer", "fuzz")])
+def test_names_are_checked_before_anything_is_computed(
+    mistake: tuple[str, str],
+    good: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = [part for pair in good.items() for part in pair]
+    code, _, _ = call(capsys, monkeypatch, "-q", "run", *options, *mistake)
+    assert code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_try_with_a_mistake_does_not_bind_the_folder(
+    good: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = [part for pair in {**good, "--corpus": tmp_path / "nowhere.jsonl"}.items() for part in pair]
+    code, _, _ = call(capsys, monkeypatch, "-q", "collect", *wrong)
+    assert code == 2
+    monkeypatch.setattr(sys, "argv", ["evalkit", "-q", "collect", *(str(p) for pair in good.items() for p in pair)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+
+
+def test_a_device_that_is_not_there(
+    good: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [part for pair in good.items() for part in pair]
+    code, _, err = call(capsys, monkeypatch, "-q", "collect", *options, "--device", "cuda:99")
+    assert code == 2
+    assert "device 'cuda:99': expected a device that this torch can use" in err
+
+
+def test_ctrl_c_says_how_to_go_on(good: dict[str, object], tmp_path: Path) -> None:
+    """A real SIGINT once the run folder is there; then the same command finishes."""
+    options = [str(part) for pair in good.items() for part in pair]
+    command = [sys.executable, "-m", "evalkit", "collect", *options, "--batch-size", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (tmp_path / "run" / "corpus").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.count("stopped; what is complete is kept, the same command goes on from there") == 1
+    assert "Traceback" not in err
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output == f"evalkit {evalkit.__version__}\n"

@@ -71,7 +71,9 @@ def test_failures_are_kept_and_tried_again(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
-    RunStore.create(tmp_path, IDENTITY).close()
+    RunStore.create(tmp_path, {**IDENTITY, "seed": 7}).close()
+    RunStore.create(tmp_path, IDENTITY).close()  # nothing was computed yet, so the folder is not bound
+    (tmp_path / "collected").mkdir()
     RunStore.create(tmp_path, IDENTITY).close()
     with pytest.raises(RunMismatch) as caught:
         RunStore.create(tmp_path, {**IDENTITY, "seed": 1})

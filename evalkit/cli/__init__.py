@@ -28,8 +28,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from evalkit import __version__
+
+        sys.stdout.write(f"evalkit {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")] = False,
 ) -> None:
@@ -66,9 +77,6 @@ def main() -> None:
             raise
         _one_line(first)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; what is complete is kept, the same command goes on from there\n")
-        sys.exit(130)
 
 
 def _one_line(error: EvalkitError) -> None:

@@ -57,6 +57,16 @@ class _Bars:
 @contextlib.contextmanager
 def progress_bars() -> Iterator[ProgressReporter]:
     """Bars while the block runs; silent with --quiet."""
+    try:
+        with _bars() as reporter:
+            yield reporter
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; what is complete is kept, the same command goes on from there\n")
+        raise
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[ProgressReporter]:
     if STDERR.quiet:
         yield SILENT
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,7 +145,8 @@ def run(
         _print_plan(config)
         return
     _execute(config, out, ("collect", "explain", "score"))
-    STDERR.print(f"done: evalkit table {out}   evalkit plot {out}", highlight=False)
+    place = shlex.quote(str(out))
+    STDERR.print(f"done: evalkit table {place}   evalkit plot {place}", highlight=False)
 
 
 def collect(

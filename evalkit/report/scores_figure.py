@@ -193,7 +193,7 @@ def _draw_rqae(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: b
     _draw_strip(axes, members, list(dict.fromkeys(depths)), lambda source: str(source.depth or "all"))
     axes.set_facecolor("#FBF6F2")
     if is_last:
-        axes.set_xlabel("depth (layers)")
+        axes.set_xlabel("depth (quantizers)")
     else:
         axes.tick_params(labelbottom=False)
 

@@ -13,6 +13,7 @@ or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +25,15 @@ from rqae.literal import choose_codes
 __all__ = ["BlockedEncoder", "GridQuantiser", "Quantiser", "TableQuantiser"]
 
 _TIE = 4e-7  # relative; a few units in the last place of float32
-_CHUNK = (
-    1024  # rows at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
-)
+# rows at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
+_CHUNK = 1024
 
 
-class Quantiser:
+class Quantiser(Protocol):
     """Chooses codes: one row of p, one code."""
 
     def __call__(self, p: Tensor, quantizer: int) -> Tensor:
         """p (N, c) of one quantizer → codes (N,) int64."""
-        raise NotImplementedError
 
 
 class TableQuantiser(Quantiser):

@@ -8,16 +8,13 @@ unscored judgement. Knows nothing of any judge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from evalkit.markup import spans
-from evalkit.protocols import Judge
-from evalkit.records import Example, Explanation, JudgeItem, Score, ScoreExamples, TestExamples
+from evalkit.records import Example, JudgeItem, ScoreExamples, TestExamples
 from scorers.marking import false_marks, start_counts, true_marks
-from scorers.trials import Trial, generator, hold_test, shuffle
+from scorers.trials import Trial, TrialScorer, generator, shuffle
 
 __all__ = ["FuzzingScorer"]
 
@@ -25,21 +22,11 @@ NOT_ACTIVE = "no token of the window is above the threshold"
 NO_ROOM = "no room in the window for false marks of the shape of its true ones"
 
 
-class FuzzingScorer:
+class FuzzingScorer(TrialScorer):
     """Positives carry true marks, decoys false ones."""
 
     name = "fuzzing"
     version = "1"
-
-    async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """As many judgements as there are positives and decoys, in the order they were asked."""
-        test, calibration = (self._trials(examples, part) for part in ("test", "calibration"))
-        return await hold_test(self.name, self.version, explanation, judge, test, calibration)
-
-    def items(self, examples: ScoreExamples) -> Sequence[JudgeItem]:
-        """Every item a judge may be asked for these examples, for judges that prepare in bulk."""
-        trials = [*self._trials(examples, "test"), *self._trials(examples, "calibration")]
-        return [trial.item for trial in trials if trial.item is not None]
 
     def _trials(self, examples: ScoreExamples, part: str) -> list[Trial]:
         windows: TestExamples = getattr(examples, part)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evalkit.protocols import Judge
-from evalkit.records import Answer, Example, Explanation, JudgeItem, Judgement, Score
+from evalkit.records import Answer, Example, Explanation, JudgeItem, Judgement, Score, ScoreExamples
 from scorers.cutoff import fit_cutoff
 
-__all__ = ["Trial", "generator", "hold_test", "shuffle"]
+__all__ = ["Trial", "TrialScorer", "generator", "hold_test", "shuffle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,27 @@ def shuffle(trials: Sequence[Trial], seed: int, *names: str | int) -> list[Trial
     """The trials in an order that depends on (seed, names) and the set of windows, not on their order here."""
     ordered = sorted(trials, key=lambda trial: (trial.window, trial.label))
     return [ordered[index] for index in generator(seed, *names).permutation(len(ordered))]
+
+
+class TrialScorer(ABC):
+    """A scorer that is a list of trials. A subclass says which; the calibration's are made as the test's."""
+
+    name: str
+    version: str
+
+    async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
+        """As many judgements as there are trials, in the order they were asked."""
+        test, calibration = (self._trials(examples, part) for part in ("test", "calibration"))
+        return await hold_test(self.name, self.version, explanation, judge, test, calibration)
+
+    def items(self, examples: ScoreExamples) -> Sequence[JudgeItem]:
+        """Every item a judge may be asked for these examples, for judges that prepare in bulk."""
+        trials = [*self._trials(examples, "test"), *self._trials(examples, "calibration")]
+        return [trial.item for trial in trials if trial.item is not None]
+
+    @abstractmethod
+    def _trials(self, examples: ScoreExamples, part: str) -> list[Trial]:
+        """The trials of one part of the examples, "test" or "calibration", in the order they are asked."""
 
 
 async def hold_test(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from evalkit.cli.console import progress_bars
 from evalkit.errors import require
+
+if TYPE_CHECKING:
+    from evalkit.subject import Dtype
 
 __all__ = ["app"]
 
@@ -23,7 +26,7 @@ HeldOut = Annotated[str, typer.Option(help="Text of other documents, to measure 
 Work = Annotated[Path, typer.Option(help="Folder of the hidden states; dictionaries of one site may share it.")]
 Tokens = Annotated[int | None, typer.Option(help="Distinct tokens to collect at most.")]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+DtypeName = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
@@ -40,7 +43,7 @@ def sae(
     max_tokens: Tokens = None,
     train_tokens: Annotated[int, typer.Option(help="Tokens to train on, repeats counted.")] = 4_000_000,
     seed: Seed = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: DtypeName = "bfloat16",
     device: Device = "auto",
 ) -> None:
     """Train a batch-top-k SAE, stored as JumpReLU in Gemma Scope's layout with a card; prints its folder.
@@ -51,7 +54,9 @@ def sae(
     from evalkit.training.dictionaries import TextSpec, open_text, train_sae_dictionary
     from evalkit.training.sae import SaeTrainingConfig
 
-    spec = _spec(TextSpec, model, site, corpus, held_out, work, max_tokens, dtype, device)
+    spec = TextSpec(
+        model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=cast("Dtype", dtype), device=device
+    )
     config = SaeTrainingConfig(width=width, l0=l0, tokens=train_tokens, seed=seed)
     checkpoint = work / f"sae-{width}-{l0:g}-{train_tokens}-{seed}.checkpoint"
     with progress_bars() as progress:
@@ -73,7 +78,7 @@ def rqae(
     steps: Annotated[int, typer.Option(help="Training steps, of 2,048 tokens.")] = 600,
     max_tokens: Tokens = None,
     seed: Seed = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: DtypeName = "bfloat16",
     device: Device = "auto",
 ) -> None:
     """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout with a card; prints its folder.
@@ -84,7 +89,9 @@ def rqae(
     from evalkit.training.dictionaries import TextSpec, open_text, train_rqae_dictionary
     from rqae.training import RqaeTrainingConfig
 
-    spec = _spec(TextSpec, model, site, corpus, held_out, work, max_tokens, dtype, device)
+    spec = TextSpec(
+        model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=cast("Dtype", dtype), device=device
+    )
     checkpoint = work / f"rqae-{quantizers}-{steps}-{seed}.checkpoint"
     with progress_bars() as progress:
         text = open_text(spec, progress)
@@ -94,11 +101,6 @@ def rqae(
         folder = train_rqae_dictionary(text, config, out, command=_command(), progress=progress)
     checkpoint.unlink(missing_ok=True)
     sys.stdout.write(f"{folder}\n")
-
-
-def _spec(factory: Any, *values: Any) -> Any:
-    model, site, corpus, held_out, work, max_tokens, dtype, device = values
-    return factory(model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=dtype, device=device)
 
 
 def _command() -> str:

@@ -236,5 +236,5 @@ def _measure_rqae(
             squares[depth]["normed"] += float((found - normed).double().square().sum())
             squares[depth]["raw"] += float((denormalise(found, hidden, info) - hidden).double().square().sum())
     variance = {kind: totals[kind] - float(sums[kind].square().sum()) / len(store) for kind in sums}
-    fit = {depth: {kind: row[kind] / variance[kind] for kind in row} for depth, row in squares.items()}
+    fit = {depth: {kind: round(row[kind] / variance[kind], 4) for kind in row} for depth, row in squares.items()}
     return fit, float(used.sum()) / (len(used) * distinct_codes(model.config))

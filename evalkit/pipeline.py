@@ -144,11 +144,15 @@ def _explained(config: RunConfig, client: Client | None, store: RunStore) -> lis
 
 
 def _by_record_name(parts: dict[str, Any], client: Client | None) -> dict[str, Any]:
-    """Parts that speak to a language model are recorded with its name, so two models never share a record."""
-    return {
-        f"{name}@{client.name}" if client and getattr(part, "uses_client", False) else name: part
-        for name, part in parts.items()
-    }
+    """Parts by the name they are recorded by: with that of the model behind them, so two models never share a record.
+
+    That model is the client's for parts that ask it (``uses_client``), or what the part itself calls its ``variant``.
+    """
+    named = {}
+    for name, part in parts.items():
+        behind = client.name if client and getattr(part, "uses_client", False) else getattr(part, "variant", None)
+        named[f"{name}@{behind}" if behind else name] = part
+    return named
 
 
 def _client(config: RunConfig) -> Client | None:

@@ -266,3 +266,23 @@ def test_activations_in_examples_are_positive_whatever_the_sign_of_the_threshold
         for one in by_feature.values():
             assert all(e.peak > 0 for e in (*one.explain.positives, *one.score.test.positives, *one.score.test.decoys))
             assert all(not any(e.activations) for e in one.score.test.negatives)
+
+
+def test_records_carry_the_model_behind_a_part() -> None:
+    from evalkit.pipeline import _by_record_name
+
+    class Named:
+        variant = "bge-small"
+
+    asks = type("Asks", (), {"uses_client": True})()
+    named = _by_record_name({"embedding": Named(), "llm": asks, "words": object()}, RuleClient())
+    assert list(named) == ["embedding@bge-small", "llm@rules", "words"]
+    assert list(_by_record_name({"llm": asks}, None)) == ["llm"]
+
+
+@pytest.mark.slow
+def test_the_default_embedding_model_has_no_suffix(minilm: Path, tmp_path: Path) -> None:
+    assert registry.create("judges", "embedding", model=str(minilm)).variant is None
+    other = tmp_path / "bge-small"
+    shutil.copytree(minilm, other)
+    assert registry.create("judges", "embedding", model=str(other)).variant == "bge-small"

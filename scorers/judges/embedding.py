@@ -22,6 +22,7 @@ from scorers.judges.pieces import competing
 
 __all__ = ["EmbeddingJudge"]
 
+_DEFAULT_NAMES = ("minilm", "model", "all-MiniLM-L6-v2")  # as pulled, as packaged, as on the hub
 _CHUNK = 1 << 14  # texts tokenized at a time
 
 
@@ -49,6 +50,12 @@ class EmbeddingJudge:
         self._row_of_ids: dict[tuple[int, ...], int] = {}
         self._vectors: NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
         self._lock = threading.Lock()
+
+    @property
+    def variant(self) -> str | None:
+        """The name of the model when it is another than all-MiniLM-L6-v2; records of the judge then carry it."""
+        name = Path(self.model).name
+        return None if name in _DEFAULT_NAMES else name
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
         """As many answers as items, in their order. Raises MissingFile where the model cannot be found."""

@@ -1,4 +1,4 @@
-"""A run folder: ``run.json`` (its configuration), ``records.sqlite`` (WAL) and the folders other modules fill.
+"""The records of a run folder: ``records.sqlite`` (WAL), beside the folders that other modules fill.
 
 Every record has a key; writing a feature's records is one transaction, so a killed process leaves whole features or
 nothing. Knows the tables; knows nothing about how records are made. Needs neither torch nor a model.
@@ -6,19 +6,18 @@ nothing. Knows the tables; knows nothing about how records are made. Needs neith
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evalkit.errors import BadFile, MissingFile, RunLocked, RunMismatch, StorageError
-from evalkit.files import storage_errors, write_bytes
+from evalkit.errors import BadFile, MissingFile, StorageError
+from evalkit.files import storage_errors
 from evalkit.records import Explanation, FeatureId, Score, SourceInfo
+from evalkit.run_folder import acquire, bind_identity
 
 if TYPE_CHECKING:
     from evalkit.report.frames import RunFrames
@@ -94,9 +93,9 @@ class RunStore:
         """Make the folder, or go on with it. Raises RunMismatch, RunLocked, StorageError."""
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder / "run.lock")
+        lock = acquire(folder / "run.lock")
         try:
-            _check_identity(folder, identity)
+            bind_identity(folder, identity)
             store = cls(folder, _connect(folder / "records.sqlite"))
             with store._writing():
                 store._connection.executescript(_TABLES)
@@ -177,9 +176,18 @@ class RunStore:
         return [name for (name,) in self._connection.execute("SELECT name FROM sources ORDER BY position")]
 
     def write_explanation(self, explanation: Explanation) -> None:
-        """Keep a finished explanation."""
+        """Keep a finished explanation. Scores that rest on an older one go: its own, and the shuffled ones it may be in."""
         e = explanation
+        key = (e.source, e.feature, e.explainer)
         with self._writing() as connection:
+            query = "SELECT version, text FROM explanations WHERE source = ? AND feature = ? AND explainer = ?"
+            old = connection.execute(query, key).fetchone()
+            if old is not None and old[1] is not None and old != (e.version, e.text):
+                for table in ("scores", "judgements"):
+                    connection.execute(
+                        f"DELETE FROM {table} WHERE source = ? AND explainer = ? AND (feature = ? OR control = 'shuffled')",
+                        (e.source, e.explainer, e.feature),
+                    )
             connection.execute(
                 "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL)",
                 (e.source, e.feature, e.explainer, e.version, e.text),
@@ -215,7 +223,12 @@ class RunStore:
                 "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (*key, score.version, score.cutoff),
             )
-            connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+            connection.execute(
+                "DELETE FROM judgements WHERE source = ? AND feature = ? AND scorer = ? AND explainer = ? AND judge = ? "
+                "AND control = ?",
+                key,
+            )
+            connection.executemany("INSERT INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def explainers(self) -> list[str]:
         """Names of the explainers that explanations are recorded of."""
@@ -317,47 +330,3 @@ def _connect(path: Path) -> sqlite3.Connection:
             str(path), expected="a SQLite file that can be written", seen=str(error), fix="move it away and run again"
         ) from error
     return connection
-
-
-def _acquire(path: Path) -> int:
-    with storage_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise RunLocked(
-            str(path.parent),
-            expected="no other process writing this run",
-            seen=f"process {holder} at work",
-            fix="wait for it, or use another --out",
-        ) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle
-
-
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / "run.json"
-    wanted = json.loads(json.dumps(identity))
-    if not path.exists():
-        write_bytes(path, (json.dumps(wanted, indent=2, sort_keys=True) + "\n").encode())
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadFile(str(path), expected="a run's configuration", seen=str(error), fix="use another --out") from error
-    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if differing and not (folder / "calibration.safetensors").exists() and not (folder / "collected").exists():
-        shutil.rmtree(folder / "corpus", ignore_errors=True)  # nothing was computed: a first try with a mistake in it
-        write_bytes(path, (json.dumps(wanted, indent=2, sort_keys=True) + "\n").encode())
-        return
-    if differing:
-        key = sorted(differing)[0]
-        raise RunMismatch(
-            str(folder),
-            expected=f"a run with {key} = {wanted.get(key)!r}",
-            seen=f"{key} = {found.get(key)!r}",
-            fix="use another --out, or delete the folder to start over",
-        )

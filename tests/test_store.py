@@ -60,6 +60,27 @@ def test_writing_twice_replaces(tmp_path: Path) -> None:
     assert len(read_run(tmp_path).judgements) == 4
 
 
+def test_a_new_explanation_takes_its_old_scores_along(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        fill(store)
+        for feature, control in (("3", "shuffled"), ("5", ""), ("5", "shuffled")):
+            store.write_score(score(feature), explainer="words", judge="embedding", control=control)
+        store.write_score(score("3"), explainer="other", judge="embedding", control="")
+        store.write_explanation(Explanation(SOURCE.name, "3", "words", "1", "cats"))
+        assert len(store.finished_scores()) == 5  # the same text again changes nothing
+        store.write_explanation(Explanation(SOURCE.name, "3", "words", "2", "cats and dogs"))
+        kept = {(feature, explainer, control) for _, feature, _, explainer, _, control in store.finished_scores()}
+        assert kept == {("5", "words", ""), ("3", "other", "")}
+    assert len(read_run(tmp_path).judgements) == 2 * 4
+
+
+def test_a_shorter_test_leaves_no_old_judgement(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        store.write_score(score("3", 9), explainer="words", judge="embedding", control="")
+        store.write_score(score("3", 4), explainer="words", judge="embedding", control="")
+    assert len(read_run(tmp_path).judgements) == 4
+
+
 def test_failures_are_kept_and_tried_again(tmp_path: Path) -> None:
     key = (SOURCE.name, "5", "detection", "words", "embedding", "")
     with RunStore.create(tmp_path, IDENTITY) as store:

@@ -214,25 +214,28 @@ def _controls(
 def _planted_groups(
     config: RunConfig, calibration: Calibration, token_text: Callable[[int], str]
 ) -> dict[FeatureId, tuple[int, ...]]:
-    """Strings of at least five letters that are one token, neither rare nor common, drawn by hash from the sample.
+    """Words of one token that are neither rare nor common, drawn by hash from the calibration sample.
 
-    A group holds all token ids of the string (with and without the leading space). Rare is what can be expected in fewer
-    than three times the windows that a test needs; common is what is ten times as frequent as that, and above 0.3%.
+    A group holds all token ids of the word (with and without the leading space). Words of five letters and more that can be
+    expected in three times the windows that a test needs come first; where these do not suffice, those of four letters,
+    then those expected in twice the windows. Common is ten times as frequent as the least, and above 0.3%.
     """
     corpus = calibration.corpus
     pool_tokens = corpus.n_contexts * (corpus.context_length - config.window_length) / 2  # inside windows, per pool
-    rare = 3 * config.n_positives / pool_tokens
-    common = max(10 * rare, 3e-3)
+    least = config.n_positives / pool_tokens
+    common = max(30 * least, 3e-3)
     sampled = np.concatenate([batch.token_ids[batch.valid] for batch in calibration.sample_batches()])
     ids, counts = np.unique(sampled, return_counts=True)
     groups: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
     for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
         text = token_text(token).strip()
-        if len(text) >= 5 and text.isalpha():
+        if len(text) >= 4 and text.isalpha():
             groups.setdefault(text, []).append(token)
             totals[text] = totals.get(text, 0) + count
-    fitting = [text for text, total in totals.items() if rare <= total / len(sampled) <= common]
-    first_ids = np.array([groups[text][0] for text in fitting], dtype=np.int64)
-    order = np.argsort(hash_priorities(derive(config.seed, "planted"), first_ids))
-    return {fitting[index]: tuple(groups[fitting[index]]) for index in order[: config.n_features].tolist()}
+    shares = {text: total / len(sampled) for text, total in totals.items()}
+    fitting = [text for text, share in shares.items() if 2 * least <= share <= common]
+    priorities = hash_priorities(derive(config.seed, "planted"), [groups[text][0] for text in fitting])
+    tier = {text: 2 * (shares[text] < 3 * least) + (len(text) < 5) for text in fitting}
+    order = sorted(range(len(fitting)), key=lambda index: (tier[fitting[index]], int(priorities[index])))
+    return {fitting[index]: tuple(groups[fitting[index]]) for index in order[: config.n_features]}

@@ -21,7 +21,6 @@ from safetensors.torch import save
 from evalkit.collection import ContextCorpus
 from evalkit.errors import BadFile, CorpusError
 from evalkit.files import write_bytes
-from evalkit.grid import context_pools
 from evalkit.progress import SILENT
 from evalkit.protocols import Progress
 from evalkit.records import FeatureId, TokenBatch
@@ -95,12 +94,14 @@ class Calibration:
         return self.states[site][rows, [centre.position for centre in centres]].float()
 
 
-def choose_centres(corpus: _Corpus, n: int, seed: int) -> list[Centre]:
+def choose_centres(corpus: _Corpus, pools: NDArray[np.uint8], n: int, seed: int) -> list[Centre]:
     """n token ids drawn uniformly from the unique ids of the explain pool, one occurrence of each; by hash.
+
+    ``pools`` (context,): 0 where a context belongs to the explain pool.
 
     Raises CorpusError when there are fewer unique ids.
     """
-    rows = np.flatnonzero(context_pools(corpus, seed) == 0)
+    rows = np.flatnonzero(pools == 0)
     best_priority: dict[int, int] = {}
     best_place: dict[int, int] = {}
     for first in range(0, len(rows), 256):

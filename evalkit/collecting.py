@@ -81,7 +81,7 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
     grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)
     _check_enough(config, corpus, grid)
     needs_centres = any(isinstance(source, CentredSource) for source in sources)
-    centres = choose_centres(corpus, config.n_features, config.seed) if needs_centres else []
+    centres = choose_centres(corpus, grid.context_pools, config.n_features, config.seed) if needs_centres else []
     calibration = calibrate(
         corpus,
         subject,

@@ -16,7 +16,7 @@ from evalkit.errors import CorpusError
 from evalkit.records import Pool, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 
-__all__ = ["POOLS", "Grid", "GridCorpus", "build_grid", "context_pools"]
+__all__ = ["POOLS", "Grid", "GridCorpus", "build_grid"]
 
 POOLS: tuple[Pool, Pool] = ("explain", "score")
 _BLOCK = 1024  # contexts read at a time
@@ -53,6 +53,7 @@ class Grid:
     window_length: int
     context_length: int
     offsets: NDArray[np.int64]  # (context,) where each context's first cell starts
+    context_pools: NDArray[np.uint8]  # (context,) as ``pools``, usable or not
     n_duplicates: int
 
     def __len__(self) -> int:
@@ -77,15 +78,11 @@ class Grid:
         return self.context_length // self.window_length
 
 
-def context_pools(corpus: GridCorpus, seed: int) -> NDArray[np.uint8]:
+def _pools_of(hashes: NDArray[np.uint64], documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
     """0 (explain) or 1 (score) per context: that of its document, by a hash of how the document begins.
 
     Half and half; copies of a document are in one pool.
     """
-    return _pools_of(_context_hashes(corpus), corpus.documents, seed)
-
-
-def _pools_of(hashes: NDArray[np.uint64], documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
     _, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
     drawn = hash_priorities(derive(seed, "pools"), hashes[first]) >> np.uint64(63)
     return drawn.astype(np.uint8)[inverse]
@@ -141,15 +138,17 @@ def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed:
             fix="use longer documents or a shorter --window-length",
         )
     contexts = kept // cells
+    by_context = _pools_of(context_hashes, corpus.documents, seed)
     return Grid(
         ids=kept,
         contexts=contexts,
         starts=starts.ravel()[kept],
         documents=corpus.documents[contexts],
-        pools=_pools_of(context_hashes, corpus.documents, seed)[contexts],
+        pools=by_context[contexts],
         window_length=window_length,
         context_length=length,
         offsets=offsets,
+        context_pools=by_context,
         n_duplicates=int((fits & clean).sum()) - len(kept),
     )
 

@@ -10,12 +10,18 @@ import torch
 from evalkit.calibration import calibrate, choose_centres, measure_fit, top_share_threshold
 from evalkit.collection import SHARD_CONTEXTS, Chosen, collect
 from evalkit.errors import BadFile, CorpusError
-from evalkit.grid import context_pools
+from evalkit.grid import build_grid
 from evalkit.records import Site, TokenBatch
 from evalkit.sources.controls import PlantedSource, RandomDirectionsSource
 from tests.test_grid import ArrayCorpus, random_corpus
 
 D_MODEL = 32
+
+
+def pools_of(corpus: ArrayCorpus, seed: int) -> np.ndarray:
+    return build_grid(corpus, window_length=16, skip_first=1, seed=seed).context_pools
+
+
 SITE = Site("m", "layers.1")
 
 
@@ -117,7 +123,7 @@ def test_a_damaged_shard_is_named(corpus: ArrayCorpus, tmp_path: Path) -> None:
 
 
 def test_calibration_remembers_and_asks_only_for_the_rest(corpus: ArrayCorpus, tmp_path: Path) -> None:
-    centres = choose_centres(corpus, 12, seed=0)
+    centres = choose_centres(corpus, pools_of(corpus, 0), 12, 0)
     path = tmp_path / "calibration.safetensors"
     options = {"sites": [SITE.path], "n_contexts": 20, "centres": centres, "seed": 0}
     first = calibrate(corpus, TableStates(), path, **options)  # type: ignore[arg-type]
@@ -148,16 +154,20 @@ def test_centres_are_uniform_over_unique_tokens() -> None:
     tokens[:, 5:45] = np.arange(40) + 100
     tokens[:, 0] = np.arange(300) + 1000  # masked, but tells the documents apart
     corpus = ArrayCorpus(tokens, per_document=1)
-    drawn = [int(centre.feature.split("@")[0]) for seed in range(200) for centre in choose_centres(corpus, 4, seed)]
+    drawn = [
+        int(centre.feature.split("@")[0])
+        for seed in range(200)
+        for centre in choose_centres(corpus, pools_of(corpus, seed), 4, seed)
+    ]
     counts = np.bincount(drawn, minlength=140)
     assert 5 <= counts[7] <= 40  # expected 200 · 4/41 ≈ 19.5
     with pytest.raises(CorpusError, match="at least 42 different tokens in the explain pool; seen 41"):
-        choose_centres(corpus, 42, 0)
+        choose_centres(corpus, pools_of(corpus, 0), 42, 0)
 
 
 def test_centres_lie_in_the_explain_pool_on_valid_positions(corpus: ArrayCorpus) -> None:
-    pools = context_pools(corpus, 5)
-    for centre in choose_centres(corpus, 50, seed=5):
+    pools = pools_of(corpus, 5)
+    for centre in choose_centres(corpus, pools_of(corpus, 5), 50, 5):
         assert pools[centre.context] == 0
         assert centre.position >= 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("core") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # what an older build left there would get into the wheel
     subprocess.run([*pip, ROOT], check=True, cwd=folder)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
     return folder / "bin"
 
 

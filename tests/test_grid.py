@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evalkit.errors import CorpusError
-from evalkit.grid import build_grid, context_pools
+from evalkit.grid import build_grid
 from evalkit.records import TokenBatch
 
 
@@ -91,18 +91,17 @@ def test_pools_split_documents_by_hash() -> None:
     by_pool = [set(grid.documents[grid.pools == pool].tolist()) for pool in (0, 1)]
     assert not by_pool[0] & by_pool[1]
     assert 420 < len(by_pool[0]) < 580
-    pools = context_pools(corpus, 0)
-    assert np.array_equal(grid.pools, pools[grid.contexts])
-    assert not np.array_equal(pools, context_pools(corpus, 1))
+    assert np.array_equal(grid.pools, grid.context_pools[grid.contexts])
+    other = build_grid(corpus, window_length=16, skip_first=1, seed=1)
+    assert not np.array_equal(grid.context_pools, other.context_pools)
 
 
 def test_copies_of_documents_share_a_pool_and_are_used_once() -> None:
     """Every document twice, at other places of the corpus: no text of one pool is in the other."""
     corpus = random_corpus(n=600)
     corpus.tokens[300:] = corpus.tokens[:300]
-    pools = context_pools(corpus, 0)
-    assert np.array_equal(pools[:300], pools[300:])
     grid = build_grid(corpus, window_length=16, skip_first=1, seed=0)
+    assert np.array_equal(grid.context_pools[:300], grid.context_pools[300:])
     assert grid.contexts.max() < 300
     assert grid.n_duplicates == 300 * 3
 

@@ -14,7 +14,7 @@ from evalkit.errors import BadConfig, CorpusError
 from evalkit.preparation import prepare, reference_of
 from evalkit.records import Site, SourceInfo, SubjectInfo
 from evalkit.sources.controls import PermutedSource, PlantedSource, RandomDirectionsSource
-from tests.test_collection import D_MODEL, SITE, TableStates
+from tests.test_collection import D_MODEL, SITE, TableStates, pools_of
 from tests.test_grid import ArrayCorpus, random_corpus
 
 SUBJECT = SubjectInfo("m", D_MODEL, 2, np.ones(D_MODEL, dtype=np.float32), 1e-6)
@@ -69,7 +69,7 @@ def corpus() -> ArrayCorpus:
 def calibration(corpus: ArrayCorpus, tmp_path: Path) -> Calibration:
     return calibrate(
         corpus, TableStates(), tmp_path / "c.safetensors", sites=[SITE.path], n_contexts=100,
-        centres=choose_centres(corpus, 5, 0), seed=0,
+        centres=choose_centres(corpus, pools_of(corpus, 0), 5, 0), seed=0,
     )  # fmt: skip
 
 

@@ -131,7 +131,6 @@ def test_a_constant_activation_has_random_deciles(grid: Grid) -> None:
     one = draw(flat, grid)
     assert one.score is not None
     rows = windows_of(flat, 3, grid)[0].rows[one.score.deciles == 0]
-    assert np.corrcoef(np.arange(len(rows)), rows)[0, 1] < 1.0
     assert rows.max() > len(grid) * 0.7  # not the first tenth of the corpus
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, SiteMismatch, UnknownFeature
+from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, UnknownFeature
 from evalkit.final_norm import denormalise, normalise
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
+from evalkit.sources.binding import check_subject
 from evalkit.sources.rqae_encoder import SharedEncoder, rqae_errors
 from rqae import RQAE, layer_weights, random_codes, scaled_vectors
 from rqae.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -72,20 +73,7 @@ class RqaeSource:
     def bind(self, subject: SubjectInfo) -> Self:
         """Take the final norm. Raises SiteMismatch (another width, no such site), BadConfig (no RMS norm)."""
         dim = self.encoder.model.config.dim
-        if subject.d_model != dim:
-            raise SiteMismatch(
-                self.name,
-                expected=f"a subject model with d_model {dim} ({self.site.model})",
-                seen=f"{subject.model} with d_model {subject.d_model}",
-                fix="score it with the model it was trained on",
-            )
-        if subject.sites and self.site.path not in subject.sites:
-            raise SiteMismatch(
-                self.name,
-                expected=f"a subject model with the module path {self.site.path}",
-                seen=f"{subject.model} with {subject.n_layers} layers",
-                fix="score it with the model it was trained on, or name its site with the option site=",
-            )
+        check_subject(self.name, self.site, dim, subject)
         normalise(torch.zeros(1, dim), subject)  # raises where the final norm is no RMS norm
         return replace(self, encoder=self.encoder.bound(subject))
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import torch
 
-from evalkit.errors import BadShape, SiteMismatch, UnknownFeature
+from evalkit.errors import BadShape, UnknownFeature
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
+from evalkit.sources.binding import check_subject
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -143,20 +144,7 @@ class SaeSource:
 
     def bind(self, subject: SubjectInfo) -> Self:
         """Check the width of the residual stream and the site. Raises SiteMismatch."""
-        if subject.d_model != self.weights.d_model:
-            raise SiteMismatch(
-                self.name,
-                expected=f"a subject model with d_model {self.weights.d_model} ({self.site.model})",
-                seen=f"{subject.model} with d_model {subject.d_model}",
-                fix="score it with the model it was trained on",
-            )
-        if subject.sites and self.site.path not in subject.sites:
-            raise SiteMismatch(
-                self.name,
-                expected=f"a subject model with the module path {self.site.path}",
-                seen=f"{subject.model} with {subject.n_layers} layers",
-                fix="score it with the model it was trained on, or name its site with the option site=",
-            )
+        check_subject(self.name, self.site, self.weights.d_model, subject)
         return self
 
     def features(self) -> Sequence[FeatureId]:

@@ -36,14 +36,14 @@ def load_source(path_or_id: str | Path, **options: Any) -> FeatureSource:
 
 
 def load_explainer(name: str, **options: Any) -> Explainer:
-    """An explainer by registered name. Raises PluginError."""
-    explainer: Explainer = registry.create("explainers", name, **options)
+    """An explainer by registered name, or ``NAME:key=value,…``. Raises PluginError."""
+    explainer: Explainer = _load("explainers", name, options)
     return explainer
 
 
 def load_judge(name: str, **options: Any) -> Judge:
-    """A judge by registered name. Raises PluginError."""
-    judge: Judge = registry.create("judges", name, **options)
+    """A judge by registered name, or ``NAME:key=value,…`` (``llm:single``). Raises PluginError."""
+    judge: Judge = _load("judges", name, options)
     return judge
 
 
@@ -54,9 +54,14 @@ def load_scorer(name: str) -> Scorer:
 
 
 def load_client(name: str, **options: Any) -> Client:
-    """A client by registered name. Raises PluginError."""
-    client: Client = registry.create("clients", name, **options)
+    """A client by registered name, or ``NAME:MODEL`` (``openai:MODEL``, ``vllm:MODEL``). Raises PluginError."""
+    client: Client = _load("clients", name, options)
     return client
+
+
+def _load(kind: registry.Kind, name: str, options: dict[str, Any]) -> Any:
+    part = registry.parse_part(kind, name)
+    return registry.create(kind, part.name, **{**part.options, **options})
 
 
 def collect_examples(

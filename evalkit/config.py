@@ -20,7 +20,10 @@ PROTOCOL_VERSION = "1"  # raised whenever the same configuration would give othe
 Control: TypeAlias = Literal["shuffled", "random-directions", "planted", "permuted"]
 CONTROLS: tuple[Control, ...] = ("shuffled", "random-directions", "planted", "permuted")
 
-_FREE = {"explainers", "judges", "scorers", "client", "client_options", "batch_size", "device"}
+_FREE = {
+    *("explainers", "judges", "scorers", "client", "client_options", "batch_size", "device"),
+    *("cache", "prices", "max_calls", "max_cost"),
+}
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -29,8 +32,9 @@ class RunConfig(BaseModel):
     """One run. Counts are per feature and per pool unless said; lengths are in tokens.
 
     ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns; ``judges``, ``explainers``, ``scorers`` and
-    ``client`` are registered names. What records are keyed by (explainers, judges, scorers) and what changes speed
-    only (batch_size, device) is not part of a run's identity: it may differ from one command to the next.
+    ``client`` are registered names, with options where they take some (``llm:single``, ``openai:MODEL``). What records
+    are keyed by (explainers, judges, scorers), what is spent (cache, prices, max_calls, max_cost in US dollars) and what
+    changes speed only (batch_size, device) is not part of a run's identity: it may differ from one command to the next.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +64,11 @@ class RunConfig(BaseModel):
     judges: tuple[str, ...] = ("embedding",)
     scorers: tuple[str, ...] = ("detection", "fuzzing")
     client: str | None = None
-    client_options: dict[str, str] = Field(default_factory=dict)
+    client_options: dict[str, Any] = Field(default_factory=dict)
+    cache: Path | None = None
+    prices: Path | None = None
+    max_calls: Annotated[int, Field(ge=0)] | None = None
+    max_cost: Annotated[float, Field(ge=0)] | None = None
     controls: tuple[Control, ...] = CONTROLS
     embedding_model: str | None = None
     seed: int = 0

@@ -90,7 +90,8 @@ class CorpusWriter:
         assert self._stream is not None
         header = io.BytesIO()
         shape = (self.n_contexts, self._width)
-        np.lib.format.write_array_header_1_0(header, {"descr": "<u4", "fortran_order": False, "shape": shape})
+        facts = {"descr": "<u4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, facts)  # type: ignore[no-untyped-call]
         if len(header.getvalue()) != _HEADER_BYTES:
             raise RuntimeError(f"an .npy header of {len(header.getvalue())} bytes for the shape {shape}")
         self._stream.seek(0)

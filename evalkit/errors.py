@@ -17,7 +17,12 @@ library callers catch the branch they care about.
     ├── PluginError           a plug-in that is unknown or broken
     ├── MissingExtra          an optional dependency that is not installed
     ├── ClientError           a language-model client that cannot answer
-    │   └── NotRecorded       a request that the replay client has no answer for
+    │   ├── NotRecorded       a request that the replay client has no answer for
+    │   ├── ContextOverflow   a prompt that does not fit the model's context
+    │   ├── RequestRefused    a request that is answered with the same error however often it is sent
+    │   ├── NoAnswer          a request that got no answer in spite of every retry
+    │   └── ClientDown        a model that answers nobody: gone, not started, wrong key, wrong name
+    ├── BudgetSpent           the next request would go over --max-calls or --max-cost
     ├── StageFailed           a stage in which every feature failed
     └── StorageError          a disk that is full or not writable
 """
@@ -31,14 +36,19 @@ __all__ = [
     "BadConfig",
     "BadFile",
     "BadShape",
+    "BudgetSpent",
+    "ClientDown",
     "ClientError",
+    "ContextOverflow",
     "CorpusError",
     "EvalkitError",
     "InputError",
     "MissingExtra",
     "MissingFile",
+    "NoAnswer",
     "NotRecorded",
     "PluginError",
+    "RequestRefused",
     "RunLocked",
     "RunMismatch",
     "SiteMismatch",
@@ -111,6 +121,35 @@ class ClientError(EvalkitError):
 
 class NotRecorded(ClientError):
     """A request that the replay client has no recorded answer for."""
+
+
+class ContextOverflow(ClientError):
+    """A prompt that does not fit. ``limit`` is the model's context in tokens, ``needed`` what it would take, if known."""
+
+    def __init__(self, subject: str, *, limit: int | None, needed: int | None, fix: str) -> None:
+        self.limit, self.needed = limit, needed
+        super().__init__(
+            subject,
+            expected=f"prompt and reply within the model's context of {limit or '?'} tokens",
+            seen=f"{needed or 'more'} tokens",
+            fix=fix,
+        )
+
+
+class RequestRefused(ClientError):
+    """A request that is answered with the same error however often it is sent."""
+
+
+class NoAnswer(ClientError):
+    """A request that got no answer in spite of every retry; others may have got theirs."""
+
+
+class ClientDown(ClientError):
+    """A model that answers nobody: gone, not started, wrong key, wrong name."""
+
+
+class BudgetSpent(EvalkitError):
+    """The next request would go over the limit on calls or cost; what was answered is kept."""
 
 
 class StageFailed(EvalkitError):

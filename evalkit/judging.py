@@ -13,7 +13,17 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from evalkit.errors import BadConfig, EvalkitError, MissingExtra, MissingFile, PluginError, StageFailed, StorageError
+from evalkit.errors import (
+    BadConfig,
+    BudgetSpent,
+    ClientDown,
+    EvalkitError,
+    MissingExtra,
+    MissingFile,
+    PluginError,
+    StageFailed,
+    StorageError,
+)
 from evalkit.examples import FeatureExamples
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Explainer, Judge, Progress, Scorer
@@ -26,7 +36,8 @@ __all__ = ["REAL", "SHUFFLED", "explain_features", "score_features", "shuffled_p
 _LOG = logging.getLogger(__name__)
 REAL, SHUFFLED = "", "shuffled"
 CONCURRENCY = 64  # features in flight; clients have their own limits
-_FATAL = (BadConfig, MissingExtra, MissingFile, PluginError, StorageError)  # these would fail for every feature
+# these would fail for every feature, or end the run on purpose
+_FATAL = (BadConfig, BudgetSpent, ClientDown, MissingExtra, MissingFile, PluginError, StorageError)
 
 Examples = Mapping[str, Mapping[FeatureId, FeatureExamples]]  # by source, then feature
 Job = TypeVar("Job")
@@ -104,7 +115,7 @@ async def score_features(
     jobs = [
         job
         for job in _score_jobs(store, examples, explainers, judges, scorers, shuffled=shuffled, seed=seed)
-        if done.get(job.key) != job.scorer.version
+        if done.get(job.key) != (job.scorer.version, job.judge.version)
     ]
     await _prepare_judges(jobs, progress)
 
@@ -118,7 +129,7 @@ async def score_features(
             store.write_failed_score(job.key, _reason(error))
             return _reason(error)
         _, _, _, explainer, judge, control = job.key
-        store.write_score(result, explainer=explainer, judge=judge, control=control)
+        store.write_score(result, explainer=explainer, judge=judge, judge_version=job.judge.version, control=control)
         return None
 
     await _run_all("score", jobs, score, progress)

@@ -158,7 +158,13 @@ class Scorer(Protocol):
 
 
 class Client(Protocol):
-    """A language model that answers chat messages."""
+    """A language model that answers chat messages.
+
+    ``name`` is the model's, with every option that changes its answers: recordings and records are keyed by it. Where
+    ``--client NAME:VALUE`` puts VALUE, a class says with ``main_option`` (default "model"). Making one must be cheap and
+    reach nobody: an engine starts with the first request. One that holds connections or an engine has ``async close()``.
+    Retries and limits on requests in flight are the client's own affair; recording and budgets are not.
+    """
 
     name: str
 
@@ -168,11 +174,16 @@ class Client(Protocol):
         *,
         schema: Mapping[str, Any] | None = None,
         choices: Sequence[str] | None = None,
+        regex: str | None = None,
         logprobs: int = 0,
         seed: int | None = None,
         max_tokens: int,
     ) -> Response:
-        """One reply. ``schema`` (JSON schema) or ``choices`` constrain it where the engine can. Raises ClientError."""
+        """One reply. At most one of ``schema`` (JSON schema), ``choices``, ``regex`` constrains it where the engine can.
+
+        ``logprobs``: so many candidates of every token are returned with their log-probabilities. Raises
+        ContextOverflow, RequestRefused, NoAnswer, ClientDown.
+        """
 
 
 class Progress(Protocol):

@@ -187,13 +187,17 @@ class ScoreExamples:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A description of one feature. ``version`` is that of the explainer's prompt or rule."""
+    """A description of one feature.
+
+    ``version`` is that of the explainer's prompt or rule; ``note`` says what a reader should know of how it came about.
+    """
 
     source: str
     feature: FeatureId
     explainer: str
     version: str
     text: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

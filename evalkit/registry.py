@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeAlias
 
-from evalkit.errors import EvalkitError, PluginError
+from evalkit.errors import BadConfig, EvalkitError, PluginError
 
-__all__ = ["BUILT_INS", "KINDS", "Kind", "Plugin", "create", "list_plugins", "load_class", "names"]
+__all__ = [
+    "BUILT_INS",
+    "KINDS",
+    "Kind",
+    "Part",
+    "Plugin",
+    "create",
+    "list_plugins",
+    "load_class",
+    "names",
+    "parse_option",
+    "parse_part",
+]
 
 Kind: TypeAlias = Literal["explainers", "judges", "scorers", "sources", "clients"]
 KINDS: tuple[Kind, ...] = ("explainers", "judges", "scorers", "sources", "clients")
@@ -39,9 +53,20 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
         "rqae": "evalkit.sources.rqae:RqaeReader",
     },
     "clients": {
+        "openai": "evalkit.clients.openai:OpenAIClient",
         "replay": "evalkit.clients.replay:ReplayClient",
+        "vllm": "evalkit.clients.vllm:VllmClient",
     },
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A registered name with options: ``llm:single,batch_size=1``. ``label`` is its one spelling, which records carry."""
+
+    name: str
+    label: str
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +128,44 @@ def create(kind: Kind, name: str, **options: Any) -> Any:
             seen=str(error),
             fix=f"look at the arguments of {factory.__module__}.{factory.__qualname__}",
         ) from error
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """``key=value`` of the command line; the value as JSON where it is JSON, else as text. Raises BadConfig."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise BadConfig("option", expected="KEY=VALUE", seen=repr(key), fix="write for example temperature=0.5")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def parse_part(kind: Kind, text: str) -> Part:
+    """``NAME``, ``NAME:VALUE``, ``NAME:key=value,…`` or both; VALUE goes to what the class calls its ``main_option``.
+
+    Raises PluginError (unknown name, no main option), BadConfig.
+    """
+    name, _, rest = text.strip().partition(":")
+    if not rest:
+        return Part(name, name, {})
+    main = None
+    pieces = re.split(r",(?=[A-Za-z_]\w*=)", rest)
+    if not re.match(r"[A-Za-z_]\w*=", pieces[0]):
+        main = pieces.pop(0)
+    options = dict(parse_option(piece) for piece in pieces)
+    label = ",".join([*([main] if main else []), *(f"{key}={options[key]}" for key in sorted(options))])
+    if main is not None:
+        option = getattr(load_class(kind, name), "main_option", "model" if kind == "clients" else None)
+        if option is None:
+            raise PluginError(
+                f"{kind.removesuffix('s')} {name!r}",
+                expected=f"options as {name}:key=value",
+                seen=repr(main),
+                fix="name the option",
+            )
+        options[option] = main
+    return Part(name, f"{name}:{label}", options)
 
 
 def list_plugins() -> list[Plugin]:

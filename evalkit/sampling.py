@@ -96,7 +96,8 @@ def spread(deciles: NDArray[np.int64], priorities: NDArray[np.uint64]) -> NDArra
     first = np.concatenate(([0], np.cumsum(counts)[:-1]))
     rounds = np.empty(len(deciles), dtype=np.int64)
     rounds[by_decile] = np.arange(len(deciles)) - first[deciles[by_decile]]
-    return np.lexsort((priorities, rounds))
+    order: np.ndarray = np.lexsort((priorities, rounds))
+    return order
 
 
 def draw_windows(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evalkit.databases import open_to_read, open_to_write
 from evalkit.errors import BadFile, MissingFile, StorageError
 from evalkit.files import storage_errors
 from evalkit.records import Explanation, FeatureId, Score, SourceInfo
@@ -33,10 +34,10 @@ CREATE TABLE IF NOT EXISTS features (
     density REAL, threshold REAL, peak REAL, explain_peak REAL, PRIMARY KEY (source, feature));
 CREATE TABLE IF NOT EXISTS explanations (
     source TEXT NOT NULL, feature TEXT NOT NULL, explainer TEXT NOT NULL, version TEXT NOT NULL, text TEXT,
-    reason TEXT, PRIMARY KEY (source, feature, explainer));
+    reason TEXT, note TEXT NOT NULL, PRIMARY KEY (source, feature, explainer));
 CREATE TABLE IF NOT EXISTS scores (
     source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
-    control TEXT NOT NULL, version TEXT NOT NULL, cutoff REAL, reason TEXT,
+    control TEXT NOT NULL, version TEXT NOT NULL, judge_version TEXT NOT NULL, cutoff REAL, reason TEXT,
     PRIMARY KEY (source, feature, scorer, explainer, judge, control));
 CREATE TABLE IF NOT EXISTS judgements (
     source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
@@ -96,7 +97,7 @@ class RunStore:
         lock = acquire(folder / "run.lock")
         try:
             bind_identity(folder, identity)
-            store = cls(folder, _connect(folder / "records.sqlite"))
+            store = cls(folder, open_to_write(folder / "records.sqlite"))
             with store._writing():
                 store._connection.executescript(_TABLES)
         except BaseException:
@@ -118,7 +119,7 @@ class RunStore:
                 fix="pass the folder that `evalkit run` wrote",
             )
         try:
-            connection = _open_to_read(path)
+            connection = open_to_read(path, "judgements")
         except sqlite3.DatabaseError as error:
             raise BadFile(str(path), expected="the records of a run", seen=str(error), fix="run again") from error
         return cls(folder, connection)
@@ -189,30 +190,31 @@ class RunStore:
                         (e.source, e.explainer, e.feature),
                     )
             connection.execute(
-                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL)",
-                (e.source, e.feature, e.explainer, e.version, e.text),
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL, ?)",
+                (e.source, e.feature, e.explainer, e.version, e.text, e.note),
             )
 
     def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
         """Keep the reason why a feature has no explanation; it is tried again on resume."""
         with self._writing() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?)",
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?, '')",
                 (source, feature, explainer, reason),
             )
 
     def explanations(self, source: str, explainer: str) -> dict[FeatureId, Explanation]:
         """Finished explanations by feature."""
         query = (
-            "SELECT feature, version, text FROM explanations WHERE source = ? AND explainer = ? AND text IS NOT NULL"
+            "SELECT feature, version, text, note FROM explanations "
+            "WHERE source = ? AND explainer = ? AND text IS NOT NULL"
         )
         return {
-            feature: Explanation(source, feature, explainer, version, text)
-            for feature, version, text in self._connection.execute(query, (source, explainer))
+            feature: Explanation(source, feature, explainer, version, text, note)
+            for feature, version, text, note in self._connection.execute(query, (source, explainer))
         }
 
-    def write_score(self, score: Score, *, explainer: str, judge: str, control: str) -> None:
-        """Keep a score and all its judgements, in one transaction."""
+    def write_score(self, score: Score, *, explainer: str, judge: str, judge_version: str, control: str) -> None:
+        """Keep a score and all its judgements, in one transaction. ``judge``: the name it is recorded by."""
         key = (score.source, score.feature, score.scorer, explainer, judge, control)
         rows = [
             (*key, j.item, j.window, j.label, j.match, j.confidence, j.probability, j.decile, j.reason)
@@ -220,8 +222,8 @@ class RunStore:
         ]
         with self._writing() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (*key, score.version, score.cutoff),
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (*key, score.version, judge_version, score.cutoff),
             )
             connection.execute(
                 "DELETE FROM judgements WHERE source = ? AND feature = ? AND scorer = ? AND explainer = ? AND judge = ? "
@@ -238,12 +240,17 @@ class RunStore:
     def write_failed_score(self, key: ScoreKey, reason: str) -> None:
         """Keep the reason why a score is missing; it is tried again on resume."""
         with self._writing() as connection:
-            connection.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, '', NULL, ?)", (*key, reason))
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, '', '', NULL, ?)", (*key, reason)
+            )
 
-    def finished_scores(self) -> dict[ScoreKey, str]:
-        """Scores that need not be made again, with the version of their scorer."""
-        query = "SELECT source, feature, scorer, explainer, judge, control, version FROM scores WHERE reason IS NULL"
-        return {row[:6]: row[6] for row in self._connection.execute(query)}
+    def finished_scores(self) -> dict[ScoreKey, tuple[str, str]]:
+        """Scores that need not be made again, with the versions of their scorer and their judge."""
+        query = (
+            "SELECT source, feature, scorer, explainer, judge, control, version, judge_version FROM scores "
+            "WHERE reason IS NULL"
+        )
+        return {row[:6]: (row[6], row[7]) for row in self._connection.execute(query)}
 
     def write_stage(self, name: str, seconds: float, detail: dict[str, Any]) -> None:
         """Add to the time a stage took over all invocations; keep its latest detail."""
@@ -278,7 +285,7 @@ class RunStore:
             return pd.read_sql_query(query, self._connection)
 
         judgements = frame(
-            "SELECT j.*, s.version AS scorer_version FROM judgements j JOIN scores s USING "
+            "SELECT j.*, s.version AS scorer_version, s.judge_version FROM judgements j JOIN scores s USING "
             "(source, feature, scorer, explainer, judge, control)"
         )
         judgements["label"] = judgements["label"].astype(bool)
@@ -303,30 +310,3 @@ def read_run(folder: str | Path) -> RunFrames:
     """The records of a run as data frames. Raises MissingFile, BadFile."""
     with RunStore.open(Path(folder)) as store:
         return store.frames()
-
-
-def _open_to_read(path: Path) -> sqlite3.Connection:
-    """Read-only; on media that cannot be written at all, without the shared memory that WAL would need."""
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
-        try:
-            connection.execute("SELECT count(*) FROM judgements")
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if "immutable" in mode or "readonly" not in str(error):
-                raise
-        else:
-            return connection
-    raise sqlite3.OperationalError("unable to open")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(path)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-    except sqlite3.DatabaseError as error:
-        raise BadFile(
-            str(path), expected="a SQLite file that can be written", seen=str(error), fix="move it away and run again"
-        ) from error
-    return connection

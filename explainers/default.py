@@ -7,6 +7,7 @@ cannot be read is asked for once more and then fails: it is never used as an exp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,12 +17,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from evalkit.errors import BadConfig, ClientError
+from evalkit.errors import BadConfig, ClientError, ContextOverflow
 from evalkit.markup import MARK_SHARE, levels, marked_tokens, render, spans
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId, Message, Response
 
-__all__ = ["DefaultExplainer", "explain_prompt", "parse_explanation"]
+__all__ = ["DefaultExplainer", "explain_prompt", "parse_explanation", "spread"]
 
 SCHEMA = {
     "type": "object",
@@ -40,7 +41,8 @@ def _prompt() -> dict[str, Any]:
 class DefaultExplainer:
     """Asks the client for one phrase.
 
-    ``n_examples`` and ``n_negatives``: at most so many windows are shown, spread evenly over those there are.
+    ``n_examples`` and ``n_negatives``: at most so many windows are shown, spread evenly over those there are. Where they
+    do not fit the model's context, the weakest are left out and the explanation's note says so.
     ``share`` places the marks, see ``evalkit.markup.marked_tokens``. ``seed`` goes to the client, mixed with the feature.
     """
 
@@ -66,16 +68,20 @@ class DefaultExplainer:
                 "explainer 'default'",
                 expected="a client that reaches a language model",
                 seen="none",
-                fix="name a client, or use the explainer 'words', which needs none",
+                fix="name one (--client vllm:MODEL or openai:MODEL), or use the explainer 'words', which needs none",
             )
-        messages = explain_prompt(examples, self.n_examples, self.n_negatives, self.share)
         seed = _seed(self.seed, examples.source, feature)
-        response = await self._ask(client, messages, seed)
-        text = parse_explanation(response)
-        if text is None:
-            retry = [*messages, Message("assistant", response.text), Message("user", _prompt()["retry"])]
-            response = await self._ask(client, retry, seed)
-            text = parse_explanation(response)
+        shown, silent = spread(examples.positives, self.n_examples), spread(examples.negatives, self.n_negatives)
+        asked = len(shown)
+        while True:
+            messages = explain_prompt(examples, shown, silent, self.share)
+            try:
+                text, response = await self._ask_twice(client, messages, seed)
+                break
+            except ContextOverflow as error:
+                shown = _weakest_dropped(shown, error)
+                if not shown:
+                    raise
         if text is None:
             raise ClientError(
                 f"explanation of {examples.source} feature {feature}",
@@ -83,24 +89,41 @@ class DefaultExplainer:
                 seen=f"{response.text[:80]!r} ({response.finish_reason})",
                 fix="use a model that follows instructions, or a client that constrains replies to a schema",
             )
-        return Explanation(examples.source, feature, self.name, self.version, text)
+        note = (
+            ""
+            if len(shown) == asked
+            else f"the context held {len(shown)} of {asked} examples: the weakest were left out"
+        )
+        return Explanation(examples.source, feature, self.name, self.version, text, note)
+
+    async def _ask_twice(self, client: Client, messages: Sequence[Message], seed: int) -> tuple[str | None, Response]:
+        """The phrase, asked for once more if the reply cannot be read, and the reply it was last looked for in."""
+        response = await self._ask(client, messages, seed)
+        text = parse_explanation(response)
+        if text is None:
+            retry = [*messages, Message("assistant", response.text), Message("user", _prompt()["retry"])]
+            with contextlib.suppress(ContextOverflow):  # a long reply that cannot be read: no room to ask again
+                response = await self._ask(client, retry, seed)
+                text = parse_explanation(response)
+        return text, response
 
     async def _ask(self, client: Client, messages: Sequence[Message], seed: int) -> Response:
         return await client.generate(messages, schema=SCHEMA, seed=seed, max_tokens=self.max_tokens)
 
 
 def explain_prompt(
-    examples: ExplainExamples, n_examples: int = 40, n_negatives: int = 0, share: float = MARK_SHARE
+    examples: ExplainExamples,
+    shown: Sequence[Example],
+    silent: Sequence[Example] = (),
+    share: float = MARK_SHARE,
 ) -> list[Message]:
-    """The chat messages that ask for an explanation of these examples."""
+    """The chat messages that ask for an explanation. ``shown``: active windows; ``silent``: windows without activity."""
     prompt = _prompt()
     lines = ["Active:"]
-    shown = _spread(examples.positives, n_examples)
     for number, example in enumerate(shown, 1):
         marks = spans(example.tokens, marked_tokens(example.activations, examples.threshold, share))
         lines.append(f"{number}. {_quote(render(example.text, marks))}")
         lines.append(f"   levels: {_levels(example, examples)}")
-    silent = _spread(examples.negatives, n_negatives)
     if silent:
         lines.append("Not active:")
         lines += [f"{number}. {_quote(render(one.text, ()))}" for number, one in enumerate(silent, len(shown) + 1)]
@@ -111,11 +134,21 @@ def explain_prompt(
     return [*messages, Message("user", "\n".join([*lines, "", prompt["question"]]))]
 
 
-def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
     """At most ``count`` of them, evenly spaced, order kept."""
     if len(examples) <= count:
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def _weakest_dropped(shown: Sequence[Example], overflow: ContextOverflow) -> list[Example]:
+    """Fewer examples, the order kept: by as much as the overflow says, and by an eighth at least."""
+    share = 0.75
+    if overflow.limit is not None and overflow.needed is not None:
+        share = min(overflow.limit / overflow.needed, 0.875)
+    keep = min(int(len(shown) * share), len(shown) - 1)
+    strongest = sorted(range(len(shown)), key=lambda index: (-shown[index].peak, index))[:keep]
+    return [shown[index] for index in sorted(strongest)]
 
 
 def _quote(text: str) -> str:

@@ -36,5 +36,5 @@ def write_run(folder: Path, frames: RunFrames | None = None) -> RunFrames:
                 for row in group.astype(object).where(group.notna(), None).itertuples()
             )  # fmt: skip
             score = Score(source, feature, scorer, "1", judgements)
-            store.write_score(score, explainer=explainer, judge=judge, control=control)
+            store.write_score(score, explainer=explainer, judge=judge, judge_version="1", control=control)
     return frames

@@ -212,7 +212,7 @@ def test_llm_explainer_and_judge_replay_a_recorded_run(
                 asyncio.run(score_features(store, examples, list(explainers), judges, scorers, shuffled=True, seed=0))
             asked = live.asked
         else:
-            client.close()
+            asyncio.run(client.close())
             replayed = load_config(
                 folder,
                 explainers=("default",),
@@ -269,15 +269,15 @@ def test_activations_in_examples_are_positive_whatever_the_sign_of_the_threshold
 
 
 def test_records_carry_the_model_behind_a_part() -> None:
-    from evalkit.pipeline import _by_record_name
+    from evalkit.parts import recorded_as
 
-    class Named:
-        variant = "bge-small"
-
+    named = type("Named", (), {"variant": "bge-small"})()
     asks = type("Asks", (), {"uses_client": True})()
-    named = _by_record_name({"embedding": Named(), "llm": asks, "words": object()}, RuleClient())
-    assert list(named) == ["embedding@bge-small", "llm@rules", "words"]
-    assert list(_by_record_name({"llm": asks}, None)) == ["llm"]
+    part = registry.parse_part("judges", "llm:batch_size=10,mode=single")
+    assert recorded_as(part, named, RuleClient())[0] == "llm:batch_size=10,mode=single@bge-small"
+    assert recorded_as(part, asks, RuleClient())[0] == "llm:batch_size=10,mode=single@rules"
+    assert recorded_as(part, asks, None)[0] == part.label
+    assert recorded_as(part, object(), RuleClient())[0] == part.label
 
 
 @pytest.mark.slow

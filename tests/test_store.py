@@ -34,7 +34,7 @@ def fill(store: RunStore) -> None:
     ]
     store.write_features(SOURCE.name, rows)
     store.write_explanation(Explanation(SOURCE.name, "3", "words", "1", "cats"))
-    store.write_score(score("3"), explainer="words", judge="embedding", control="")
+    store.write_score(score("3"), explainer="words", judge="embedding", judge_version="2", control="")
 
 
 def test_records_come_back(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_records_come_back(tmp_path: Path) -> None:
         fill(store)
         assert [row.feature for row in store.features(SOURCE.name)] == ["3", "5"]
         assert store.explanations(SOURCE.name, "words")["3"].text == "cats"
-        assert store.finished_scores() == {(SOURCE.name, "3", "detection", "words", "embedding", ""): "1"}
+        assert store.finished_scores() == {(SOURCE.name, "3", "detection", "words", "embedding", ""): ("1", "2")}
         assert store.source_names() == [SOURCE.name]
     frames = read_run(tmp_path / "run")
     assert frames.judgements["match"].isna().sum() == 1
@@ -64,8 +64,8 @@ def test_a_new_explanation_takes_its_old_scores_along(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, IDENTITY) as store:
         fill(store)
         for feature, control in (("3", "shuffled"), ("5", ""), ("5", "shuffled")):
-            store.write_score(score(feature), explainer="words", judge="embedding", control=control)
-        store.write_score(score("3"), explainer="other", judge="embedding", control="")
+            store.write_score(score(feature), explainer="words", judge="embedding", judge_version="2", control=control)
+        store.write_score(score("3"), explainer="other", judge="embedding", judge_version="2", control="")
         store.write_explanation(Explanation(SOURCE.name, "3", "words", "1", "cats"))
         assert len(store.finished_scores()) == 5  # the same text again changes nothing
         store.write_explanation(Explanation(SOURCE.name, "3", "words", "2", "cats and dogs"))
@@ -76,8 +76,8 @@ def test_a_new_explanation_takes_its_old_scores_along(tmp_path: Path) -> None:
 
 def test_a_shorter_test_leaves_no_old_judgement(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, IDENTITY) as store:
-        store.write_score(score("3", 9), explainer="words", judge="embedding", control="")
-        store.write_score(score("3", 4), explainer="words", judge="embedding", control="")
+        store.write_score(score("3", 9), explainer="words", judge="embedding", judge_version="2", control="")
+        store.write_score(score("3", 4), explainer="words", judge="embedding", judge_version="2", control="")
     assert len(read_run(tmp_path).judgements) == 4
 
 
@@ -133,7 +133,7 @@ store = RunStore.create(Path({str(tmp_path)!r}), IDENTITY)
 fill(store)
 print("go", flush=True)
 for feature in range(100000):
-    store.write_score(score(str(feature), 40), explainer="words", judge="embedding", control="")
+    store.write_score(score(str(feature), 40), explainer="words", judge="embedding", judge_version="2", control="")
 """
     writer = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent

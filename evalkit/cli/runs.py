@@ -15,6 +15,7 @@ from evalkit.cli.console import STDERR, progress_bars
 __all__ = ["register"]
 
 _SCORED, _TEXT, _TEST, _SPEED = "What is scored", "Text", "How it is tested", "Speed and place"
+_MODEL = "Language model of LLM explainers and judges"
 
 Model = Annotated[
     str,
@@ -48,7 +49,41 @@ Scorers = Annotated[
 ClientOption = Annotated[
     str | None,
     typer.Option(
-        help="Client of LLM explainers and judges: NAME or NAME:PATH, e.g. replay:calls.sqlite.", rich_help_panel=_TEST
+        help="vllm:MODEL (in this process), openai:MODEL (an API or server), replay:FILE (recorded answers), or a plug-in.",
+        rich_help_panel=_MODEL,
+    ),
+]
+BaseUrl = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base-url", help="URL of an OpenAI-compatible server, with /v1; repeat for several.", rich_help_panel=_MODEL
+    ),
+]
+ClientSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--client-option",
+        help="KEY=VALUE of the client, e.g. temperature=0.5, concurrency=16, tensor_parallel_size=2; repeat for several.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="File of recorded answers that is shared with other runs.", rich_help_panel=_MODEL),
+]
+Prices = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file: per model, prompt and completion in US dollars per million tokens.", rich_help_panel=_MODEL
+    ),
+]
+MaxCalls = Annotated[
+    int | None, typer.Option(help="Stop before the run has sent more requests than this.", rich_help_panel=_MODEL)
+]
+MaxCost = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop before the run has cost more than this, in US dollars; needs --prices.", rich_help_panel=_MODEL
     ),
 ]
 Site = Annotated[
@@ -120,6 +155,12 @@ def run(
     judge: Judges = None,
     scorer: Scorers = None,
     client: ClientOption = None,
+    base_url: BaseUrl = None,
+    client_option: ClientSettings = None,
+    cache: Cache = None,
+    prices: Prices = None,
+    max_calls: MaxCalls = None,
+    max_cost: MaxCost = None,
     examples: Examples = 40,
     positives: Positives = 50,
     negatives: Negatives = 50,
@@ -180,13 +221,23 @@ def collect(
     _execute(_config(locals()), out, ("collect",))
 
 
-def explain(run: Run, explainer: Explainers = None, client: ClientOption = None) -> None:
+def explain(
+    run: Run,
+    explainer: Explainers = None,
+    client: ClientOption = None,
+    base_url: BaseUrl = None,
+    client_option: ClientSettings = None,
+    cache: Cache = None,
+    prices: Prices = None,
+    max_calls: MaxCalls = None,
+    max_cost: MaxCost = None,
+) -> None:
     """Describe the features of a collected run.
 
-    Example: `evalkit explain runs/first --explainer words`
+    Example: `evalkit explain runs/first --explainer default --client openai:MODEL --base-url http://localhost:8000/v1`
     """
-    config = _config_of(run, explainers=explainer, client=client)
-    _execute(config, run, ("explain",))
+    options = {key: value for key, value in locals().items() if key != "run"}
+    _execute(_config_of(run, **options), run, ("explain",))
 
 
 def score(
@@ -195,15 +246,21 @@ def score(
     judge: Judges = None,
     scorer: Scorers = None,
     client: ClientOption = None,
+    base_url: BaseUrl = None,
+    client_option: ClientSettings = None,
+    cache: Cache = None,
+    prices: Prices = None,
+    max_calls: MaxCalls = None,
+    max_cost: MaxCost = None,
     device: Device = "auto",
 ) -> None:
     """Judge the explanations of a run.
 
-    Example: `evalkit score runs/first --judge embedding --scorer detection`
+    Example: `evalkit score runs/first --judge llm --client vllm:MODEL --scorer detection`
     """
-    explainers = explainer or ()  # none named: all that there are explanations of
-    config = _config_of(run, explainers=explainers, judges=judge, scorers=scorer, client=client, device=device)
-    _execute(config, run, ("score",))
+    options = {key: value for key, value in locals().items() if key != "run"}
+    options["explainer"] = explainer or []  # none named: all that there are explanations of
+    _execute(_config_of(run, **options), run, ("score",))
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False) -> None:
@@ -228,39 +285,45 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead o
     Console().print(table)
 
 
+_FIELDS = {
+    "dictionary": "dictionaries",
+    "features": "n_features",
+    "examples": "n_explain",
+    "positives": "n_positives",
+    "negatives": "n_negatives",
+    "explainer": "explainers",
+    "judge": "judges",
+    "scorer": "scorers",
+}
+
+
 def _config(options: dict[str, Any]) -> Any:
+    """The configuration that the options of ``run`` or ``collect`` say. Raises BadConfig."""
     from evalkit.config import RunConfig
 
-    names = {
-        "dictionary": "dictionaries",
-        "features": "n_features",
-        "examples": "n_explain",
-        "positives": "n_positives",
-        "negatives": "n_negatives",
-        "explainer": "explainers",
-        "judge": "judges",
-        "scorer": "scorers",
-    }
-    wanted = {names.get(key, key): value for key, value in options.items() if key not in ("out", "dry_run")}
-    wanted = {key: value for key, value in wanted.items() if value is not None}
+    wanted = _fields({key: value for key, value in options.items() if key not in ("out", "dry_run", "as_json")})
     wanted["dictionaries"] = [path.rstrip("/") or path for path in wanted["dictionaries"]]
     wanted["depths"] = tuple(part for part in wanted["depths"].split(",") if part)
     wanted["controls"] = tuple(part.strip() for part in wanted["controls"].split(",") if part.strip())
-    client = _client_options(wanted)  # takes "client" out of ``wanted``
-    return RunConfig.create(**wanted, **client)
+    return RunConfig.create(**wanted)
 
 
-def _config_of(run: Path, **changes: Any) -> Any:
+def _config_of(run: Path, **options: Any) -> Any:
+    """The configuration of an existing run, with what the options change. Raises MissingFile, BadConfig."""
     from evalkit.pipeline import load_config
 
-    changes = {key: value for key, value in changes.items() if value is not None}
-    return load_config(run, **{**changes, **_client_options(changes)})
+    return load_config(run, **_fields(options))
 
 
-def _client_options(options: dict[str, Any]) -> dict[str, Any]:
-    """``NAME:PATH`` is a client and its path."""
-    name, _, path = (options.pop("client", None) or "").partition(":")
-    return {"client": name, **({"client_options": {"path": path}} if path else {})} if name else {}
+def _fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as fields of the configuration; those that were not given are left to its defaults."""
+    from evalkit.registry import parse_option
+
+    given = {_FIELDS.get(key, key): value for key, value in options.items() if value is not None}
+    settings = dict(parse_option(text) for text in given.pop("client_option", ()))
+    if urls := given.pop("base_url", None):
+        settings["base_url"] = urls
+    return {**given, "client_options": settings} if settings else given
 
 
 def _execute(config: Any, out: Path, stages: tuple[str, ...]) -> None:

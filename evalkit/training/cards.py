@@ -100,7 +100,8 @@ def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
     with ZipFile(whole, "w", ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
             one = io.BytesIO()
-            np.lib.format.write_array(one, np.ascontiguousarray(array), allow_pickle=False)
+            whole_array = np.ascontiguousarray(array)
+            np.lib.format.write_array(one, whole_array, allow_pickle=False)  # type: ignore[no-untyped-call]
             entry = ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             entry.compress_type = ZIP_DEFLATED
             archive.writestr(entry, one.getvalue())

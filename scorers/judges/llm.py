@@ -45,12 +45,18 @@ class LlmJudge:
     """
 
     name = "llm"
+    main_option = "mode"
     uses_client = True
     probabilistic = True
 
     def __init__(self, client: Client | None, mode: Mode = "list", batch_size: int = 5, seed: int = 0) -> None:
         if client is None:
-            raise BadConfig("judge 'llm'", expected="a client", seen="none", fix="name a client of a language model")
+            raise BadConfig(
+                "judge 'llm'",
+                expected="a client that reaches a language model",
+                seen="none",
+                fix="name one: --client vllm:MODEL for a local model, --client openai:MODEL for a server",
+            )
         if mode not in ("list", "single"):
             raise BadConfig("mode of judge 'llm'", expected="list or single", seen=repr(mode), fix="use one of these")
         if batch_size < 1:

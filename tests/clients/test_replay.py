@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalkit.clients.replay import ReplayClient, request_key
+from evalkit.recording import Request
+from evalkit.clients.replay import ReplayClient
 from evalkit.errors import BadConfig, BadFile, ClientError, MissingFile, NotRecorded
 from evalkit.records import Message, Response
 from evalkit.registry import create
@@ -117,8 +118,10 @@ def test_every_answer_is_on_disk_at_once_and_a_replay_writes_nothing(tmp_path: P
     path = tmp_path / "a.sqlite"
     recorder = ReplayClient(path, record_from=Counting())
     ask(recorder)  # not closed: as after a crash
-    assert ask(ReplayClient(path)).text == "how many? 1"
-    recorder.close()
+    reader = ReplayClient(path)
+    assert ask(reader).text == "how many? 1"
+    asyncio.run(reader.close())
+    asyncio.run(recorder.close())
     path.chmod(0o444)
     before = path.read_bytes()
     ask(ReplayClient(path))
@@ -128,8 +131,7 @@ def test_every_answer_is_on_disk_at_once_and_a_replay_writes_nothing(tmp_path: P
 @settings(deadline=None)
 @given(st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.integers(), max_size=4))
 def test_the_key_is_the_hash_of_canonical_json(content: str, schema: dict[str, int]) -> None:
-    options: dict[str, Any] = {"choices": None, "logprobs": 0, "seed": None, "max_tokens": 1}
-    key, text = request_key("m", [Message("user", content)], schema=schema, **options)
+    request = Request.of("m", [Message("user", content)], schema=schema, max_tokens=1)
     backwards = dict(reversed(list(schema.items())))
-    assert request_key("m", [Message("user", content)], schema=backwards, **options)[0] == key
-    assert json.loads(text)["messages"] == [{"role": "user", "content": content}]
+    assert Request.of("m", [Message("user", content)], schema=backwards, max_tokens=1) == request
+    assert json.loads(request.text)["messages"] == [{"role": "user", "content": content}]

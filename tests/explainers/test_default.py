@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from evalkit.errors import BadConfig, ClientError
+from evalkit.errors import BadConfig, ClientError, ContextOverflow
 from evalkit.markup import parse
 from evalkit.records import Example, ExplainExamples, Message, Response
-from explainers.default import DefaultExplainer, explain_prompt, parse_explanation
+from explainers.default import DefaultExplainer, explain_prompt, parse_explanation, spread
 from tests.explainers.test_words import window
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "prompts"
@@ -92,7 +92,7 @@ def test_what_counts_as_an_explanation(text: str, expected: str | None) -> None:
 
 
 def test_corpus_text_stays_data() -> None:
-    lines = explain_prompt(EXAMPLES, n_negatives=1)[-1].content.splitlines()
+    lines = explain_prompt(EXAMPLES, EXAMPLES.positives, EXAMPLES.negatives)[-1].content.splitlines()
     assert len(lines) == 9  # no text has begun a line of its own
     shown = [json.loads(line.split(". ", 1)[1]) for line in lines if line[:1].isdigit()]
     texts = [parse(text) for text in shown]
@@ -111,11 +111,42 @@ def test_seed_depends_on_the_feature_only() -> None:
 def test_examples_are_spread_over_those_there_are() -> None:
     positives = tuple(window(i, f"word{i}", **{f"word{i}": 10.0 - i}) for i in range(10))
     examples = ExplainExamples("source", "7", 0.0, 10.0, positives)
-    content = explain_prompt(examples, n_examples=5)[-1].content
+    content = explain_prompt(examples, spread(examples.positives, 5))[-1].content
     assert [i for i in range(10) if f"<<word{i}>>" in content] == [0, 2, 4, 6, 8]
+
+
+class Narrow(Scripted):
+    """Takes so many tokens of four characters."""
+
+    limit = 500
+
+    async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
+        needed = sum(len(message.content) for message in messages) // 4
+        if needed > self.limit:
+            raise ContextOverflow("prompt", limit=self.limit, needed=needed, fix="use fewer examples")
+        return await super().generate(messages, **options)
+
+
+def test_where_the_context_is_short_the_weakest_examples_go_and_it_says_so() -> None:
+    positives = tuple(window(i, f"word{i} " + "and more " * 9, **{f"word{i}": 1.0 + i * 7 % 11}) for i in range(11))
+    examples = ExplainExamples("source", "7", 0.0, 11.0, positives)
+    overhead = sum(len(message.content) for message in explain_prompt(examples, ())) // 4
+    client = Narrow('{"explanation": "words"}')
+    client.limit = overhead + 200
+    explanation = asyncio.run(DefaultExplainer().explain("7", examples, client))
+    content = client.requests[0][0][-1].content
+    kept = [i for i in range(11) if f"<<word{i}>>" in content]
+    peaks = sorted((positives[i].peak for i in range(11)), reverse=True)
+    assert 3 <= len(kept) < 11 and kept == sorted(kept)
+    assert sorted((positives[i].peak for i in kept), reverse=True) == peaks[: len(kept)]
+    assert explanation.note == f"the context held {len(kept)} of 11 examples: the weakest were left out"
+    client.limit = overhead - 100
+    with pytest.raises(ContextOverflow, match="use fewer examples"):
+        asyncio.run(DefaultExplainer().explain("7", examples, client))
 
 
 def test_golden_prompt() -> None:
     """A released prompt never changes: a difference here needs a new prompt version."""
-    shown = "\n".join(f"### {m.role}\n{m.content}\n" for m in explain_prompt(EXAMPLES, n_negatives=1))
+    prompt = explain_prompt(EXAMPLES, EXAMPLES.positives, EXAMPLES.negatives)
+    shown = "\n".join(f"### {m.role}\n{m.content}\n" for m in prompt)
     assert shown == (GOLDEN / "explainer-default.txt").read_text(encoding="utf-8")

@@ -159,7 +159,7 @@ def test_no_items() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(BadConfig, match="expected a client; seen none"):
+    with pytest.raises(BadConfig, match="expected a client that reaches a language model; seen none"):
         LlmJudge(None)
     with pytest.raises(BadConfig, match="expected list or single; seen 'both'"):
         LlmJudge(Scripted(""), mode="both")  # type: ignore[arg-type]

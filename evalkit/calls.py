@@ -1,0 +1,96 @@
+"""The language model of a run: its client from the registry, behind the run's recording and budget.
+
+The one place that knows how the three are put together. Writes ``calls.sqlite`` in the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from evalkit import registry
+from evalkit.budget import BudgetedClient
+from evalkit.config import RunConfig
+from evalkit.errors import BadConfig
+from evalkit.prices import Price, read_prices
+from evalkit.protocols import Client
+
+__all__ = ["RECORDING", "client_part", "make_client", "open_client", "price_of"]
+
+_LOG = logging.getLogger(__name__)
+RECORDING = "calls.sqlite"
+
+
+def client_part(config: RunConfig) -> registry.Part | None:
+    """The configured client's name and options, None without one. Raises PluginError, BadConfig."""
+    if config.client is None:
+        return None
+    part = registry.parse_part("clients", config.client)
+    options = {**part.options, **config.client_options}
+    for option in options:
+        if re.search(r"(^|_)(key|token|secret|password|authorization|headers)$", option.lower()):
+            raise BadConfig(
+                f"client option {option}",
+                expected="keys in the environment only",
+                seen="a key on the command line",
+                fix="set the variable that `evalkit doctor` names, and take this one as no longer secret",
+            )
+    return registry.Part(part.name, part.label, options)
+
+
+def make_client(config: RunConfig) -> Client | None:
+    """The configured client, live or replaying. Reaches nobody. Raises PluginError, BadConfig, MissingExtra."""
+    part = client_part(config)
+    if part is None:
+        return None
+    client: Client = registry.create("clients", part.name, **part.options)
+    return client
+
+
+def price_of(config: RunConfig, model: str) -> Price | None:
+    """What the model's tokens cost, by the run's price file. Raises BadConfig where a limit on cost needs it."""
+    prices = read_prices(config.prices) if config.prices else {}
+    price = prices.get(model) or prices.get(model.split(";")[0])
+    if price is None and config.max_cost is not None:
+        raise BadConfig(
+            "--max-cost",
+            expected=f"a price of {model!r} in the file given with --prices",
+            seen=f"prices of {', '.join(prices)}" if prices else "no price file" if not config.prices else "no prices",
+            fix=f'write ["{model.split(";")[0]}"] with prompt and completion in US dollars per million tokens',
+        )
+    return price
+
+
+@asynccontextmanager
+async def open_client(config: RunConfig, folder: Path) -> AsyncIterator[Any]:
+    """The client that a run's explainers and judges ask, None without one.
+
+    A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded.
+    """
+    live = make_client(config)
+    if live is None:
+        yield None
+        return
+    part = client_part(config)
+    if part is not None and part.name == "replay":
+        try:
+            yield live
+        finally:
+            await live.close()  # type: ignore[attr-defined]
+        return
+    price = price_of(config, live.name)
+    guard = BudgetedClient(live, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
+    client = registry.create("clients", "replay", path=folder / RECORDING, record_from=guard, cache=config.cache)
+    before = client.spent()
+    guard.spent_calls = before.calls
+    guard.spent_cost = price.cost(before.prompt_tokens, before.completion_tokens) if price else 0.0
+    try:
+        yield client
+    finally:
+        if client.in_flight:
+            _LOG.warning("waiting for %d requests that were sent; Ctrl-C drops them", client.in_flight)
+        await client.close()

@@ -1,0 +1,83 @@
+"""From chat messages to the tokens of a prompt, by the model's own chat template.
+
+Pure but for reading a template file. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evalkit.errors import ClientDown, MissingFile
+from evalkit.records import Message
+
+__all__ = ["ChatTemplate", "without_system"]
+
+
+class ChatTemplate:
+    """``path``: a Jinja file to use instead of the model's template. ``options``: variables of the template.
+
+    Raises MissingFile.
+    """
+
+    def __init__(self, path: str | None = None, options: dict[str, Any] | None = None) -> None:
+        self._options = options or {}
+        self._text = None
+        self._no_system = False
+        if path is not None:
+            try:
+                self._text = Path(path).expanduser().read_text(encoding="utf-8")
+            except OSError as error:
+                raise MissingFile(
+                    path, expected="a chat template", seen=error.strerror or str(error), fix="check the path"
+                ) from error
+
+    def tokens(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks for the assistant's next turn. Raises ClientDown where the model has no usable template.
+
+        Where a template takes no system message, it stands at the head of the first user message.
+        """
+        if self._no_system:
+            return self._apply(tokenizer, without_system(messages))
+        try:
+            return self._apply(tokenizer, messages)
+        except Exception as error:  # templates raise what they like, from Jinja
+            shorter = without_system(messages)
+            if len(shorter) == len(messages) or "system" not in str(error).lower():
+                raise _unusable(error) from error
+        try:
+            tokens = self._apply(tokenizer, shorter)
+        except Exception as error:
+            raise _unusable(error) from error
+        self._no_system = True
+        return tokens
+
+    def _apply(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            chat_template=self._text,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self._options,
+        )
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template wrote the special ones
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation with the system message at the head of the first user message."""
+    if not messages or messages[0].role != "system":
+        return list(messages)
+    system, rest = messages[0], list(messages[1:])
+    if rest and rest[0].role == "user":
+        return [Message("user", f"{system.content}\n\n{rest[0].content}"), *rest[1:]]
+    return [Message("user", system.content), *rest]
+
+
+def _unusable(error: Exception) -> ClientDown:
+    return ClientDown(
+        "chat template",
+        expected="one that takes these messages",
+        seen=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        fix="use an instruction-tuned model, or give a template file with chat_template",
+    )

@@ -1,0 +1,135 @@
+"""What a run would do and cost, before it does it: ``--dry-run``, and the estimate that a run is held against afterwards.
+
+Opens dictionaries and, where there are some, the run's examples and recorded answers; loads no model and reaches nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evalkit.calls import RECORDING, make_client, price_of
+from evalkit.collecting import open_sources, read_examples
+from evalkit.config import RunConfig
+from evalkit.errors import MissingFile
+from evalkit.estimate import (
+    CountingClient,
+    Estimate,
+    Load,
+    count_explaining,
+    count_scoring,
+    made_up,
+    tokens_per_character,
+    total,
+)
+from evalkit.examples import FeatureExamples
+from evalkit.judging import shuffled_partners
+from evalkit.parts import make_explainers, make_judges, make_scorers
+from evalkit.recording import Recording, Spent
+from evalkit.records import Explanation
+from evalkit.store import RunStore
+
+__all__ = ["estimate_asking", "plan"]
+
+_IN_FLIGHT = 64  # where a client does not say
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What the estimate is made on: features, the explanations they have, and how many features each stands for."""
+
+    examples: list[FeatureExamples]
+    explained: Mapping[tuple[str, str], list[Explanation]]
+    stands_for: float
+    basis: str
+
+
+def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Dictionaries, features, the most judgements there can be, and what asking a language model would take."""
+    names = [source.name for source in open_sources(config)]
+    n_sources = _n_sources(config, len(names))
+    tests = len(config.explainers) * len(config.judges) * len(config.scorers) * (1 + ("shuffled" in config.controls))
+    asking = estimate_asking(config, folder, n_sources * config.n_features)
+    return {
+        "dictionaries": names,
+        "controls": list(config.controls),
+        "features": n_sources * config.n_features,
+        "explanations": n_sources * config.n_features * len(config.explainers),
+        "judgements": n_sources * config.n_features * tests * (config.n_positives + config.n_negatives),
+        "language_model": None if asking is None else asking.as_json(),
+    }
+
+
+def _n_sources(config: RunConfig, n_dictionaries: int) -> int:
+    return n_dictionaries + sum(control != "shuffled" for control in config.controls)
+
+
+def estimate_asking(config: RunConfig, folder: Path, n_features: int | None = None) -> Estimate | None:
+    """What the run would still ask a language model; None without a client, or with one that only replays."""
+    client = make_client(config)
+    if client is None or (config.client or "").split(":")[0] == "replay":
+        return None
+    if n_features is None:
+        n_features = _n_sources(config, len(open_sources(config))) * config.n_features
+    material = _material(config, folder, n_features)
+    with ExitStack() as stack:
+        recordings = []
+        for path in filter(None, (folder / RECORDING, config.cache)):
+            if path.is_file():
+                recordings.append(Recording(path, write=False))
+                stack.callback(recordings[-1].close)
+        spent = max((found.spent(client.name) for found in recordings), key=lambda one: one.calls, default=Spent())
+        counting = CountingClient(client.name, recordings, tokens_per_character(spent))
+        parts = asyncio.run(_count(config, counting, material))
+    in_flight = int(getattr(client, "concurrency", _IN_FLIGHT))
+    return total(parts, client.name, price_of(config, client.name), spent, in_flight, material.basis)
+
+
+async def _count(config: RunConfig, counting: CountingClient, material: _Material) -> dict[str, Load]:
+    n_explanations = max(len(config.explainers), 1) * (1 + ("shuffled" in config.controls))
+    loads = await count_explaining(make_explainers(config, counting), material.examples, counting)
+    loads |= await count_scoring(
+        make_judges(config, counting),
+        make_scorers(config),
+        material.examples,
+        counting,
+        material.explained,
+        n_explanations,
+    )
+    return {name: load * material.stands_for for name, load in loads.items()}
+
+
+def _material(config: RunConfig, folder: Path, n_features: int) -> _Material:
+    """The run's own examples where they are collected, else one made-up feature that stands for all."""
+    try:
+        with RunStore.open(folder) as store:
+            by_source = read_examples(store, config.seed)
+            explained = _explained(config, store, by_source)
+    except MissingFile:
+        return _Material([made_up(config)], {}, n_features, f"made-up examples, {n_features} features")
+    examples = [one for features in by_source.values() for one in features.values()]
+    return _Material(examples, explained, 1.0, f"the run's own examples, {len(examples)} features")
+
+
+def _explained(
+    config: RunConfig, store: RunStore, examples: Mapping[str, Mapping[str, FeatureExamples]]
+) -> Mapping[tuple[str, str], list[Explanation]]:
+    """The explanations that would be judged, by source and feature: its own, and its partner's."""
+    wanted = {text.split(":")[0] for text in config.explainers}
+    found: dict[tuple[str, str], list[Explanation]] = defaultdict(list)
+    for source, features in examples.items():
+        partners = shuffled_partners(features, source, config.seed) if "shuffled" in config.controls else {}
+        for explainer in store.explainers():
+            if wanted and explainer.split("@")[0].split(":")[0] not in wanted:
+                continue
+            there = store.explanations(source, explainer)
+            for feature in features:
+                for whose in filter(None, (feature, partners.get(feature))):
+                    if whose in there:
+                        found[source, feature].append(there[whose])
+    return found

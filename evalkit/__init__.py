@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from evalkit.api import load_source as load_source
     from evalkit.api import run as run
     from evalkit.config import RunConfig as RunConfig
+    from evalkit.errors import ClientDown as ClientDown
+    from evalkit.errors import ContextOverflow as ContextOverflow
     from evalkit.errors import EvalkitError as EvalkitError
+    from evalkit.errors import NoAnswer as NoAnswer
+    from evalkit.errors import RequestRefused as RequestRefused
     from evalkit.records import Answer as Answer
     from evalkit.records import Example as Example
     from evalkit.records import ExplainExamples as ExplainExamples
@@ -47,7 +51,7 @@ _HOMES = {
         "run",
     ),
     "evalkit.config": ("RunConfig",),
-    "evalkit.errors": ("EvalkitError",),
+    "evalkit.errors": ("ClientDown", "ContextOverflow", "EvalkitError", "NoAnswer", "RequestRefused"),
     "evalkit.records": (
         "Answer",
         "Example",
@@ -69,6 +73,8 @@ _HOME_OF = {name: module for module, exported in _HOMES.items() for name in expo
 
 __all__ = [
     "Answer",
+    "ClientDown",
+    "ContextOverflow",
     "EvalkitError",
     "Example",
     "ExplainExamples",
@@ -76,6 +82,8 @@ __all__ = [
     "JudgeItem",
     "Judgement",
     "Message",
+    "NoAnswer",
+    "RequestRefused",
     "Response",
     "RunConfig",
     "Score",

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from evalkit import registry
@@ -18,6 +17,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import BadConfig
 from evalkit.prices import Price, read_prices
 from evalkit.protocols import Client
+from evalkit.store import RunStore
 
 __all__ = ["RECORDING", "client_part", "make_client", "open_client", "price_of"]
 
@@ -66,10 +66,11 @@ def price_of(config: RunConfig, model: str) -> Price | None:
 
 
 @asynccontextmanager
-async def open_client(config: RunConfig, folder: Path) -> AsyncIterator[Any]:
+async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
     """The client that a run's explainers and judges ask, None without one.
 
-    A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded.
+    A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded,
+    and what it took is kept in the run's records.
     """
     live = make_client(config)
     if live is None:
@@ -84,7 +85,7 @@ async def open_client(config: RunConfig, folder: Path) -> AsyncIterator[Any]:
         return
     price = price_of(config, live.name)
     guard = BudgetedClient(live, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
-    client = registry.create("clients", "replay", path=folder / RECORDING, record_from=guard, cache=config.cache)
+    client = registry.create("clients", "replay", path=store.folder / RECORDING, record_from=guard, cache=config.cache)
     before = client.spent()
     guard.spent_calls = before.calls
     guard.spent_cost = price.cost(before.prompt_tokens, before.completion_tokens) if price else 0.0
@@ -93,4 +94,15 @@ async def open_client(config: RunConfig, folder: Path) -> AsyncIterator[Any]:
     finally:
         if client.in_flight:
             _LOG.warning("waiting for %d requests that were sent; Ctrl-C drops them", client.in_flight)
-        await client.close()
+        try:
+            await client.settle()
+        finally:
+            spent = client.spent()
+            store.write_asked(
+                client.name,
+                calls=spent.calls,
+                prompt_tokens=spent.prompt_tokens,
+                completion_tokens=spent.completion_tokens,
+                cost=price.cost(spent.prompt_tokens, spent.completion_tokens) if price else None,
+            )
+            await client.close()

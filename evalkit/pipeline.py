@@ -22,6 +22,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import MissingFile
 from evalkit.judging import explain_features, score_features
 from evalkit.parts import make_explainers, make_judges, make_scorers
+from evalkit.planning import estimate_asking
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Progress
 from evalkit.store import RunStore
@@ -43,6 +44,8 @@ def run(config: RunConfig, folder: Path, *, stages: Sequence[str] = _STAGES, pro
     """Run the stages on a folder. Raises EvalkitError; what is complete stays and is not done again."""
     _check_parts(config, stages)
     with RunStore.create(folder, config.identity()) as store:
+        if config.client is not None and set(stages) == set(_STAGES):
+            _keep_estimate(config, store)
         if "collect" in stages:
             collect_stage(config, store, progress)
         if {"explain", "score"} & set(stages):
@@ -51,11 +54,18 @@ def run(config: RunConfig, folder: Path, *, stages: Sequence[str] = _STAGES, pro
 
 async def _describe_and_judge(config: RunConfig, store: RunStore, stages: Sequence[str], progress: Progress) -> None:
     """The two stages that may ask a language model, with one client for both."""
-    async with open_client(config, store.folder) as client:
+    async with open_client(config, store) as client:
         if "explain" in stages:
             await explain_stage(config, store, client, progress)
         if "score" in stages:
             await score_stage(config, store, client, progress)
+
+
+def _keep_estimate(config: RunConfig, store: RunStore) -> None:
+    """What asking the language model is expected to take, kept beside what it will have taken."""
+    estimate = estimate_asking(config, store.folder)
+    if estimate is not None:
+        store.write_estimate(estimate.model, estimate.as_json())
 
 
 def _wait_for(work: Coroutine[Any, Any, None]) -> None:

@@ -24,8 +24,10 @@ __all__ = ["Recorded", "Recording", "Request", "Spent"]
 
 _TABLE = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, request TEXT NOT NULL, response TEXT NOT NULL,
-    paid INTEGER NOT NULL, seconds REAL NOT NULL) WITHOUT ROWID"""
-_COLUMNS = "key, model, request, response, paid, seconds"
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, seconds REAL NOT NULL, paid INTEGER NOT NULL
+    ) WITHOUT ROWID"""
+_COLUMNS = "key, model, request, response, prompt_tokens, completion_tokens, seconds"
+_ADD = f"INSERT OR IGNORE INTO answers ({_COLUMNS}, paid) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,31 +129,30 @@ class Recording:
 
     def add(self, request: Request, recorded: Recorded, *, paid: bool) -> None:
         """Keep an answer; the first one of a request stays. ``paid``: it was asked for here. Raises StorageError."""
-        row = (request.key, request.model, request.text, _encoded(recorded.response), int(paid), recorded.seconds)
+        response = recorded.response
+        tokens = (response.prompt_tokens, response.completion_tokens)
+        row = (request.key, request.model, request.text, _encoded(response), *tokens, recorded.seconds, int(paid))
         try:
             with self._database:
-                self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
+                self._database.execute(_ADD, row)
         except sqlite3.OperationalError as error:
             raise self._storage_error(error) from error
 
     def add_all(self, other: Recording, model: str) -> None:
         """Take over another recording's answers of a model, unpaid here. Raises StorageError."""
-        query = "SELECT key, model, request, response, 0, seconds FROM answers WHERE model = ?"
+        rows = other._database.execute(f"SELECT {_COLUMNS}, 0 FROM answers WHERE model = ?", (model,))
         try:
             with self._database:
-                self._database.executemany(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", other._database.execute(query, (model,))
-                )
+                self._database.executemany(_ADD, rows)
         except sqlite3.OperationalError as error:
             raise self._storage_error(error) from error
 
-    def spent(self, model: str | None = None) -> Spent:
-        """What was paid for, of one model or of all."""
+    def spent(self, model: str) -> Spent:
+        """What was paid for here."""
         row = self._database.execute(
-            "SELECT count(*), total(json_extract(response, '$.prompt_tokens')), "
-            "total(json_extract(response, '$.completion_tokens')), total(length(request)), total(seconds) "
-            "FROM answers WHERE paid AND (model = ? OR ? IS NULL)",
-            (model, model),
+            "SELECT count(*), total(prompt_tokens), total(completion_tokens), total(length(request)), total(seconds) "
+            "FROM answers WHERE paid AND model = ?",
+            (model,),
         ).fetchone()
         return Spent(int(row[0]), int(row[1]), int(row[2]), int(row[3]), row[4])
 

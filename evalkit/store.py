@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from evalkit.run_folder import acquire, bind_identity
 if TYPE_CHECKING:
     from evalkit.report.frames import RunFrames
 
-__all__ = ["FeatureRow", "RunStore", "read_run"]
+__all__ = ["Asked", "FeatureRow", "RunStore", "read_run"]
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS sources (
@@ -44,6 +45,9 @@ CREATE TABLE IF NOT EXISTS judgements (
     control TEXT NOT NULL, item INTEGER NOT NULL, window INTEGER NOT NULL, label INTEGER NOT NULL, match INTEGER,
     confidence REAL, probability REAL, decile INTEGER, reason TEXT,
     PRIMARY KEY (source, feature, scorer, explainer, judge, control, item)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asked (
+    model TEXT PRIMARY KEY, calls INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    cost REAL, estimate TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
 """
 
@@ -79,6 +83,35 @@ class FeatureRow(NamedTuple):
     threshold: float
     peak: float
     explain_peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one language model was asked for a run, over all commands. ``cost`` in US dollars, None without a price.
+
+    ``estimate``: what the first of them expected, with the same names; empty where nothing was.
+    """
+
+    model: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+    estimate: dict[str, Any]
+
+    def sentence(self) -> str:
+        """For a table's footer: "model: 12 calls, 3,400 + 80 tokens, $0.01 (estimated …)"."""
+        told = _amounts(self.calls, self.prompt_tokens, self.completion_tokens, self.cost)
+        if not self.estimate:
+            return f"{self.model}: {told}"
+        e = self.estimate
+        expected = _amounts(e["calls"], e["prompt_tokens"], e["completion_tokens"], e["cost_usd"])
+        return f"{self.model}: {told} (estimated: {expected})"
+
+
+def _amounts(calls: int, prompt_tokens: int, completion_tokens: int, cost: float | None) -> str:
+    money = "" if cost is None else f", ${cost:,.4f}"
+    return f"{calls:,} calls, {prompt_tokens:,} prompt and {completion_tokens:,} completion tokens{money}"
 
 
 class RunStore:
@@ -265,6 +298,36 @@ class RunStore:
         """Whether a stage has finished once."""
         return bool(self._connection.execute("SELECT 1 FROM stages WHERE name = ?", (name,)).fetchone())
 
+    def write_estimate(self, model: str, estimate: dict[str, Any]) -> None:
+        """Keep what asking a model is expected to take; the first estimate of a run stays."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO asked VALUES (?, 0, 0, 0, NULL, ?)",
+                (model, json.dumps(estimate, sort_keys=True)),
+            )
+
+    def write_asked(
+        self, model: str, *, calls: int, prompt_tokens: int, completion_tokens: int, cost: float | None
+    ) -> None:
+        """Keep what asking a model has taken so far."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO asked VALUES (?, ?, ?, ?, ?, '{}') ON CONFLICT (model) DO UPDATE SET calls = excluded.calls, "
+                "prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens, "
+                "cost = coalesce(excluded.cost, cost)",
+                (model, calls, prompt_tokens, completion_tokens, cost),
+            )
+
+    def asked(self) -> list[Asked]:
+        """What language models were asked, one row per model."""
+        rows = self._connection.execute(
+            "SELECT model, calls, prompt_tokens, completion_tokens, cost, estimate FROM asked ORDER BY model"
+        )
+        return [
+            Asked(model, calls, prompt_tokens, completion_tokens, cost, json.loads(estimate))
+            for model, calls, prompt_tokens, completion_tokens, cost, estimate in rows
+        ]
+
     def identity(self) -> dict[str, Any]:
         """The configuration the run was made with."""
         found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
@@ -273,7 +336,8 @@ class RunStore:
     def _cost(self) -> str:
         """What the run took, in words."""
         stages = list(self._connection.execute("SELECT name, seconds FROM stages ORDER BY rowid"))
-        return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages) or "not recorded"
+        told = [", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)] if stages else []
+        return "; ".join([*told, *(asked.sentence() for asked in self.asked())]) or "not recorded"
 
     def frames(self) -> RunFrames:
         """All records as data frames."""

@@ -18,7 +18,8 @@ from evalkit.collecting import read_examples
 from evalkit.config import RunConfig
 from evalkit.errors import CorpusError, MissingFile, RunMismatch
 from evalkit.judging import explain_features, score_features
-from evalkit.pipeline import load_config, plan, run
+from evalkit.pipeline import load_config, run
+from evalkit.planning import plan
 from evalkit.records import Message, Response
 from evalkit.store import RunStore, read_run
 from tests.dictionaries import write_rqae, write_sae
@@ -164,8 +165,8 @@ def test_stages_in_the_wrong_order(options: dict[str, object], tmp_path: Path) -
         load_config(tmp_path / "nothing")
 
 
-def test_the_plan_counts_what_a_run_does(options: dict[str, object]) -> None:
-    planned = plan(config(options))
+def test_the_plan_counts_what_a_run_does(options: dict[str, object], tmp_path: Path) -> None:
+    planned = plan(config(options), tmp_path)
     assert planned["features"] == 6 * 6
     assert planned["judgements"] == 6 * 6 * 2 * 2 * 10
 

@@ -21,7 +21,7 @@ import pytest
 
 from evalkit.errors import NoAnswer
 from evalkit.records import Message
-from tests.servers import answer
+from tests.chat_model import answer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "tests/plugin_client/evalkit_example_provider.py"

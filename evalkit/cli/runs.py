@@ -1,135 +1,59 @@
-"""``evalkit run``, ``collect``, ``explain``, ``score`` and ``plugins``."""
+"""``evalkit run``, ``collect``, ``explain`` and ``score``."""
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from evalkit.cli.console import STDERR, progress_bars
+from evalkit.cli.options import (
+    AsJson,
+    BaseUrl,
+    BatchSize,
+    Cache,
+    ClientOption,
+    ClientSettings,
+    ContextLength,
+    Controls,
+    Corpus,
+    Density,
+    Depths,
+    Device,
+    Dictionaries,
+    DryRun,
+    Dtype,
+    Embedding,
+    Examples,
+    Explainers,
+    Features,
+    Judges,
+    MaxCalls,
+    MaxCost,
+    MaxTokens,
+    Model,
+    Negatives,
+    Out,
+    Positives,
+    Prices,
+    Revision,
+    Run,
+    Scorers,
+    Seed,
+    Site,
+    Split,
+    TextField,
+    WindowLength,
+    config_of_folder,
+    config_of_run,
+)
+from evalkit.cli.plan import print_plan, print_spending
 
 __all__ = ["register"]
 
-_SCORED, _TEXT, _TEST, _SPEED = "What is scored", "Text", "How it is tested", "Speed and place"
-_MODEL = "Language model of LLM explainers and judges"
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`.",
-        envvar="EVALKIT_MODEL",
-        rich_help_panel=_SCORED,
-    ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_SCORED)
-]
-Dictionaries = Annotated[
-    list[str],
-    typer.Option(
-        "--dictionary",
-        "-d",
-        help="Dictionary: a folder or file, or bundled:NAME (globs allowed). Repeat for several.",
-        rich_help_panel=_SCORED,
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Run folder; an unfinished run goes on.", rich_help_panel=_SPEED)]
-Run = Annotated[Path, typer.Argument(help="Run folder.")]
-Explainers = Annotated[
-    list[str] | None, typer.Option("--explainer", help="Explainer; repeat for several.", rich_help_panel=_TEST)
-]
-Judges = Annotated[list[str] | None, typer.Option("--judge", help="Judge; repeat for several.", rich_help_panel=_TEST)]
-Scorers = Annotated[
-    list[str] | None, typer.Option("--scorer", help="Scorer; repeat for several.", rich_help_panel=_TEST)
-]
-ClientOption = Annotated[
-    str | None,
-    typer.Option(
-        help="vllm:MODEL (in this process), openai:MODEL (an API or server), replay:FILE (recorded answers), or a plug-in.",
-        rich_help_panel=_MODEL,
-    ),
-]
-BaseUrl = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--base-url", help="URL of an OpenAI-compatible server, with /v1; repeat for several.", rich_help_panel=_MODEL
-    ),
-]
-ClientSettings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--client-option",
-        help="KEY=VALUE of the client, e.g. temperature=0.5, concurrency=16, tensor_parallel_size=2; repeat for several.",
-        rich_help_panel=_MODEL,
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(help="File of recorded answers that is shared with other runs.", rich_help_panel=_MODEL),
-]
-Prices = Annotated[
-    Path | None,
-    typer.Option(
-        help="TOML file: per model, prompt and completion in US dollars per million tokens.", rich_help_panel=_MODEL
-    ),
-]
-MaxCalls = Annotated[
-    int | None, typer.Option(help="Stop before the run has sent more requests than this.", rich_help_panel=_MODEL)
-]
-MaxCost = Annotated[
-    float | None,
-    typer.Option(
-        help="Stop before the run has cost more than this, in US dollars; needs --prices.", rich_help_panel=_MODEL
-    ),
-]
-Site = Annotated[
-    str | None,
-    typer.Option(help="Site to read, e.g. layers.15; default: what the dictionary says.", rich_help_panel=_SCORED),
-]
-Depths = Annotated[str, typer.Option(help="RQAE depths, in quantizers, comma-separated.", rich_help_panel=_SCORED)]
-Density = Annotated[
-    float, typer.Option(help="Share of tokens on which an RQAE feature counts as active.", rich_help_panel=_SCORED)
-]
-Features = Annotated[
-    int, typer.Option(help="Features per dictionary, random among alive ones.", rich_help_panel=_SCORED)
-]
-Corpus = Annotated[
-    str,
-    typer.Option(
-        help="Text (txt, jsonl, parquet, folder, `datasets` id), a token matrix (npy, pt, safetensors), or bundled:demo.",
-        rich_help_panel=_TEXT,
-    ),
-]
-TextField = Annotated[
-    str, typer.Option(help="Field of the text in jsonl, parquet and datasets.", rich_help_panel=_TEXT)
-]
-Split = Annotated[str, typer.Option(help="Split of a `datasets` corpus.", rich_help_panel=_TEXT)]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="Stop reading the corpus after so many tokens.", rich_help_panel=_TEXT)
-]
-ContextLength = Annotated[int, typer.Option(help="Tokens per context.", rich_help_panel=_TEXT)]
-WindowLength = Annotated[
-    int, typer.Option(help="Tokens per window shown to explainer and judge.", rich_help_panel=_TEXT)
-]
-Examples = Annotated[int, typer.Option(help="Windows shown to the explainer, per feature.", rich_help_panel=_TEST)]
-Positives = Annotated[int, typer.Option(help="Active windows per feature and test.", rich_help_panel=_TEST)]
-Negatives = Annotated[int, typer.Option(help="Inactive windows per feature.", rich_help_panel=_TEST)]
-Controls = Annotated[
-    str,
-    typer.Option(help="Controls to run beside the dictionaries, comma-separated; '' for none.", rich_help_panel=_TEST),
-]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_TEST)]
-Embedding = Annotated[
-    str | None, typer.Option(help="Embedding model of the embedding judge: folder or hub id.", rich_help_panel=_TEST)
-]
-BatchSize = Annotated[int, typer.Option(help="Contexts per forward pass; changes no result.", rich_help_panel=_SPEED)]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.", rich_help_panel=_SPEED)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_SPEED)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, do nothing.", rich_help_panel=_SPEED)]
+_NOT_CONFIGURED = ("run", "dry_run", "as_json")
 
 
 def register(app: typer.Typer) -> None:
@@ -138,7 +62,6 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Score")(collect)
     app.command(rich_help_panel="Score")(explain)
     app.command(rich_help_panel="Score")(score)
-    app.command(rich_help_panel="Look around")(plugins)
 
 
 def run(
@@ -176,16 +99,15 @@ def run(
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score feature dictionaries: collect examples, explain the features, judge the explanations.
 
     Example: `evalkit run --model smollm2-135m -d bundled:rqae-256 -d my_sae/ --out runs/first`
     """
-    config = _config(locals())
+    _execute(config_of_run(locals()), out, ("collect", "explain", "score"), dry_run=dry_run, as_json=as_json)
     if dry_run:
-        _print_plan(config)
         return
-    _execute(config, out, ("collect", "explain", "score"))
     place = shlex.quote(str(out))
     STDERR.print(f"done: evalkit table {place}   evalkit plot {place}", highlight=False)
 
@@ -218,7 +140,7 @@ def collect(
 
     Example: `evalkit collect --model smollm2-135m -d bundled:rqae-256 --out runs/first`
     """
-    _execute(_config(locals()), out, ("collect",))
+    _execute(config_of_run(locals()), out, ("collect",))
 
 
 def explain(
@@ -231,13 +153,16 @@ def explain(
     prices: Prices = None,
     max_calls: MaxCalls = None,
     max_cost: MaxCost = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Describe the features of a collected run.
 
     Example: `evalkit explain runs/first --explainer default --client openai:MODEL --base-url http://localhost:8000/v1`
     """
-    options = {key: value for key, value in locals().items() if key != "run"}
-    _execute(_config_of(run, **options), run, ("explain",))
+    options = {key: value for key, value in locals().items() if key not in _NOT_CONFIGURED}
+    options["judge"] = []  # only the explainer is asked
+    _execute(config_of_folder(run, **options), run, ("explain",), dry_run=dry_run, as_json=as_json)
 
 
 def score(
@@ -253,87 +178,24 @@ def score(
     max_calls: MaxCalls = None,
     max_cost: MaxCost = None,
     device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge the explanations of a run.
 
     Example: `evalkit score runs/first --judge llm --client vllm:MODEL --scorer detection`
     """
-    options = {key: value for key, value in locals().items() if key != "run"}
+    options = {key: value for key, value in locals().items() if key not in _NOT_CONFIGURED}
     options["explainer"] = explainer or []  # none named: all that there are explanations of
-    _execute(_config_of(run, **options), run, ("score",))
+    _execute(config_of_folder(run, **options), run, ("score",), dry_run=dry_run, as_json=as_json)
 
 
-def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False) -> None:
-    """List explainers, judges, scorers, sources and clients, with where each comes from.
-
-    Example: `evalkit plugins --json`
-    """
-    from dataclasses import asdict
-
-    from evalkit.registry import list_plugins
-
-    found = list_plugins()
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(plugin) for plugin in found], indent=2) + "\n")
+def _execute(config: Any, out: Path, stages: tuple[str, ...], *, dry_run: bool = False, as_json: bool = False) -> None:
+    if dry_run:
+        print_plan(config, out, as_json=as_json)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("kind", "name", "origin", "state", box=None)
-    for plugin in found:
-        table.add_row(plugin.kind, plugin.name, plugin.origin, plugin.error or "ready")
-    Console().print(table)
-
-
-_FIELDS = {
-    "dictionary": "dictionaries",
-    "features": "n_features",
-    "examples": "n_explain",
-    "positives": "n_positives",
-    "negatives": "n_negatives",
-    "explainer": "explainers",
-    "judge": "judges",
-    "scorer": "scorers",
-}
-
-
-def _config(options: dict[str, Any]) -> Any:
-    """The configuration that the options of ``run`` or ``collect`` say. Raises BadConfig."""
-    from evalkit.config import RunConfig
-
-    wanted = _fields({key: value for key, value in options.items() if key not in ("out", "dry_run", "as_json")})
-    wanted["dictionaries"] = [path.rstrip("/") or path for path in wanted["dictionaries"]]
-    wanted["depths"] = tuple(part for part in wanted["depths"].split(",") if part)
-    wanted["controls"] = tuple(part.strip() for part in wanted["controls"].split(",") if part.strip())
-    return RunConfig.create(**wanted)
-
-
-def _config_of(run: Path, **options: Any) -> Any:
-    """The configuration of an existing run, with what the options change. Raises MissingFile, BadConfig."""
-    from evalkit.pipeline import load_config
-
-    return load_config(run, **_fields(options))
-
-
-def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as fields of the configuration; those that were not given are left to its defaults."""
-    from evalkit.registry import parse_option
-
-    given = {_FIELDS.get(key, key): value for key, value in options.items() if value is not None}
-    settings = dict(parse_option(text) for text in given.pop("client_option", ()))
-    if urls := given.pop("base_url", None):
-        settings["base_url"] = urls
-    return {**given, "client_options": settings} if settings else given
-
-
-def _execute(config: Any, out: Path, stages: tuple[str, ...]) -> None:
     from evalkit.pipeline import run as run_stages
 
     with progress_bars() as progress:
         run_stages(config, out, stages=stages, progress=progress)
-
-
-def _print_plan(config: Any) -> None:
-    from evalkit.pipeline import plan
-
-    sys.stdout.write(json.dumps(plan(config), indent=2) + "\n")
+    print_spending(out)

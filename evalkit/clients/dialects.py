@@ -72,10 +72,10 @@ class Dialect:
             body.pop("top_logprobs", None)
         if "structured_outputs" in self.refused:
             body.pop("extra_body", None)
+        if "max_tokens" in self.refused:  # the name that newer models take
+            body["max_completion_tokens"] = body["max_tokens"]
         for name in self.refused:
             body.pop(name, None)
-        if "max_tokens" in self.refused:
-            body["max_completion_tokens"] = ask.max_tokens
         return body
 
     def refuse(self, parameter: str) -> bool:

@@ -20,10 +20,10 @@ _NEVER = {
     401: "the key in the environment is missing or wrong",
     402: "the account has no credit",
     403: "the key in the environment may not use this model",
-    404: "check model name and base URL; `evalkit doctor --client …` asks the server what it serves",
+    404: "check model name and base URL (which ends in /v1, most often)",
 }
 _TOO_LONG = re.compile(
-    r"context[ _](?:length|window)|maximum (?:model|context) len|too many tokens|prompt is too long", re.I
+    r"context[ _](?:length|window)|maximum (?:model|context) len|too many tokens|prompt is too long|max_model_len", re.I
 )
 _LONGEST_WAIT_S = 300.0
 
@@ -57,7 +57,7 @@ class Refusal:
 def judge_failure(error: Any, server: str, parameters: set[str], redact: Redactor) -> Transient | Refusal | ClientError:
     """What an ``openai.APIStatusError`` from ``server`` means for a request that had these ``parameters``."""
     status, body = int(error.status_code), error.body if isinstance(error.body, dict) else {}
-    reason = f"status {status}: {redact(' '.join(str(body.get('message') or error.message).split())[:200])}"
+    reason = f"status {status}: {redact(' '.join(str(body.get('message') or error.message).split()))[:200]}"
     if status == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
         return _down(server, reason, "the account has no credit")
     if status in _AGAIN or status >= 500:

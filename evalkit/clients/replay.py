@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.recording import Recorded, Recording, Request, Spent
 from evalkit.errors import BadConfig, MissingFile, NotRecorded
 from evalkit.protocols import Client
+from evalkit.recording import Recorded, Recording, Request, Spent
 from evalkit.records import Message, Response
 
 __all__ = ["ReplayClient"]
@@ -137,14 +137,20 @@ class ReplayClient:
         """What the recording's answers of this model took, over all its runs."""
         return self._recording.spent(self.name)
 
-    async def close(self) -> None:
-        """Wait for what was sent, then close. Cancelling this drops what is in flight."""
+    async def settle(self) -> None:
+        """Wait until everything that was sent is answered and recorded. Cancelled, it drops what is in flight."""
         try:
             while self._pending:
                 await asyncio.gather(*self._pending.values(), return_exceptions=True)
         finally:
             for task in list(self._pending.values()):
                 task.cancel()
+
+    async def close(self) -> None:
+        """Settle, then close the recording and the client behind."""
+        try:
+            await self.settle()
+        finally:
             if (close := getattr(self._live, "close", None)) is not None:
                 await close()
             self._recording.close()

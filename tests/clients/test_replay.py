@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalkit.recording import Request
 from evalkit.clients.replay import ReplayClient
 from evalkit.errors import BadConfig, BadFile, ClientError, MissingFile, NotRecorded
+from evalkit.recording import Request
 from evalkit.records import Message, Response
 from evalkit.registry import create
 

@@ -3,8 +3,7 @@ import json
 import os
 from urllib.request import Request, urlopen
 
-from evalkit import Response
-from evalkit.errors import NoAnswer
+from evalkit import NoAnswer, Response
 
 
 class ExampleClient:

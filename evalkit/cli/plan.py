@@ -1,0 +1,71 @@
+"""Prints what a run would do and cost (``--dry-run``), and afterwards what it cost beside what was expected."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from evalkit.cli.console import STDERR
+
+__all__ = ["print_plan", "print_spending"]
+
+
+def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
+    """The plan on stdout."""
+    from evalkit.planning import plan
+
+    planned = plan(config, folder)
+    if as_json:
+        sys.stdout.write(json.dumps(planned, indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False)
+    for name in planned["dictionaries"]:
+        facts.add_row("dictionary", name)
+    facts.add_row("controls", ", ".join(planned["controls"]) or "none")
+    for name in ("features", "explanations", "judgements"):
+        facts.add_row(name, f"{planned[name]:,} at most")
+    console = Console(width=max(Console().width, 100))
+    console.print(facts)
+    asking = planned["language_model"]
+    if asking is None:
+        console.print("No language model is asked.")
+        return
+    parts = Table("asked of " + asking["model"], "calls", "prompt tokens", box=None)
+    for name, part in asking["parts"].items():
+        parts.add_row(name, f"{part['calls']:,}", f"{part['prompt_tokens']:,}")
+    console.print()
+    console.print(parts)
+    console.print(f"\n{_sentence(asking)} Estimated on {asking['basis']}.", highlight=False)
+
+
+def _sentence(asking: dict[str, Any]) -> str:
+    cost = "no price given (--prices)" if asking["cost_usd"] is None else f"${asking['cost_usd']:,.4f}"
+    time = "" if asking["seconds"] is None else f", about {_duration(asking['seconds'])} as fast as earlier calls"
+    return (
+        f"{asking['calls']:,} calls ({asking['recorded_calls']:,} of them recorded already), "
+        f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay, {cost}{time}."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def print_spending(folder: Path) -> None:
+    """What language models were asked for a run, beside the estimate of its first command, on stderr."""
+    from evalkit.store import RunStore
+
+    with RunStore.open(folder) as store:
+        for asked in store.asked():
+            STDERR.print(asked.sentence(), highlight=False)

@@ -21,6 +21,7 @@ from evalkit.prices import Price
 from evalkit.protocols import Explainer, Judge, Scorer
 from evalkit.recording import Recording, Request, Spent
 from evalkit.records import Example, ExplainExamples, Explanation, Message, Response, ScoreExamples, TestExamples
+from evalkit.seeds import derive
 
 __all__ = [
     "CountingClient",
@@ -176,11 +177,16 @@ async def count_scoring(
                 key = (one.score.source, one.score.feature)
                 there = list((explained or {}).get(key, ()))
                 missing = range(n_explanations - len(there))
-                stand_ins = [Explanation(*key, "", "", f"{_PHRASE} ({index})") for index in missing]
+                stand_ins = [Explanation(*key, "", "", _stand_in(*key, index)) for index in missing]
                 for explanation in [*there, *stand_ins]:
                     await scorer.score(explanation, one.score, judge)
             loads[f"{scorer.name} {name}"] = (client.load + before * -1) * _scale(examples)
     return loads
+
+
+def _stand_in(source: str, feature: str, index: int) -> str:
+    """A phrase of usual length that no other feature has: equal questions would be asked once only."""
+    return f"{_PHRASE}, {derive(index, source, feature) % 10**6:06d}"
 
 
 def _some(examples: Sequence[FeatureExamples]) -> Sequence[FeatureExamples]:

@@ -1,14 +1,20 @@
-"""A run folder with simulated judgements, written through the real store: for tests of what reads runs."""
+"""Run folders for tests: one with simulated judgements, and what a quick real run on a tiny random model needs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import numpy as np
 
 from evalkit.config import RunConfig
 from evalkit.records import Judgement, Score, SourceInfo
 from evalkit.report.frames import RunFrames
 from evalkit.store import FeatureRow, RunStore
+from tests.dictionaries import write_rqae, write_sae
 from tests.report.simulated import simulate
+
+WORDS = ["whale", "ship", "sea", "deck", "calm", "night", "storm", "sailor", "captain", "island", "wind", "boat", "oar"]
 
 
 def write_run(folder: Path, frames: RunFrames | None = None) -> RunFrames:
@@ -38,3 +44,25 @@ def write_run(folder: Path, frames: RunFrames | None = None) -> RunFrames:
             score = Score(source, feature, scorer, "1", judgements)
             store.write_score(score, explainer=explainer, judge=judge, judge_version="1", control=control)
     return frames
+
+
+def tiny_options(folder: Path, model: Path) -> dict[str, object]:
+    """Options of a run over an SAE and an RQAE of two depths, on 80 documents of words in random order: seconds."""
+    generator = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(generator.choice(WORDS, 160)) + "."}) for _ in range(80)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    write_sae(folder / "sae", 32, 64, 10)
+    write_rqae(folder / "rqae", 32, 8, model="tiny-llama", site="layers.3")
+    return {
+        "model": str(model),
+        "dictionaries": (str(folder / "sae"), str(folder / "rqae")),
+        "corpus": str(folder / "text.jsonl"),
+        "depths": (2, 8),
+        "density": 0.05,
+        "n_features": 6,
+        "n_explain": 8,
+        "n_positives": 5,
+        "n_negatives": 5,
+        "calibration_contexts": 40,
+        "dtype": "float32",
+    }

@@ -160,9 +160,11 @@ def test_dry_run_loads_no_model_and_writes_nothing(
     good: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [part for pair in {**good, "--model": "nowhere/model"}.items() for part in pair]
-    code, out, _ = call(capsys, monkeypatch, "run", *options, "--dry-run")
+    code, out, _ = call(capsys, monkeypatch, "run", *options, "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["features"] == 4 * 4
+    assert json.loads(out)["features"] == 4 * 4 and json.loads(out)["language_model"] is None
+    code, out, _ = call(capsys, monkeypatch, "run", *options, "--dry-run")
+    assert code == 0 and "16 at most" in out and "No language model is asked." in out
     assert not (tmp_path / "run").exists()
 
 
@@ -230,7 +232,7 @@ def test_a_stage_in_which_everything_fails_is_an_error(
     recording = tmp_path / "calls.sqlite"
     client = ReplayClient(recording, record_from=Once())
     asyncio.run(client.generate([Message("user", "hello")], max_tokens=1))
-    client.close()
+    asyncio.run(client.close())
     options = [part for pair in good.items() for part in pair]
     arguments = [*options, "--explainer", "default", "--client", f"replay:{recording}"]
     code, _, err = call(capsys, monkeypatch, "-q", "run", *arguments)

@@ -22,41 +22,13 @@ from evalkit.pipeline import load_config, run
 from evalkit.planning import plan
 from evalkit.records import Message, Response
 from evalkit.store import RunStore, read_run
-from tests.dictionaries import write_rqae, write_sae
-
-WORDS = ["whale", "ship", "sea", "deck", "calm", "night", "storm", "sailor", "captain", "island", "wind", "boat", "oar"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 documents of words in random order."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    lines = [json.dumps({"text": " ".join(generator.choice(WORDS, 160)) + "."}) for _ in range(80)]
-    path.write_text("\n".join(lines))
-    return path
+from tests.dictionaries import write_sae
+from tests.run_folders import WORDS, tiny_options
 
 
 @pytest.fixture(scope="module")
-def options(tiny_llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    folder = tmp_path_factory.mktemp("dictionaries")
-    write_sae(folder / "sae", 32, 64, 10)
-    write_rqae(folder / "rqae", 32, 8, model="tiny-llama", site="layers.3")
-    return {
-        "model": str(tiny_llama),
-        "dictionaries": (str(folder / "sae"), str(folder / "rqae")),
-        "corpus": str(corpus),
-        "depths": (2, 8),
-        "density": 0.05,
-        "n_features": 6,
-        "n_explain": 8,
-        "n_positives": 5,
-        "n_negatives": 5,
-        "calibration_contexts": 40,
-        "dtype": "float32",
-    }
+def options(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    return tiny_options(tmp_path_factory.mktemp("inputs"), tiny_llama)
 
 
 def config(options: dict[str, object], **changes: object) -> RunConfig:

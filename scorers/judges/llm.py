@@ -2,7 +2,8 @@
 
 Prompts are the versioned files ``prompts/list_v1.toml`` and ``prompts/single_v1.toml``; explanation and texts enter them as
 JSON strings, so no text can end its own quotes. Replies are constrained where the client can. One that cannot be read is
-asked for once more, then its items are unscored with the reason. Knows nothing of labels; the client is the caller's.
+asked for once more, then its items are unscored with the reason; a list that does not fit the context is asked in halves.
+Knows nothing of labels; the client is the caller's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
-from evalkit.errors import BadConfig
+from evalkit.errors import BadConfig, ContextOverflow, RequestRefused
 from evalkit.markup import render
 from evalkit.protocols import Client
 from evalkit.records import Answer, JudgeItem, Message, Response
@@ -71,13 +72,26 @@ class LlmJudge:
         for marked in (False, True):  # the two kinds of question have different prompts
             chosen = [index for index, item in enumerate(items) if (item.marks is not None) == marked]
             batches += [chosen[first : first + size] for first in range(0, len(chosen), size)]
-        ask = self._ask_list if self.mode == "list" else self._ask_single
-        replies = await asyncio.gather(*(ask(explanation, [items[index] for index in batch]) for batch in batches))
+        replies = await asyncio.gather(*(self._answer(explanation, [items[i] for i in batch]) for batch in batches))
         answers = [Answer(None, reason="not asked")] * len(items)
         for batch, reply in zip(batches, replies, strict=True):
             for index, answer in zip(batch, reply, strict=True):
                 answers[index] = answer
         return answers
+
+    async def _answer(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
+        """As many answers as there are items. One that the model will never give is unscored, with its reason."""
+        ask = self._ask_list if self.mode == "list" else self._ask_single
+        try:
+            return await ask(explanation, batch)
+        except RequestRefused as error:
+            return [Answer(None, reason=str(error))] * len(batch)
+        except ContextOverflow as error:
+            if len(batch) == 1:
+                return [Answer(None, reason=str(error))]
+            half = len(batch) // 2
+            parts = await asyncio.gather(*(self._answer(explanation, part) for part in (batch[:half], batch[half:])))
+            return [answer for part in parts for answer in part]
 
     async def _ask_list(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
         messages, count = list_prompt(explanation, batch), len(batch)

@@ -15,7 +15,7 @@ import pytest
 
 import scorers.judges.llm as llm
 from evalkit.clients.replay import ReplayClient
-from evalkit.errors import BadConfig, NotRecorded
+from evalkit.errors import BadConfig, ContextOverflow, NoAnswer, NotRecorded, RequestRefused
 from evalkit.records import Answer, JudgeItem, Message, Response
 from evalkit.registry import create
 from scorers.judges.llm import LlmJudge, list_prompt, list_schema, single_prompt
@@ -208,3 +208,39 @@ def rendered(messages: Sequence[Message]) -> str:
 def test_golden_prompts(name: str, messages: list[Message]) -> None:
     """A released prompt never changes: a difference here needs a new prompt version."""
     assert rendered(messages) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("mode", ["list", "single"])
+def test_a_request_refused_for_good_leaves_its_items_unscored_and_the_others_alone(mode: Any) -> None:
+    def reply(messages: Sequence[Message], schema: Any) -> str:
+        if "number 7" in messages[-1].content:
+            raise RequestRefused("server", expected="an answer", seen="a filter", fix="none")
+        return "yes" if schema is None else json.dumps([1] * schema["minItems"])
+
+    answers = asyncio.run(LlmJudge(Scripted(reply), mode=mode).judge("x", ITEMS))
+    refused = [index for index, answer in enumerate(answers) if answer.match is None]
+    assert refused == ([5, 6, 7, 8, 9] if mode == "list" else [7])
+    assert {answers[index].reason for index in refused} == {"server: expected an answer; seen a filter; fix: none"}
+
+
+def test_a_list_that_does_not_fit_is_asked_in_halves_and_a_text_that_does_not_fit_is_unscored() -> None:
+    """At most two texts fit, and text 7 never does: five become two and three, three become one and two."""
+
+    def reply(messages: Sequence[Message], schema: Any) -> str:
+        asked = texts_of(messages)
+        if len(asked) > 2 or "text number 7" in asked:
+            raise ContextOverflow("prompt", limit=100, needed=200, fix="ask less")
+        return json.dumps([int(text.endswith("1")) for text in asked])
+
+    client = Scripted(reply)
+    answers = asyncio.run(LlmJudge(client).judge("x", ITEMS))
+    assert [answer.match for answer in answers] == [None if i == 7 else i in (1, 11) for i in range(12)]
+    assert "model's context of 100 tokens; seen 200 tokens" in str(answers[7].reason)
+
+
+def test_an_unreachable_model_is_an_error_not_an_answer() -> None:
+    def reply(messages: Sequence[Message], schema: Any) -> str:
+        raise NoAnswer("server", expected="an answer", seen="nothing", fix="start it")
+
+    with pytest.raises(NoAnswer, match="start it"):
+        asyncio.run(LlmJudge(Scripted(reply)).judge("x", ITEMS))

@@ -1,0 +1,89 @@
+"""Estimates of calls, tokens and cost, held against what a run then really sends to a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evalkit.config import RunConfig
+from evalkit.pipeline import run
+from evalkit.planning import estimate_asking, plan
+from evalkit.recording import Recording
+from evalkit.store import RunStore
+from tests.run_folders import tiny_options
+from tests.servers import ChatServer
+
+ASKING = {
+    "explainers": ("default", "words"),
+    "judges": ("llm", "llm:single"),
+    "scorers": ("detection", "fuzzing"),
+    "controls": ("shuffled",),
+    "client": "openai:stand-in",
+}
+
+
+@pytest.fixture(scope="module")
+def options(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    return tiny_options(tmp_path_factory.mktemp("inputs"), tiny_llama) | ASKING
+
+
+def prices(folder: Path) -> Path:
+    path = folder / "prices.toml"
+    path.write_text("[stand-in]\nprompt = 2.0\ncompletion = 10.0\n")
+    return path
+
+
+def test_an_estimate_on_the_runs_own_examples_is_what_is_then_sent(options: dict[str, object], tmp_path: Path) -> None:
+    """Of calls; afterwards nothing is left to pay, and estimate and bill stand in the records."""
+    with ChatServer(owned_by="vllm") as server:
+        config = RunConfig.create(**options, client_options={"base_url": server.base_url}, prices=prices(tmp_path))
+        folder = tmp_path / "run"
+        run(config, folder, stages=("collect",))
+        before = estimate_asking(config, folder)
+        assert before is not None and before.load.recorded == 0 and before.cost is not None
+        assert "the run's own examples" in before.basis and server.counts().get("received", 0) == 0
+        run(config, folder)
+        after = estimate_asking(config, folder)
+    with RunStore.open(folder) as store:
+        (asked,) = store.asked()
+    # a reply that names the same words for two features makes their questions one: fewer calls, never more
+    assert 0.8 * before.load.calls <= asked.calls <= before.load.calls
+    assert asked.calls == server.counts()["finished"]
+    assert asked.cost == pytest.approx((2.0 * asked.prompt_tokens + 10.0 * asked.completion_tokens) / 1e6)
+    assert asked.estimate["calls"] == round(before.load.calls)
+    assert after is not None and after.load.calls == after.load.recorded and after.load.prompt_tokens == 0
+    assert f"{asked.calls:,} calls" in asked.sentence() and "estimated" in asked.sentence()
+
+
+def test_an_estimate_before_anything_is_collected_counts_the_most_that_can_be_asked(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    planned = plan(RunConfig.create(**options, client_options={"base_url": "http://127.0.0.1:9/v1"}), tmp_path / "no")
+    asking = planned["language_model"]
+    n_features, n_explainers = 3 * 6, 2
+    tests = n_features * n_explainers * 2 * 2  # own and shuffled explanation, two scorers
+    assert asking["calls"] == n_features * 1 + tests * (10 // 5) + tests * 10  # one explainer asks; lists of 5; singles
+    assert asking["recorded_calls"] == 0 and asking["cost_usd"] is None and asking["seconds"] is None
+    assert "made-up examples" in asking["basis"] and not (tmp_path / "no").exists()
+
+
+def test_without_a_language_model_there_is_nothing_to_estimate(options: dict[str, object], tmp_path: Path) -> None:
+    silent = RunConfig.create(**{**options, "client": None, "explainers": ("words",), "judges": ("embedding",)})
+    assert plan(silent, tmp_path)["language_model"] is None
+
+
+def test_the_time_of_a_call_is_learned_from_earlier_ones(options: dict[str, object], tmp_path: Path) -> None:
+    with ChatServer(owned_by="vllm", delay_s=0.02) as server:
+        first = {**options, "judges": ("llm",), "client_options": {"base_url": server.base_url, "concurrency": 4}}
+        run(RunConfig.create(**first), tmp_path)
+        more = estimate_asking(RunConfig.create(**{**first, "judges": ("llm", "llm:single")}), tmp_path)
+    recording = Recording(tmp_path / "calls.sqlite", write=False)
+    spent = recording.spent("stand-in")
+    recording.close()
+    assert more is not None and more.seconds is not None and more.load.calls > more.load.recorded > 0
+    to_make = more.load.calls - more.load.recorded
+    assert more.seconds == pytest.approx(to_make * spent.seconds / spent.calls / 4)
+    assert more.load.prompt_tokens / more.load.prompt_characters == pytest.approx(
+        spent.prompt_tokens / spent.prompt_characters
+    )

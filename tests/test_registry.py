@@ -1,0 +1,52 @@
+"""Names with options, as the command line writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from evalkit.errors import BadConfig, PluginError
+from evalkit.registry import Part, parse_option, parse_part
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("explainers", "words", Part("words", "words", {})),
+        ("judges", " llm:single ", Part("llm", "llm:single", {"mode": "single"})),
+        ("judges", "llm:single,seed=3", Part("llm", "llm:single,seed=3", {"mode": "single", "seed": 3})),
+        ("judges", "llm:seed=3,batch_size=10", Part("llm", "llm:batch_size=10,seed=3", {"batch_size": 10, "seed": 3})),
+        ("clients", "openai:org/model-1.5", Part("openai", "openai:org/model-1.5", {"model": "org/model-1.5"})),
+        ("clients", "vllm:a,b/model,dtype=float32",
+         Part("vllm", "vllm:a,b/model,dtype=float32", {"model": "a,b/model", "dtype": "float32"})),
+        ("clients", "replay:runs/calls.sqlite", Part("replay", "replay:runs/calls.sqlite", {"path": "runs/calls.sqlite"})),
+        ("clients", "openai:m,base_url=http://h:1/v1", Part("openai", "openai:m,base_url=http://h:1/v1",
+         {"model": "m", "base_url": "http://h:1/v1"})),
+    ],
+)  # fmt: skip
+def test_parts(kind: str, text: str, expected: Part) -> None:
+    assert parse_part(kind, text) == expected  # type: ignore[arg-type]
+
+
+def test_one_spelling_for_the_same_options() -> None:
+    assert parse_part("judges", "llm:seed=1,mode=list").label == parse_part("judges", "llm:mode=list,seed=1").label
+
+
+def test_what_is_no_part() -> None:
+    with pytest.raises(PluginError, match="explainer 'words': expected options as words:key=value; seen 'eight'"):
+        parse_part("explainers", "words:eight")
+    with pytest.raises(PluginError, match=r"expected one of embedding, llm.*; seen no such name; fix: use 'llm'"):
+        parse_part("judges", "lllm:single")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=1", 1), ("a=0.5", 0.5), ("a=true", True), ("a=x y", "x y"), ("a=[1,2]", [1, 2]), ("a=", ""), ("a=b=c", "b=c")],
+)
+def test_options_are_json_where_they_can_be(text: str, value: object) -> None:
+    assert parse_option(text) == ("a", value)
+
+
+@pytest.mark.parametrize("text", ["a", "=1", "a b=1", "1a=2"])
+def test_what_is_no_option(text: str) -> None:
+    with pytest.raises(BadConfig, match="expected KEY=VALUE"):
+        parse_option(text)

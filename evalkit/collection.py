@@ -8,6 +8,7 @@ states"; knows nothing about windows, explainers or judges. Writes ``collected/s
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ __all__ = [
     "valid_tokens",
 ]
 
+_LOG = logging.getLogger(__name__)
 SHARD_CONTEXTS = 64
 
 
@@ -158,6 +160,7 @@ def collect(
         "collect activations", sum(len(collection.rows(s)) for s in missing) * corpus.context_length, "tokens"
     )
     for shard in missing:
+        _LOG.debug("shard %06d: forward passes begin", shard)
         arrays = _collect_shard(corpus, states, chosen, collection.rows(shard), batch_size, progress, task)
         with atomic_path(collection.path(shard)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)

@@ -37,6 +37,7 @@ __all__ = [
 _PHRASE = "words and phrases that have to do with the sea, with ships and with the people who work on them"
 _MOST_FEATURES = 24  # of so many the prompts are built; the rest is scaled
 _CALLS_TO_LEARN_FROM = 20
+ASSUMED_CALL_S = 2.0  # from sending to the last byte, where there are no earlier calls
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -63,12 +64,13 @@ def _values(load: Load) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is still to pay. ``cost`` in US dollars, None without a price; ``seconds`` None without earlier calls."""
+    """What is still to pay. ``cost`` in US dollars, None without a price; ``seconds`` rests on ``seconds_per_call``."""
 
     model: str
     parts: Mapping[str, Load]
     cost: float | None
-    seconds: float | None
+    seconds: float
+    seconds_per_call: float
     basis: str
 
     @property
@@ -85,7 +87,8 @@ class Estimate:
             "prompt_tokens": round(load.prompt_tokens),
             "completion_tokens": round(load.completion_tokens),
             "cost_usd": None if self.cost is None else round(self.cost, 4),
-            "seconds": None if self.seconds is None else round(self.seconds),
+            "seconds": round(self.seconds),
+            "seconds_per_call": round(self.seconds_per_call, 2),
             "basis": self.basis,
             "parts": {
                 name: {"calls": round(part.calls), "prompt_tokens": round(part.prompt_tokens)}
@@ -204,9 +207,8 @@ def total(
     load = sum(parts.values(), Load())
     to_make = load.calls - load.recorded
     cost = None if price is None else price.cost(load.prompt_tokens, load.completion_tokens)
-    known = spent.calls >= _CALLS_TO_LEARN_FROM
-    seconds = to_make * spent.seconds / spent.calls / in_flight if known else None
-    return Estimate(model, parts, cost, seconds, basis)
+    per_call = spent.seconds / spent.calls if spent.calls >= _CALLS_TO_LEARN_FROM else ASSUMED_CALL_S
+    return Estimate(model, parts, cost, to_make * per_call / in_flight, per_call, basis)
 
 
 def tokens_per_character(spent: Spent) -> float | None:

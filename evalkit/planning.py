@@ -6,8 +6,9 @@ Opens dictionaries and, where there are some, the run's examples and recorded an
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from evalkit.calls import RECORDING, make_client, price_of
 from evalkit.collecting import open_sources, read_examples
 from evalkit.config import RunConfig
+from evalkit.corpus_readers import locate
 from evalkit.errors import MissingFile
 from evalkit.estimate import (
     CountingClient,
@@ -29,14 +31,17 @@ from evalkit.estimate import (
 )
 from evalkit.examples import FeatureExamples
 from evalkit.judging import shuffled_partners
+from evalkit.models import find_model
 from evalkit.parts import make_explainers, make_judges, make_scorers
 from evalkit.recording import Recording, Spent
 from evalkit.records import Explanation
+from evalkit.speed import forward_rate
 from evalkit.store import RunStore
 
 __all__ = ["estimate_asking", "plan"]
 
 _IN_FLIGHT = 64  # where a client does not say
+_CHARACTERS_PER_TOKEN, _GZIP = 3.9, 2.6  # of English text, and how much longer it is than when compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,8 @@ class _Material:
 
 def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Dictionaries, features, the most judgements there can be, and what asking a language model would take."""
-    names = [source.name for source in open_sources(config)]
+    sources = open_sources(config)
+    names = [source.name for source in sources]
     n_sources = _n_sources(config, len(names))
     tests = len(config.explainers) * len(config.judges) * len(config.scorers) * (1 + ("shuffled" in config.controls))
     asking = estimate_asking(config, folder, n_sources * config.n_features)
@@ -61,8 +67,31 @@ def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
         "features": n_sources * config.n_features,
         "explanations": n_sources * config.n_features * len(config.explainers),
         "judgements": n_sources * config.n_features * tests * (config.n_positives + config.n_negatives),
+        "reading": _reading(config, [source.site.path for source in sources]),
         "language_model": None if asking is None else asking.as_json(),
     }
+
+
+def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
+    """Tokens of the corpus that the subject model reads, and about how many seconds that takes; None where unknown.
+
+    The first so many contexts are read twice: once to calibrate.
+    """
+    located = locate(config.corpus)
+    tokens = config.max_tokens
+    if located.files and located.kind in ("text", "jsonl"):
+        characters = sum(path.stat().st_size * (_GZIP if path.suffix == ".gz" else 1) for path in located.files)
+        there = int(characters / _CHARACTERS_PER_TOKEN)
+        tokens = there if tokens is None else min(tokens, there)
+    try:
+        folder = Path(find_model(config.model))
+    except MissingFile:
+        return {"tokens": tokens, "seconds": None}
+    depths = [int(number) for site in sites for number in re.findall(r"layers\.(\d+)", site)]
+    layers = max(depths) + 1 if len(depths) == len(sites) else None
+    rate = forward_rate(folder, layers, dtype=config.dtype, device=config.device) if tokens else None
+    twice = min(config.calibration_contexts * config.context_length, tokens or 0)
+    return {"tokens": tokens, "seconds": None if not rate or not tokens else round((tokens + twice) / rate)}
 
 
 def _n_sources(config: RunConfig, n_dictionaries: int) -> int:

@@ -278,3 +278,8 @@ class Response:
     completion_tokens: int = 0
     finish_reason: str = "stop"
     model: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The text without what a reasoning model thought aloud before it."""
+        return self.text.rpartition("</think>")[2]

@@ -43,7 +43,8 @@ class DefaultExplainer:
 
     ``n_examples`` and ``n_negatives``: at most so many windows are shown, spread evenly over those there are. Where they
     do not fit the model's context, the weakest are left out and the explanation's note says so.
-    ``share`` places the marks, see ``evalkit.markup.marked_tokens``. ``seed`` goes to the client, mixed with the feature.
+    ``share`` places the marks, see ``evalkit.markup.marked_tokens``. ``thinking_tokens``: room for models that think before
+    they answer. ``seed`` goes to the client, mixed with the feature.
     """
 
     name = "default"
@@ -56,10 +57,11 @@ class DefaultExplainer:
         n_negatives: int = 0,
         share: float = MARK_SHARE,
         max_tokens: int = 200,
+        thinking_tokens: int = 0,
         seed: int = 0,
     ) -> None:
         self.n_examples, self.n_negatives, self.share = n_examples, n_negatives, share
-        self.max_tokens, self.seed = max_tokens, seed
+        self.max_tokens, self.seed = max_tokens + thinking_tokens, seed
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
         """Describe the feature. Raises BadConfig without a client, ClientError where no reply can be read."""
@@ -170,15 +172,16 @@ def parse_explanation(response: Response) -> str | None:
     """The phrase of a reply, or None: the one JSON object in it with the one key "explanation" and a non-empty text."""
     found = []
     decoder = json.JSONDecoder()
-    place = response.text.find("{")
+    reply = response.answer
+    place = reply.find("{")
     while place != -1:
         try:
-            value, end = decoder.raw_decode(response.text, place)
+            value, end = decoder.raw_decode(reply, place)
         except (json.JSONDecodeError, RecursionError):
             end = place + 1
         else:
             found.append(value)
-        place = response.text.find("{", end)
+        place = reply.find("{", end)
     if len(found) != 1 or set(found[0]) != {"explanation"} or not isinstance(found[0]["explanation"], str):
         return None
     text = " ".join(found[0]["explanation"].split())

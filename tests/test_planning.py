@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def test_an_estimate_before_anything_is_collected_counts_the_most_that_can_be_as
     n_features, n_explainers = 3 * 6, 2
     tests = n_features * n_explainers * 2 * 2  # own and shuffled explanation, two scorers
     assert asking["calls"] == n_features * 1 + tests * (10 // 5) + tests * 10  # one explainer asks; lists of 5; singles
-    assert asking["recorded_calls"] == 0 and asking["cost_usd"] is None and asking["seconds"] is None
+    assert asking["recorded_calls"] == 0 and asking["cost_usd"] is None
+    assert asking["seconds"] == round(asking["calls"] * 2.0 / 64)  # two seconds a call, 64 at a time
     assert "made-up examples" in asking["basis"] and not (tmp_path / "no").exists()
 
 
@@ -81,9 +83,20 @@ def test_the_time_of_a_call_is_learned_from_earlier_ones(options: dict[str, obje
     recording = Recording(tmp_path / "calls.sqlite", write=False)
     spent = recording.spent("stand-in")
     recording.close()
-    assert more is not None and more.seconds is not None and more.load.calls > more.load.recorded > 0
+    assert more is not None and more.seconds > 0 and more.load.calls > more.load.recorded > 0
     to_make = more.load.calls - more.load.recorded
     assert more.seconds == pytest.approx(to_make * spent.seconds / spent.calls / 4)
     assert more.load.prompt_tokens / more.load.prompt_characters == pytest.approx(
         spent.prompt_tokens / spent.prompt_characters
     )
+
+
+def test_reading_the_corpus_is_counted_and_timed(options: dict[str, object], tmp_path: Path) -> None:
+    """80 documents of 160 words; a token of that text has three to five characters."""
+    options = {**options, "client": None, "explainers": ("words",), "judges": ("embedding",)}
+    planned = plan(RunConfig.create(**options), tmp_path)["reading"]
+    characters = sum(len(json.loads(line)["text"]) for line in Path(str(options["corpus"])).read_text().splitlines())
+    assert characters / 5 < planned["tokens"] < characters / 3 and planned["seconds"] >= 0
+    assert plan(RunConfig.create(**options, max_tokens=500), tmp_path)["reading"]["tokens"] == 500
+    nowhere = plan(RunConfig.create(**{**options, "model": "nobody/nothing"}), tmp_path)["reading"]
+    assert nowhere["seconds"] is None

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import evalkit
 from evalkit.cli import app
+from evalkit.prices import read_prices
 from tests.run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
@@ -72,8 +73,14 @@ def test_the_tutorial_is_the_installable_example() -> None:
     example = ROOT / "tests" / "plugin_example"
     assert (example / "evalkit_top_token.py").read_text() in blocks("python")
     entry = tomllib.loads((example / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert tomllib.loads(blocks("toml")[0])["project"]["entry-points"] == entry
+    assert any(tomllib.loads(block).get("project", {}).get("entry-points") == entry for block in blocks("toml"))
     assert len((example / "evalkit_top_token.py").read_text().splitlines()) <= 14
+
+
+def test_the_price_file_it_shows_can_be_read(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("toml") if "prompt =" in block)
+    (tmp_path / "prices.toml").write_text(shown)
+    assert read_prices(tmp_path / "prices.toml")["my-model"].cost(1e6, 1e6) == pytest.approx(0.75)
 
 
 def test_python_snippets_use_names_that_exist() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -61,8 +64,18 @@ def progress_bars() -> Iterator[ProgressReporter]:
         with _bars() as reporter:
             yield reporter
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; what is complete is kept, the same command goes on from there\n")
+        told = "stopped; what is complete is kept, the same command goes on from there"
+        sys.stderr.write(f"\n{told}:\n  {_command()}\n")
         raise
+
+
+def _command() -> str:
+    """What was typed to start this process, for a shell in the same folder."""
+    program = Path(sys.argv[0])
+    called = [program.name if shutil.which(program.name) == str(program) else str(program)]
+    if program.name == "__main__.py":
+        called = [sys.orig_argv[0], "-m", program.parent.name]
+    return shlex.join([*called, *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -29,6 +29,14 @@ def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
     facts.add_row("controls", ", ".join(planned["controls"]) or "none")
     for name in ("features", "explanations", "judgements"):
         facts.add_row(name, f"{planned[name]:,} at most")
+    reading = planned["reading"]
+    if reading["tokens"]:
+        about = (
+            ""
+            if reading["seconds"] is None
+            else f", about {_duration(reading['seconds'])} to read (within a factor of two)"
+        )
+        facts.add_row("corpus", f"{reading['tokens']:,} tokens{about}")
     console = Console(width=max(Console().width, 100))
     console.print(facts)
     asking = planned["language_model"]
@@ -45,10 +53,10 @@ def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
 
 def _sentence(asking: dict[str, Any]) -> str:
     cost = "no price given (--prices)" if asking["cost_usd"] is None else f"${asking['cost_usd']:,.4f}"
-    time = "" if asking["seconds"] is None else f", about {_duration(asking['seconds'])} as fast as earlier calls"
+    time = f"about {_duration(asking['seconds'])} at {asking['seconds_per_call']:g} s a call"
     return (
         f"{asking['calls']:,} calls ({asking['recorded_calls']:,} of them recorded already), "
-        f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay, {cost}{time}."
+        f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay, {cost}, {time}."
     )
 
 

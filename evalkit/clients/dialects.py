@@ -1,20 +1,22 @@
 """How one request is put to the kinds of server that speak the chat-completions protocol, and how a reply is read back.
 
 They differ in how output is constrained: vLLM's server takes a schema, choices or a pattern of their own; others take a
-JSON schema whose root must be an object, so anything else is wrapped in one and unwrapped from the reply. Parameters that
-a server refused are left out from then on. Pure: reaches nobody.
+JSON schema whose root must be an object, so anything else is wrapped in one and unwrapped from the reply. What a server
+refused is left out, or put another way, from then on. Pure: reaches nobody.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from evalkit.clients.chat import without_system
 from evalkit.records import Message, Response
 
-__all__ = ["CONSTRAINTS", "Ask", "Constraints", "Dialect", "MalformedReply"]
+__all__ = ["CONSTRAINTS", "Ask", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
 
 Constraints: TypeAlias = Literal["auto", "vllm", "json_schema", "none"]
 CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
@@ -23,6 +25,7 @@ _WRAP = "answer"
 _WRAPPING_TOKENS = 16  # what {"answer": …} adds to a reply
 # what can be left out when a server refuses it; a reply without is worth less, but it is a reply
 _OPTIONAL = ("seed", "temperature", "top_logprobs", "logprobs", "response_format", "structured_outputs")
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 class MalformedReply(ValueError):
@@ -31,7 +34,7 @@ class MalformedReply(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request as the contract of clients has it."""
+    """A request as the contract of clients has it. ``temperature``: None leaves it to the server."""
 
     messages: Sequence[Message]
     schema: Mapping[str, Any] | None
@@ -40,6 +43,25 @@ class Ask:
     logprobs: int
     seed: int | None
     max_tokens: int
+    temperature: float | None = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A request as one server takes it: ``body`` without the model's name, ``extra`` what is not in the protocol.
+
+    ``wrapped``: the reply has to be taken out of an object.
+    """
+
+    body: dict[str, Any]
+    extra: dict[str, Any]
+    wrapped: bool
+
+    @property
+    def removable(self) -> set[str]:
+        """What could be left out, or put another way."""
+        found = {name for name in (*_OPTIONAL, "max_tokens") if name in self.body or name in self.extra}
+        return found | ({"system"} if self.body["messages"][0]["role"] == "system" else set())
 
 
 @dataclass(slots=True)
@@ -49,62 +71,39 @@ class Dialect:
     kind: Constraints | None = None
     refused: set[str] = field(default_factory=set)
 
-    def body(self, ask: Ask) -> dict[str, Any]:
-        """Parameters of the request, without model and temperature; ``extra_body`` holds what is not in the protocol."""
+    def put(self, ask: Ask) -> Form:
+        """The request in this server's terms."""
+        wrapped = self._wraps(ask)
+        messages = without_system(ask.messages) if "system" in self.refused else ask.messages
         body: dict[str, Any] = {
-            "messages": [{"role": message.role, "content": message.content} for message in ask.messages],
-            "max_tokens": ask.max_tokens,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "max_tokens": ask.max_tokens + (_WRAPPING_TOKENS if wrapped else 0),
         }
+        if ask.temperature is not None:
+            body["temperature"] = ask.temperature
         if ask.seed is not None:
             body["seed"] = ask.seed
         if ask.logprobs:
             body |= {"logprobs": True, "top_logprobs": ask.logprobs}
-        if self.kind == "vllm" and (constraint := _own(ask)):
-            body["extra_body"] = {"structured_outputs": constraint}
-        elif self._wraps(ask) or (self.kind == "json_schema" and ask.schema is not None):
-            schema = _wrapped(ask) if self._wraps(ask) else ask.schema
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "reply", "schema": schema, "strict": True},
-            }
-            body["max_tokens"] += _WRAPPING_TOKENS if self._wraps(ask) else 0
-        if "logprobs" in self.refused or "top_logprobs" in self.refused:
-            body.pop("top_logprobs", None)
-        if "structured_outputs" in self.refused:
-            body.pop("extra_body", None)
+        if wrapped or (self.kind == "json_schema" and ask.schema is not None):
+            schema = _wrapped(ask) if wrapped else _typed(ask.schema)
+            form = {"name": "reply", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        own = _own(ask) if self.kind == "vllm" else {}
         if "max_tokens" in self.refused:  # the name that newer models take
             body["max_completion_tokens"] = body["max_tokens"]
-        for name in self.refused:
+        for name in self.refused | ({"top_logprobs"} if "logprobs" in self.refused else set()):
             body.pop(name, None)
-        return body
+        return Form(body, {"structured_outputs": own} if own else {}, wrapped)
 
     def refuse(self, parameter: str) -> bool:
-        """Leave a parameter out from now on; False where that cannot be, or was done already."""
-        if parameter in self.refused or parameter not in (*_OPTIONAL, "max_tokens"):
-            return False
+        """Leave a parameter out from now on; whether that is news."""
+        if parameter == "structured_outputs" and self.kind == "vllm":
+            self.kind = "json_schema"  # which every server that takes constraints understands
+            return True
+        new = parameter not in self.refused
         self.refused.add(parameter)
-        return True
-
-    def read(self, ask: Ask, completion: Any) -> Response:
-        """The reply in a completion object of the SDK. Raises MalformedReply."""
-        try:
-            choice = completion.choices[0]
-            text = choice.message.content or ""
-            usage = completion.usage
-            prompt_tokens, completion_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-            logprobs = _logprobs(choice.logprobs)
-        except (AttributeError, IndexError, TypeError, KeyError) as error:
-            raise MalformedReply(f"a reply without {str(error)[:80]}") from error
-        if not isinstance(text, str):
-            raise MalformedReply(f"a reply whose content is {type(text).__name__}")
-        return Response(
-            text=self._unwrapped(ask, text),
-            logprobs=logprobs,
-            prompt_tokens=int(prompt_tokens or 0),
-            completion_tokens=int(completion_tokens or 0),
-            finish_reason=choice.finish_reason or "stop",
-            model=str(completion.model or ""),
-        )
+        return new
 
     def _wraps(self, ask: Ask) -> bool:
         """Whether the constraint has to be wrapped in an object. A first token with log-probabilities cannot be."""
@@ -114,14 +113,28 @@ class Dialect:
             return ask.schema.get("type") != "object"
         return (ask.choices is not None or ask.regex is not None) and not ask.logprobs
 
-    def _unwrapped(self, ask: Ask, text: str) -> str:
-        if not self._wraps(ask):
-            return text
-        try:
-            inside = json.loads(text)[_WRAP]
-        except (ValueError, KeyError, TypeError):
-            return text  # not what was asked for: the reader of the answer says so
-        return json.dumps(inside) if ask.schema is not None else str(inside)
+
+def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
+    """The reply in a completion object of the SDK. Raises MalformedReply."""
+    try:
+        choice = completion.choices[0]
+        text = choice.message.content
+        if text is None:  # a model that declines says so in a place of its own
+            text = getattr(choice.message, "refusal", None) or ""
+        told, usage = getattr(completion, "model", None), getattr(completion, "usage", None)
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise MalformedReply(f"a reply without choices: {getattr(completion, 'error', None) or error}") from error
+    if not isinstance(text, str):
+        raise MalformedReply(f"a reply whose content is {type(text).__name__}")
+    reason = getattr(choice, "finish_reason", None)
+    return Response(
+        text=_unwrapped(ask, text) if form.wrapped else text,
+        logprobs=_logprobs(getattr(choice, "logprobs", None)) if ask.logprobs else (),
+        prompt_tokens=_count(getattr(usage, "prompt_tokens", 0)),
+        completion_tokens=_count(getattr(usage, "completion_tokens", 0)),
+        finish_reason=reason if isinstance(reason, str) else "stop",
+        model=told if isinstance(told, str) else "",
+    )
 
 
 def _own(ask: Ask) -> dict[str, Any]:
@@ -136,7 +149,7 @@ def _own(ask: Ask) -> dict[str, Any]:
 def _wrapped(ask: Ask) -> dict[str, Any]:
     inside: dict[str, Any]
     if ask.schema is not None:
-        inside = dict(ask.schema)
+        inside = _typed(ask.schema)
     elif ask.choices is not None:
         inside = {"type": "string", "enum": list(ask.choices)}
     else:
@@ -144,7 +157,45 @@ def _wrapped(ask: Ask) -> dict[str, Any]:
     return {"type": "object", "properties": {_WRAP: inside}, "required": [_WRAP], "additionalProperties": False}
 
 
+def _typed(schema: Any) -> Any:
+    """The schema with a type on every enumeration of one type: strict servers refuse one that goes without."""
+    if isinstance(schema, list):
+        return [_typed(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: value if key in ("enum", "const") else _typed(value) for key, value in schema.items()}
+    values = found.get("enum")
+    if isinstance(values, list) and "type" not in found:
+        types = {_TYPES.get(type(value)) for value in values}
+        if len(types) == 1 and None not in types:
+            found["type"] = types.pop()
+    return found
+
+
+def _unwrapped(ask: Ask, text: str) -> str:
+    try:
+        inside = json.loads(text)[_WRAP]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return text  # not what was asked for: the reader of the answer says so
+    return json.dumps(inside) if ask.schema is not None else str(inside)
+
+
+def _count(value: Any) -> int:
+    """A number of tokens, 0 where a server says something else."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0
+
+
 def _logprobs(found: Any) -> tuple[dict[str, float], ...]:
-    if found is None or found.content is None:
+    """Candidates by token, none where they are not told in the protocol's way. Of equal spellings the likeliest stays."""
+    tokens = []
+    try:
+        for token in found.content or ():
+            candidates: dict[str, float] = {}
+            for one in token.top_logprobs or (token,):
+                if isinstance(one.token, str) and not math.isnan(one.logprob):
+                    best = candidates.get(one.token, -math.inf)
+                    candidates[one.token] = max(best, min(float(one.logprob), 0.0))
+            tokens.append(candidates)
+    except (AttributeError, TypeError):
         return ()
-    return tuple({one.token: float(one.logprob) for one in token.top_logprobs} for token in found.content)
+    return tuple(tokens)

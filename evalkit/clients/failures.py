@@ -1,49 +1,84 @@
 """What a failed request means: try again, try without a parameter, give this request up, or give the server up.
 
-Reads exceptions of the ``openai`` SDK; sends nothing. No text of a server reaches an error before the key is cut out of it.
+Reads exceptions of the ``openai`` SDK; sends nothing. No text of a server reaches an error or a log before the key is cut
+out of it.
 """
 
 from __future__ import annotations
 
 import email.utils
+import logging
+import math
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from evalkit.clients.keys import Redactor
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, RequestRefused
 
-__all__ = ["Redactor", "Refusal", "Transient", "judge_failure"]
+__all__ = ["Health", "Redactor", "Refusal", "Transient", "judge_failure", "retry_after"]
 
+_LOG = logging.getLogger(__name__)
 _AGAIN = frozenset({408, 409, 425, 429})  # and everything from 500
 _NEVER = {
     401: "the key in the environment is missing or wrong",
     402: "the account has no credit",
     403: "the key in the environment may not use this model",
     404: "check model name and base URL (which ends in /v1, most often)",
+    405: "check the base URL (which ends in /v1, most often)",
 }
+_NO_CREDIT = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 _TOO_LONG = re.compile(
-    r"context[ _](?:length|window)|maximum (?:model|context) len|too many tokens|prompt is too long|max_model_len", re.I
+    r"context[ _](?:length|window|size)|maximum (?:model|context) len|too many tokens|prompt is too long|max_model_len"
+    r"|input token count|max_(?:completion_)?tokens\W{1,3}is too large|max_new_tokens\W+must be <=",
+    re.I,
+)
+_UNSUPPORTED = re.compile(
+    r"unsupported|not supported|n't support|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
+    r"|extra (?:field|input)|invalid|not implemented|not available",
+    re.I,
+)
+_NO_SYSTEM = re.compile(
+    r"\b(?:system|developer) (?:role|message|prompt|instruction)s?\b.{0,30}(?:\bnot\b|n't|unsupported)", re.I
 )
 _LONGEST_WAIT_S = 300.0
-
-
-class Redactor:
-    """Cuts a secret out of texts, so that no server can make us write it down."""
-
-    def __init__(self, secret: str | None) -> None:
-        self._secret = secret if secret and len(secret) >= 4 else None
-
-    def __call__(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+_REST_S, _LONGEST_REST_S = 5.0, 60.0
 
 
 class Transient(Exception):
-    """Worth another try, after ``wait_s`` seconds if the server said so."""
+    """Worth another try, after ``wait_s`` seconds if the server said so. ``silent``: there was no answer at all."""
 
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        self.reason, self.wait_s = reason, wait_s
+    def __init__(self, reason: str, wait_s: float | None = None, *, silent: bool = False) -> None:
+        self.reason, self.wait_s, self.silent = reason, wait_s, silent
         super().__init__(reason)
+
+
+@dataclass(slots=True)
+class Health:
+    """How well a server is. One that was silent is left alone for a while, twice as long every time, until it answers."""
+
+    silences: int = 0
+    silent_at: float = 0.0
+    answered_at: float = 0.0
+    resting_until: float = 0.0
+    reason: str = ""
+
+    def answered(self, url: str) -> None:
+        if self.silences:
+            _LOG.warning("%s answers again", url)
+        self.silences, self.answered_at = 0, time.monotonic()
+
+    def was_silent(self, url: str, reason: str) -> None:
+        now = time.monotonic()
+        self.silent_at, self.reason = now, reason
+        if self.silences and now < self.resting_until:  # one of several requests that met the same silence
+            return
+        if not self.silences:
+            _LOG.warning("%s: %s; trying again", url, reason)
+        self.resting_until = now + min(_REST_S * 2**self.silences, _LONGEST_REST_S)
+        self.silences += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,58 +89,95 @@ class Refusal:
     reason: str
 
 
-def judge_failure(error: Any, server: str, parameters: set[str], redact: Redactor) -> Transient | Refusal | ClientError:
-    """What an ``openai.APIStatusError`` from ``server`` means for a request that had these ``parameters``."""
+def judge_failure(
+    error: Any, server: str, removable: Collection[str], redact: Redactor
+) -> Transient | Refusal | ClientError:
+    """What an ``openai.APIStatusError`` means for a request of which the ``removable`` parameters can be left out."""
     status, body = int(error.status_code), error.body if isinstance(error.body, dict) else {}
-    reason = f"status {status}: {redact(' '.join(str(body.get('message') or error.message).split()))[:200]}"
-    if status == 429 and "insufficient_quota" in (body.get("code"), body.get("type")):
-        return _down(server, reason, "the account has no credit")
-    if status in _AGAIN or status >= 500:
-        return Transient(reason, _retry_after(error.response.headers))
+    message = str(body.get("message") or error.message)
+    reason = f"status {status}: {redact(' '.join(message.split()))[:200]}"
+    if any(name in (body.get("code"), body.get("type")) for name in _NO_CREDIT):
+        return _down(server, reason, _NEVER[402])
+    if status in _AGAIN:
+        return Transient(reason, retry_after(error.response.headers))
     if status in _NEVER:
         return _down(server, reason, _NEVER[status])
-    message = str(body.get("message") or error.message)
     if body.get("code") == "context_length_exceeded" or _TOO_LONG.search(message):
         return _overflow(message)
-    if parameter := _named(body.get("param"), message, parameters):
+    if status >= 500:
+        return Transient(reason, retry_after(error.response.headers))
+    if parameter := _named(body.get("param"), message, removable):
         return Refusal(parameter, reason)
+    if body.get("param") == "model":
+        return _down(server, reason, "check the model's name")
     return RequestRefused(
         f"request to {server}", expected="an answer", seen=reason, fix="see the reason; the same request fails again"
     )
 
 
-def _named(param: Any, message: str, parameters: set[str]) -> str | None:
-    """The parameter of the request that an error is about: as the server names it, or else the only one in its words."""
+def _named(param: Any, message: str, removable: Collection[str]) -> str | None:
+    """The parameter that an error is about: as the server names it, or else the first in words that say as much."""
     root = re.split(r"[.\[]", str(param or ""))[0]
-    if root in parameters:
-        return root
-    found = [name for name in parameters if re.search(rf"(?<![a-z_]){name}(?![a-z_])", message)]
-    return found[0] if len(found) == 1 else None
+    if root in removable and (root != "max_tokens" or _UNSUPPORTED.search(message)):
+        return root  # a limit on tokens that is merely too small or too large is another matter
+    if root and root != "messages":
+        return None
+    if "system" in removable and _NO_SYSTEM.search(message):
+        return "system"
+    if root or not _UNSUPPORTED.search(message):
+        return None  # what is said of messages may quote them
+    places = {name: re.search(rf"(?<![a-z_]){name}(?![a-z_])", message) for name in removable if name != "system"}
+    found = {name: place.start() for name, place in places.items() if place}
+    return min(found, key=found.__getitem__, default=None)
+
+
+_LIMITS = [
+    re.compile(pattern, re.I)
+    for pattern in (
+        r"max_model_len\W{0,3}(\d+)",
+        r"context (?:length|window|size)\D{0,24}?(\d+)",
+        r"(?:at most|less than|limit is|<=) (\d+)",
+        r"(\d+) maximum",
+        r"maximum\D{0,60}?(\d+)",
+    )
+]
 
 
 def _overflow(message: str) -> ContextOverflow:
-    """vLLM and the hosted APIs name the limit first and what was asked for after it."""
-    numbers = [int(number) for number in re.findall(r"\d+", message.replace(",", "")) if int(number) >= 16]
-    limit = numbers[0] if numbers else None
-    needed = max((number for number in numbers if limit is not None and number > limit), default=None)
-    return ContextOverflow("prompt", limit=limit, needed=needed, fix="use fewer examples, or a model with more context")
+    """The limit as one of the usual wordings has it, and what was asked for: the largest number above it."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", message)
+    limit = next((int(found[1]) for pattern in _LIMITS if (found := pattern.search(text))), None)
+    needed = None
+    if limit:
+        above = [int(number) for number in re.findall(r"\d+", text) if limit < int(number) < 64 * limit]
+        if parts := re.search(rf"(\d+) > {limit} - (\d+)", text):
+            above = [int(parts[1]) + int(parts[2])]
+        needed = max(above, default=None)
+    return ContextOverflow(
+        "prompt", limit=limit or None, needed=needed, fix="use fewer examples, or a model with more context"
+    )
 
 
-def _retry_after(headers: Any) -> float | None:
-    """Seconds from the headers Retry-After-Ms or Retry-After (seconds, or a date)."""
+def retry_after(headers: Any) -> float | None:
+    """Seconds from the headers Retry-After-Ms or Retry-After (seconds, or a date), None where they say nothing sound."""
     for header, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(header)
-        if value is None:
+        if (value := headers.get(header)) is None:
             continue
         try:
             seconds = float(value) / scale
         except ValueError:
-            date = email.utils.parsedate_tz(value)
-            if date is None:
-                continue
-            seconds = email.utils.mktime_tz(date) - time.time()
-        return min(max(seconds, 0.0), _LONGEST_WAIT_S)
+            seconds = _until(value)
+        if not math.isnan(seconds):
+            return min(max(seconds, 0.0), _LONGEST_WAIT_S)
     return None
+
+
+def _until(date: str) -> float:
+    """Seconds until a date, not a number where it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return math.nan
 
 
 def _down(server: str, reason: str, fix: str) -> ClientDown:

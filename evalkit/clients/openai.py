@@ -2,23 +2,24 @@
 
 Keeps many requests in flight, over all its base URLs together; a request goes to the least busy server that is well.
 What can heal is tried again with growing, jittered pauses, or as long as the server asks for; what cannot is not. The key
-comes from the environment and goes nowhere but to the server. Writes nothing.
+comes from the environment and goes nowhere but to the servers. Writes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
-from evalkit.clients.dialects import CONSTRAINTS, Ask, Constraints, Dialect, MalformedReply
-from evalkit.clients.failures import Redactor, Refusal, Transient, judge_failure
+from evalkit.clients.dialects import CONSTRAINTS, Ask, Constraints, Dialect, Form, MalformedReply, read_reply
+from evalkit.clients.failures import Health, Refusal, Transient, judge_failure, retry_after
+from evalkit.clients.keys import Redactor, checked_fields, checked_url, guard_logs, read_key
 from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, require
 from evalkit.records import Message, Response
 
@@ -26,9 +27,11 @@ __all__ = ["OpenAIClient"]
 
 _LOG = logging.getLogger(__name__)
 _HOSTED = "https://api.openai.com/v1"
-_REST_S = 5.0  # a server that could not be reached is left alone for so long, while there are others
-_CONNECT_S = 10.0
+_CONNECT_S, _LOOK_S = 10.0, 20.0  # time for a connection, and for the list of models
+_LOOKS = 3  # at the list of models, before it is done without
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_TOLD_PAUSE_S = 20.0  # the user hears of a pause that a server asks for if it is longer
+_PATIENCE_S = 180.0  # after so long without an answer to anybody, one more silence is the last
 
 
 @dataclass(slots=True)
@@ -39,8 +42,9 @@ class _Server:
     sdk: Any
     dialect: Dialect
     in_flight: int = 0
-    resting_until: float = 0.0
-    asked_what_it_is: asyncio.Lock = field(default_factory=asyncio.Lock)
+    looks: int = 0
+    health: Health = field(default_factory=Health)
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class OpenAIClient:
@@ -69,29 +73,34 @@ class OpenAIClient:
         constraints: Constraints = "auto",
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        self._openai = require("openai", "api")
-        require("tenacity", "api")
-        if constraints not in CONSTRAINTS:
-            raise BadConfig(
-                "constraints of client 'openai'",
-                expected=f"one of {', '.join(CONSTRAINTS)}",
-                seen=repr(constraints),
-                fix="use auto",
-            )
-        urls = (
-            [base_url] if isinstance(base_url, str) else list(base_url or [os.environ.get("OPENAI_BASE_URL", _HOSTED)])
-        )
-        self._urls = [_checked(url) for url in urls]
-        self._key = _key(api_key_env, needed=_HOSTED in self._urls)
-        self._redact = Redactor(self._key)
-        self._model, self._temperature, self._extra = model, temperature, dict(extra_body or {})
+        self._openai, self._tenacity = require("openai", "api"), require("tenacity", "api")
+        _expect("model", model, isinstance(model, str) and model != "", "the name of a model")
+        _expect("temperature", temperature, temperature is None or _number(temperature, 0), "a number from 0, or null")
+        _expect("concurrency", concurrency, _number(concurrency, 1, int), "a whole number from 1")
+        _expect("max_attempts", max_attempts, _number(max_attempts, 1, int), "a whole number from 1")
+        _expect("timeout_s", timeout_s, _number(timeout_s, 0.01), "seconds, a number above 0")
+        rate = requests_per_minute
+        _expect("requests_per_minute", rate, rate is None or _number(rate, 0.01), "a number above 0")
+        _expect("constraints", constraints, constraints in CONSTRAINTS, f"one of {', '.join(CONSTRAINTS)}")
+        self._key = read_key(api_key_env)
+        self._redact = Redactor(self._key, piece=8)
+        self._clean = Redactor(self._key, least=8, piece=12 if len(self._key or "") >= 16 else None)  # for replies
+        urls = base_url or os.environ.get("OPENAI_BASE_URL") or _HOSTED
+        urls = [urls] if isinstance(urls, str) else urls
+        self._dialects = {checked_url(url, self._redact): _dialect(constraints) for url in urls}
+        if self._key is None and _HOSTED in self._dialects:
+            raise _no_key(api_key_env)
+        self._model, self._temperature, self._extra = model, temperature, checked_fields(extra_body, self._redact)
         self.name = ";".join([model, *_differences(temperature, self._extra)])
-        self.concurrency, self._rate = concurrency, requests_per_minute
-        self._timeout_s, self._max_attempts, self._constraints = timeout_s, max_attempts, constraints
+        self.concurrency, self._rate = concurrency, rate
+        self._timeout_s, self._max_attempts = timeout_s, max_attempts
         self._servers: list[_Server] = []
-        self._gate = asyncio.Semaphore(concurrency)
-        self._limiter: Any = contextlib.nullcontext()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._last_success = 0.0
+        self._wave = 0  # of requests that wait at the same time, and hear together that nobody answers
+        self._down: ClientDown | None = None
+        if self._key is not None:
+            guard_logs(self._key)
 
     async def generate(
         self,
@@ -105,183 +114,227 @@ class OpenAIClient:
         max_tokens: int,
     ) -> Response:
         """One reply. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown."""
-        if not self._servers:
-            self._connect()
-        ask = Ask(messages, schema, choices, regex, logprobs, seed, max_tokens)
+        self._connect()
+        ask = Ask(messages, schema, choices, regex, logprobs, seed, max_tokens, self._temperature)
+        wave = self._wave
         async with self._gate:
-            return await self._until_answered(ask)
+            try:
+                return await self._until_answered(ask, wave)
+            except ClientDown as error:
+                if wave == self._wave:
+                    self._wave, self._down = wave + 1, error
+                raise
 
     async def close(self) -> None:
         """Close the connections."""
         servers, self._servers = self._servers, []
-        for server in servers:
-            await server.sdk.close()
+        if self._loop is asyncio.get_running_loop():  # those of a loop that is gone went with it
+            await asyncio.gather(*(server.sdk.close() for server in servers))
 
     def _connect(self) -> None:
-        """Connections of the running event loop."""
+        """Connections of the running event loop, unless there are some."""
+        loop = asyncio.get_running_loop()
+        if self._servers and self._loop is loop:
+            return
+        self._loop = loop
         self._gate = asyncio.Semaphore(self.concurrency)
+        self._limiter: Any = contextlib.nullcontext()
         if self._rate is not None:
             self._limiter = require("aiolimiter", "api").AsyncLimiter(max(self._rate / 60, 1), max(60 / self._rate, 1))
-        for url in self._urls:
-            sdk = self._openai.AsyncOpenAI(
-                base_url=url,
-                api_key=self._key or "none",
-                timeout=self._openai.Timeout(self._timeout_s, connect=_CONNECT_S),
-                max_retries=0,
+        self._servers = [
+            _Server(
+                url,
+                self._openai.AsyncOpenAI(
+                    base_url=url,
+                    api_key=self._key or "none",
+                    timeout=self._openai.Timeout(self._timeout_s, connect=min(_CONNECT_S, self._timeout_s)),
+                    max_retries=0,
+                ),
+                dialect,
             )
-            kind = None if self._constraints == "auto" else self._constraints
-            self._servers.append(_Server(url, sdk, Dialect(kind)))
+            for url, dialect in self._dialects.items()
+        ]
 
-    async def _until_answered(self, ask: Ask) -> Response:
-        import tenacity
-
-        started = time.monotonic()
+    async def _until_answered(self, ask: Ask, wave: int) -> Response:
+        tenacity, started = self._tenacity, time.monotonic()
         jittered = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
 
-        def pause(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            asked = error.wait_s if isinstance(error, Transient) else None
-            return float(jittered(state)) if asked is None else asked + 0.1 * float(jittered(state))
+        def pause(state: Any) -> float:
+            """At least what the server asks for, and a little apart from all others that it asked the same."""
+            asked, own = state.outcome.exception().wait_s, float(jittered(state))
+            return own if asked is None else max(own, asked + min(own, 0.1 * asked))
 
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._max_attempts),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(self._max_attempts),
+                lambda state: self._is_silent(state.outcome.exception(), started),
+            ),
             wait=pause,
             retry=tenacity.retry_if_exception_type(Transient),
+            before_sleep=_tell,
             reraise=True,
         )
         try:
-            response: Response = await retrying(self._attempt, ask)
+            response: Response = await retrying(self._attempt, ask, wave)
         except Transient as error:
-            raise self._gave_up(error, started) from error
+            raise self._gave_up(error, started) from None
         self._last_success = time.monotonic()
         return response
 
+    def _is_silent(self, error: Transient, started: float) -> bool:
+        """Whether nobody has been answered for so long that waiting on would be in vain."""
+        return error.silent and time.monotonic() - max(started, self._last_success) > _PATIENCE_S
+
     def _gave_up(self, error: Transient, started: float) -> ClientError:
         where = ", ".join(server.url for server in self._servers)
-        fix = "the same command goes on; see that the server is up, or lower concurrency"
-        if self._last_success < started:
+        fix = "see that the server is up, lower concurrency or raise timeout_s; the same command goes on"
+        if self._last_success < started or self._is_silent(error, started):
             return ClientDown(where, expected="an answer to any request", seen=error.reason, fix=fix)
         return NoAnswer(where, expected=f"an answer in {self._max_attempts} attempts", seen=error.reason, fix=fix)
 
-    async def _attempt(self, ask: Ask) -> Response:
+    async def _attempt(self, ask: Ask, wave: int) -> Response:
         """Ask one server; again at once where it only refuses a parameter. Raises Transient, ClientError."""
-        server = self._least_busy()
+        if wave != self._wave and (down := self._down) is not None:
+            raise ClientDown(down.subject, expected=down.expected, seen=down.seen, fix=down.fix)
+        server = self._choose()
         server.in_flight += 1
         try:
-            await self._find_out(server)
+            await self._look(server)
             while True:
-                body = self._body(server, ask)
+                form = server.dialect.put(ask)
                 try:
-                    async with self._limiter, asyncio.timeout(self._timeout_s):
-                        completion = await server.sdk.chat.completions.create(**body)
+                    async with self._limiter:
+                        completion = await self._call(
+                            server, server.sdk.chat.completions.create(**self._body(form)), self._timeout_s
+                        )
                 except self._openai.APIStatusError as error:
-                    failure = judge_failure(error, server.url, set(body) | set(body["extra_body"]), self._redact)
-                    if isinstance(failure, Refusal) and self._leave_out(server, failure):
-                        continue
-                    raise self._as_error(failure, server) from None  # the SDK's error holds the server's own words
-                except (TimeoutError, self._openai.APITimeoutError):
-                    raise Transient(f"no reply within {self._timeout_s:g} s") from None
-                except self._openai.APIConnectionError as error:
-                    server.resting_until = time.monotonic() + _REST_S
-                    raise Transient(f"no connection: {self._redact(str(error.__cause__ or error))[:200]}") from None
-                except (self._openai.APIError, ValueError) as error:
-                    raise Transient(f"a reply that is no JSON: {self._redact(str(error))[:100]}") from None
-                return self._read(server, ask, completion)
+                    failure = judge_failure(error, server.url, form.removable, self._redact)
+                    if not isinstance(failure, Refusal):
+                        raise failure from None  # the SDK's error holds the server's own words
+                    if server.dialect.refuse(failure.parameter):
+                        told = (server.url, failure.parameter, failure.reason)
+                        _LOG.warning("%s does not take %s (%s): asking without", *told)
+                else:
+                    return self._read(ask, form, completion)
         finally:
             server.in_flight -= 1
 
-    def _read(self, server: _Server, ask: Ask, completion: Any) -> Response:
-        try:
-            response = server.dialect.read(ask, completion)
-        except MalformedReply as error:
-            raise Transient(self._redact(str(error))) from None
-        text = self._redact(response.text)
-        return (
-            response
-            if text == response.text
-            else Response(text, (), response.prompt_tokens, response.completion_tokens)
-        )
-
-    def _least_busy(self) -> _Server:
+    def _choose(self) -> _Server:
+        """The least busy of those that are well. One that was silent gets a single request after its rest, to see."""
         now = time.monotonic()
-        well = [server for server in self._servers if server.resting_until <= now]
+        well = [
+            server
+            for server in self._servers
+            if not server.health.silences or (server.health.resting_until <= now and not server.in_flight)
+        ]
         return min(well or self._servers, key=lambda server: server.in_flight)
 
-    async def _find_out(self, server: _Server) -> None:
-        """What kind of server it is, once. Raises Transient where it cannot be reached."""
-        async with server.asked_what_it_is:
+    async def _call(self, server: _Server, answer: Awaitable[Any], timeout_s: float) -> Any:
+        """What a server answers. Raises Transient where that is nothing or nonsense, the SDK's APIStatusError."""
+        sent = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                answered = await answer
+        except self._openai.APIStatusError:
+            server.health.answered(server.url)
+            raise
+        except (TimeoutError, self._openai.APIConnectionError) as error:
+            cause = error.__cause__ or error
+            never_met = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
+            late = not never_met and isinstance(error, TimeoutError | self._openai.APITimeoutError)
+            why = self._redact(" ".join(f"{type(cause).__name__} {cause}".split()))[:200]
+            reason = (
+                f"no reply within {timeout_s:g} s" if late else f"{'no' if never_met else 'broken'} connection: {why}"
+            )
+            if never_met or server.health.answered_at <= sent:
+                server.health.was_silent(server.url, reason)
+            raise Transient(reason, silent=True) from None
+        except (self._openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            server.health.answered(server.url)
+            raise Transient(f"a reply that cannot be read: {self._redact(str(error))[:100]}") from None
+        server.health.answered(server.url)
+        return answered
+
+    def _read(self, ask: Ask, form: Form, completion: Any) -> Response:
+        """The reply, without the key if a server should tell it. Raises Transient."""
+        try:
+            response = read_reply(ask, form, completion)
+        except MalformedReply as error:
+            raise Transient(self._redact(str(error))[:200]) from None
+        clean, text = self._clean, self._clean(response.text)
+        spelled = "".join(next(iter(candidates), "") for candidates in response.logprobs)
+        tokens = [spelled, *(token for candidates in response.logprobs for token in candidates)]
+        told = text != response.text or any(clean(token) != token for token in tokens)
+        return replace(
+            response,
+            text=text,
+            logprobs=() if told else response.logprobs,
+            finish_reason=clean(response.finish_reason),
+            model=clean(response.model),
+        )
+
+    async def _look(self, server: _Server) -> None:
+        """Find out what kind of server it is, once. Raises Transient where it cannot be reached."""
+        began = time.monotonic()
+        async with server.looking:
             if server.dialect.kind is not None:
                 return
-            if server.resting_until > time.monotonic():
-                raise Transient("no connection")
-            kind: Constraints = "json_schema"
+            if server.health.silences and server.health.silent_at >= began:  # as whoever looked before us found
+                raise Transient(server.health.reason, silent=True)
+            server.looks += 1
+            listed: Any = None
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    listed = await server.sdk.models.list()
-                if any(getattr(model, "owned_by", "") == "vllm" for model in listed.data or ()):
-                    kind = "vllm"
-            except (TimeoutError, self._openai.APIConnectionError) as error:
-                server.resting_until = time.monotonic() + _REST_S
-                raise Transient(f"no connection: {type(error).__name__}") from None
+                listed = await self._call(server, server.sdk.models.list(), min(self._timeout_s, _LOOK_S))
+            except Transient as error:
+                if error.silent or server.looks < _LOOKS:
+                    raise
             except self._openai.APIStatusError as error:
-                if error.status_code >= 500 or error.status_code == 429:
-                    raise Transient(f"status {error.status_code} to the list of models") from None
-            except (self._openai.APIError, ValueError, AttributeError, TypeError):
-                pass  # a server without a list of models
-            server.dialect.kind = kind
+                if (error.status_code == 429 or error.status_code >= 500) and server.looks < _LOOKS:
+                    wait_s = retry_after(error.response.headers)
+                    raise Transient(f"status {error.status_code} to the list of models", wait_s) from None
+            models = getattr(listed, "data", None)
+            owners = [getattr(model, "owned_by", "") for model in (models if isinstance(models, list) else ())]
+            server.dialect.kind = "vllm" if "vllm" in owners else "json_schema"
 
-    def _body(self, server: _Server, ask: Ask) -> dict[str, Any]:
-        body = {"model": self._model, **server.dialect.body(ask)}
-        if self._temperature is not None and "temperature" not in server.dialect.refused:
-            body["temperature"] = self._temperature
-        return body | {"extra_body": {**self._extra, **body.get("extra_body", {})}}
-
-    def _leave_out(self, server: _Server, refusal: Refusal) -> bool:
-        left_out = server.dialect.refuse(refusal.parameter)
-        if left_out:
-            _LOG.warning("%s does not take %s (%s): asking without", server.url, refusal.parameter, refusal.reason)
-        return left_out
-
-    def _as_error(self, failure: Transient | Refusal | ClientError, server: _Server) -> Exception:
-        if isinstance(failure, Refusal):
-            return ClientDown(
-                server.url,
-                expected=f"a server that takes {failure.parameter}",
-                seen=failure.reason,
-                fix="use another model or server",
-            )
-        return failure
+    def _body(self, form: Form) -> dict[str, Any]:
+        return {"model": self._model, **form.body, "extra_body": {**self._extra, **form.extra}}
 
 
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadConfig(
-            "base URL", expected="http://… or https://…", seen=repr(parts.scheme + ":…"), fix="write it in full"
-        )
-    if parts.username or parts.password or parts.query:
-        raise BadConfig(
-            f"base URL of {parts.hostname}",
-            expected="no user name, password or query in it: keys come from the environment",
-            seen="one of these",
-            fix="take it out, and set OPENAI_API_KEY",
-        )
-    return url.rstrip("/")
+def _tell(state: Any) -> None:
+    error, pause_s = state.outcome.exception(), state.next_action.sleep
+    level = logging.WARNING if error.wait_s is not None and pause_s > _TOLD_PAUSE_S else logging.DEBUG
+    _LOG.log(level, "attempt %d: %s; again in %.1f s", state.attempt_number, error.reason, pause_s)
 
 
-def _key(variable: str, *, needed: bool) -> str | None:
-    key = os.environ.get(variable, "").strip() or None
-    if key is None and needed:
-        raise BadConfig(
-            "client 'openai'",
-            expected=f"the API key in the environment variable {variable}",
-            seen="no such variable",
-            fix=f"export {variable}=…, or give the URL of a server of your own with --base-url",
-        )
-    return key
+# options
+
+
+def _expect(option: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise BadConfig(f"{option} of client 'openai'", expected=expected, seen=repr(value)[:80], fix="correct it")
+
+
+def _number(value: Any, least: float, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < float("inf")
+
+
+def _dialect(constraints: Constraints) -> Dialect:
+    return Dialect(None if constraints == "auto" else constraints)
+
+
+def _no_key(variable: str) -> BadConfig:
+    return BadConfig(
+        "client 'openai'",
+        expected=f"the API key in the environment variable {variable}",
+        seen="no such variable",
+        fix=f"export {variable}=…, or give the URL of a server of your own with --base-url",
+    )
 
 
 def _differences(temperature: float | None, extra: Mapping[str, Any]) -> list[str]:
     """What of the options changes answers, for the name that records are keyed by."""
     told = [] if temperature == 0 else [f"temperature={'default' if temperature is None else format(temperature, 'g')}"]
-    return told + [f"{key}={extra[key]}" for key in sorted(extra)]
+    values = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in extra.items()
+    }
+    return told + [f"{key}={values[key]}" for key in sorted(values)]

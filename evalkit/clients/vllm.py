@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,9 @@ class VllmClient:
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_prefix_caching": True,
+            "use_tqdm_on_load": False,
+            # JSON on one line: a weak model fills any room for white space up to its last token
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
             **({"max_model_len": max_model_len} if max_model_len else {}),
             **(engine or {}),
         }
@@ -205,7 +209,9 @@ class _Engine:
             if arguments["dtype"] == "auto":
                 arguments["dtype"] = "bfloat16"  # float16, as many models are stored, is ten times slower on a CPU
         self._vllm = vllm
-        self._llm = vllm.LLM(**arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its own parts against each other
+            self._llm = vllm.LLM(**arguments)
         self._engine = self._llm.llm_engine
         self._limit = int(self._llm.model_config.max_model_len)
         self._tokenizer = self._llm.get_tokenizer()
@@ -228,7 +234,7 @@ class _Engine:
             except ClientError as error:
                 job.resolve(error)
         admitted = {}
-        for tokens, job in sorted(ready, key=lambda pair: pair[0]):
+        for tokens, job in sorted(ready, key=lambda pair: pair[0]):  # so that common prefixes are neighbours
             self._count += 1
             name = str(self._count)
             try:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from evalkit.metrics import METRICS, RANKING_METRICS, Scores, score_features
 from evalkit.report.frames import REAL, SHUFFLED, RunFrames, check_frames
+from evalkit.report.plumbing import labelled
 
 __all__ = ["Row", "Setup", "Source", "score_rows", "sorted_sources"]
 
@@ -107,7 +108,11 @@ def score_rows(frames: RunFrames, metrics: tuple[str, ...] = METRICS) -> Iterato
     Ranking metrics have rows where any judgement of that scorer, explainer and judge carries a confidence.
     """
     check_frames(frames)
-    judgements = frames.judgements.assign(scorer=_scorer_labels(frames.judgements))
+    judgements = frames.judgements.assign(
+        scorer=_scorer_labels(frames.judgements),
+        explainer=frames.judgements["explainer"].map(labelled),
+        judge=frames.judgements["judge"].map(labelled),
+    )
     judgements = judgements.loc[judgements["control"].isin([REAL, SHUFFLED])].sort_values(_ORDER, kind="stable")
     groups = {_names(key): group for key, group in judgements.groupby(["source", "scorer", "explainer", "judge"])}
     setups = sorted({(key[1], key[2], key[3]) for key in groups})

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from evalkit.report.frames import RunFrames
+from evalkit.report.plumbing import notes
 from evalkit.report.rows import Row, score_rows, sorted_sources
 from evalkit.stats import macro_mean, paired_difference
 
@@ -99,7 +100,7 @@ def _plus_minus(mean: Any, se: Any) -> str:
 
 def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
     """The lines that belong below the table: what was run, what the errors hold, and every warning it has earned."""
-    lines = [_provenance(frames, table)]
+    lines = [_provenance(frames, table), *notes([*table["explainer"], *table["judge"]])]
     lines.append("SE: two-way clustered by feature and window; it does not contain the spread between training seeds.")
     lines += _survivorship(frames, table)
     share = table["n_unscored"] / table["n_judgements"].where(table["n_judgements"] > 0)

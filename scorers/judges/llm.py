@@ -42,7 +42,8 @@ class LlmJudge:
     """Asks ``client``.
 
     ``mode``: "list" (``batch_size`` texts a request) or "single" (one text, P(yes) where the client gives
-    log-probabilities). ``seed`` goes to the client, mixed with the request. Raises BadConfig.
+    log-probabilities). ``thinking_tokens``: room for models that think before they answer; then without P(yes).
+    ``seed`` goes to the client, mixed with the request. Raises BadConfig.
     """
 
     name = "llm"
@@ -50,7 +51,14 @@ class LlmJudge:
     uses_client = True
     probabilistic = True
 
-    def __init__(self, client: Client | None, mode: Mode = "list", batch_size: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        client: Client | None,
+        mode: Mode = "list",
+        batch_size: int = 5,
+        thinking_tokens: int = 0,
+        seed: int = 0,
+    ) -> None:
         if client is None:
             raise BadConfig(
                 "judge 'llm'",
@@ -63,6 +71,7 @@ class LlmJudge:
         if batch_size < 1:
             raise BadConfig("batch_size of judge 'llm'", expected="at least 1", seen=str(batch_size), fix="use 5")
         self.client, self.mode, self.batch_size, self.seed = client, mode, batch_size, seed
+        self.thinking_tokens = thinking_tokens
         self.version = f"{mode}-1"
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
@@ -101,10 +110,10 @@ class LlmJudge:
                 messages,
                 schema=list_schema(count),
                 seed=self._seed(messages),
-                max_tokens=_TOKENS_PER_ANSWER * count + _TOKENS_AROUND,
+                max_tokens=_TOKENS_PER_ANSWER * count + _TOKENS_AROUND + self.thinking_tokens,
             )
             try:
-                return [Answer(match, confidence=float(match)) for match in parse_list(response.text, count)]
+                return [Answer(match, confidence=float(match)) for match in parse_list(response.answer, count)]
             except Unparsable as error:
                 reason = str(error)
                 messages = _again(messages, response, f"a JSON list of exactly {count} numbers, each 0 or 1")
@@ -115,13 +124,17 @@ class LlmJudge:
         reason = ""
         for _ in range(2):
             response = await self.client.generate(
-                messages, choices=CHOICES, logprobs=_LOGPROBS, seed=self._seed(messages), max_tokens=1
+                messages,
+                choices=CHOICES,
+                logprobs=0 if self.thinking_tokens else _LOGPROBS,  # the first token is a thought, not the answer
+                seed=self._seed(messages),
+                max_tokens=self.thinking_tokens + _TOKENS_PER_ANSWER if self.thinking_tokens else 1,
             )
             yes = probability_of_yes(response.logprobs[0]) if response.logprobs else None
             if yes is not None:
                 return [Answer(yes > 0.5, confidence=yes, probability=yes)]
             try:
-                match = parse_yes_no(response.text)
+                match = parse_yes_no(response.answer)
             except Unparsable as error:
                 reason = str(error)
                 messages = _again(messages, response, "one word, yes or no")

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from evalkit.errors import BadConfig, InputError
 from evalkit.report.frames import RunFrames
+from evalkit.report.plumbing import labelled, notes
 from evalkit.report.render import FORMATS, render
 from evalkit.report.tables import TABLE_COLUMNS, footer, headline, summary_table
 from tests.report.simulated import NAMES, simulate
@@ -267,3 +268,31 @@ def test_the_headline_is_one_line_per_dictionary_and_scorer(table: pd.DataFrame)
     assert view.loc[0, "features"] == f"{row['n_features']}/12"
     two = pd.concat([table, table.assign(judge="other")])
     assert list(headline(two).columns[:3]) == ["dictionary", "scorer", "judge"]
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("llm@smollm2-135m", True),
+        ("llm:single@HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("llm@Qwen2.5-0.5B;temperature=0.7", True),
+        ("default@gemma-3-270m-it", True),
+        ("llm@llama-3.1-8b-instruct", False),
+        ("llm@gpt-4.1-mini", False),
+        ("llm@phi-3-mini-128k", False),
+        ("llm@mixtral-8x7b", False),
+        ("embedding", False),
+        ("words-135m", False),
+    ],
+)
+def test_models_too_small_to_judge_are_marked(name: str, small: bool) -> None:
+    assert labelled(name) == (f"{name} (plumbing)" if small else name) == labelled(labelled(name))
+    assert bool(notes([labelled(name)])) == small
+
+
+def test_the_mark_stands_in_every_row_and_in_the_footer() -> None:
+    frames = simulate(n_features=6, n_each=6)
+    frames.judgements["judge"] = "llm@smollm2-135m"
+    table = summary_table(frames)
+    assert set(table["judge"]) == {"llm@smollm2-135m (plumbing)"}
+    assert any(line.startswith("smollm2-135m: plumbing only.") for line in footer(frames, table))

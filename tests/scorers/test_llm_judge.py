@@ -244,3 +244,15 @@ def test_an_unreachable_model_is_an_error_not_an_answer() -> None:
 
     with pytest.raises(NoAnswer, match="start it"):
         asyncio.run(LlmJudge(Scripted(reply)).judge("x", ITEMS))
+
+
+@pytest.mark.parametrize("mode", ["list", "single"])
+def test_a_model_that_thinks_first_gets_room_for_it_and_is_read_after_it(mode: Any) -> None:
+    def reply(messages: Sequence[Message], schema: Any) -> str:
+        verdict = "yes" if schema is None else json.dumps([1] * schema["minItems"])
+        return f"<think>perhaps [0] or no</think>\n\n{verdict}"
+
+    client = Scripted(reply)
+    answers = asyncio.run(LlmJudge(client, mode=mode, thinking_tokens=1000).judge("x", ITEMS[:5]))
+    assert [answer.match for answer in answers] == [True] * 5
+    assert all(request["max_tokens"] > 1000 and request["logprobs"] == 0 for request in client.requests)

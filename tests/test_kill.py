@@ -1,0 +1,321 @@
+"""A run that is killed, stopped, started twice or out of disk: the same command goes on, and nothing paid for is lost.
+
+The language model is a server in a process of its own. What it was asked stands in the server's log, whatever the program
+believes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_model import sha
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("start", "calibrate", "collect activations", "sample windows", "explain", "score")
+WORDS = ("whale", "ship", "sea", "deck", "calm", "night", "storm", "sailor", "captain", "island", "wind", "boat")
+
+# An answer is the server's last word: nothing on the client's side can tell the server that it arrived, so an answer that
+# is on the wire, or received and not yet committed, in the moment of a kill is asked for again. That takes milliseconds;
+# an answer that was finished longer than this before a kill must be recorded.
+WIRE_S = 0.3
+
+
+@dataclass(frozen=True)
+class Server:
+    """A stand-in in a process of its own."""
+
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def events(self, name: str) -> dict[str, list[float]]:
+        """When an event happened, by what the request asked."""
+        found = defaultdict(list)
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["event"] == name:
+                found[entry["key"]].append(entry["time"])
+        return found
+
+
+@contextlib.contextmanager
+def serving(log: Path, delay_s: float, port: int = 0) -> Iterator[Server]:
+    arguments = ["--log", str(log), "--delay", str(delay_s), "--port", str(port)]
+    command = [sys.executable, "-m", "tests.servers", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            yield Server(int(process.stdout.readline()), log)
+        finally:
+            process.kill()
+
+
+class Command:
+    """``evalkit …`` in a process group of its own; what it says on stderr is read as it comes."""
+
+    def __init__(self, *arguments: object, **options: Any) -> None:
+        self.lines: list[tuple[float, str]] = []
+        self._ended = False
+        self._news = threading.Condition()
+        self.started = time.time()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "evalkit", *map(str, arguments)],
+            **{"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True, **options},
+            env={"OMP_NUM_THREADS": "2", **os.environ, "COLUMNS": "200"},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            for line in stream:
+                with self._news:
+                    self.lines.append((time.time(), line.strip()))
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    @property
+    def said(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def begun(self) -> dict[str, float]:
+        """When each stage began, of those that did."""
+        found = {"start": self.started}
+        for seen, line in list(self.lines):
+            name, _, rest = line.partition(": ")
+            if name in STAGES and re.fullmatch(r"\d+ [a-z]+", rest):
+                found.setdefault(name, seen)
+        return found
+
+    def wait_for(self, text: str) -> None:
+        """Until a line begins with the text, or the process has ended."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or any(line.startswith(text) for _, line in self.lines), 120)
+
+    def wait_for_stage(self, stage: str) -> str:
+        """The stage as soon as it has begun, or a later one where it had nothing to do."""
+        later = STAGES[STAGES.index(stage) :]
+        with self._news:
+            self._news.wait_for(lambda: self._ended or any(one in later for one in self.begun()), 120)
+        reached = list(self.begun())[-1]
+        assert not self._ended and reached in later, self.said
+        return reached
+
+    def kill(self) -> float:
+        """kill -9 to the whole group; when."""
+        killed = time.time()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        assert self.process.wait(10) == -signal.SIGKILL, self.said
+        self._reader.join()
+        return killed
+
+    def finish(self, timeout_s: float = 120) -> int:
+        """The exit code; by kill -9 where it takes too long."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        self._reader.join()
+        return code
+
+
+# what a run folder holds
+
+
+def answers(folder: Path, copy: Path) -> dict[str, tuple[Any, ...]]:
+    """The recorded requests by what they ask, as the server's log names them. Reads a copy: recovery is not ours to do."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for path in folder.glob("calls.sqlite*"):
+        shutil.copy(path, copy)
+    connection = sqlite3.connect(copy / "calls.sqlite")
+    query = "SELECT request, key, model, response, prompt_tokens, completion_tokens, paid FROM answers"
+    try:
+        rows = connection.execute(query).fetchall()
+    except sqlite3.OperationalError:  # killed before there was a table
+        rows = []
+    connection.close()
+    found = {sha(json.loads(row[0])["messages"])[:16]: row for row in rows}
+    assert len(found) == len(rows)  # nothing else tells two requests apart
+    return found
+
+
+def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every table of the records, without the times that the stages took."""
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = {}
+    for name in names:
+        rows = [dict(row) for row in connection.execute(f"SELECT * FROM {name}")]
+        found[name] = sorted(({key: row[key] for key in row if key != "seconds"} for row in rows), key=repr)
+    connection.close()
+    return found
+
+
+def files(folder: Path, *patterns: str) -> dict[str, str]:
+    """Hashes of the files' bytes."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+# kill -9
+
+KILLS = {"start": 2, "calibrate": 3, "collect activations": 5, "sample windows": 2, "explain": 3, "score": 5}
+GOING_ON = ("collect activations", "explain", "score")  # a killed one keeps what it has done
+REAL = {
+    "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
+    "--max-tokens": 48000,  # a third of it is not in the calibration sample
+    "--features": 8,
+    "--positives": 5,
+    "--negatives": 5,
+    "--examples": 10,
+    "--controls": "shuffled,planted",
+    "--explainer": "default",
+    "--client": "openai:stand-in",
+    "--client-option": "concurrency=4",
+}
+JUDGING = ("--judge", "llm", "--judge", "llm:single", "--scorer", "detection", "--scorer", "fuzzing")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill -9: what the process had said until then, and what was on disk after it."""
+
+    stage: str
+    time: float
+    lines: tuple[str, ...]
+    shards: dict[str, tuple[int, str]]
+    calibrated: bool
+    recorded: frozenset[str]
+
+
+def flat(options: dict[str, object]) -> list[str]:
+    return [str(part) for pair in options.items() for part in pair]
+
+
+def shards(folder: Path) -> dict[str, tuple[int, str]]:
+    hashes = files(folder, "collected/shard-*.npz")
+    return {Path(name).name: ((folder / name).stat().st_mtime_ns, digest) for name, digest in hashes.items()}
+
+
+def kill_in(stage: str, command: list[str], folder: Path, wait_s: dict[str, float], chance: random.Random) -> Kill:
+    """Start the command and kill it at a random moment of the stage, or of the next one that has something to do."""
+    process = Command(*command)
+    try:
+        reached = process.wait_for_stage(stage)
+        time.sleep(chance.random() * wait_s[reached])
+    finally:
+        killed = process.kill()
+    lines = tuple(line for _, line in process.lines)
+    recorded = frozenset(answers(folder, folder.with_name("copy")))
+    calibrated = (folder / "calibration.safetensors").exists()
+    return Kill(list(process.begun())[-1], killed, lines, shards(folder), calibrated, recorded)
+
+
+def computed(lines: tuple[str, ...]) -> set[str]:
+    """The shards that a process began to compute, by its own word."""
+    return {f"shard-{found}.npz" for found in re.findall(r"shard (\d+): forward passes begin", "\n".join(lines))}
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing_and_repeat_nothing(smollm2: Path, tmp_path: Path) -> None:
+    chance = random.Random(20)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    common = ["--debug", "run", "--model", str(smollm2), *flat(REAL), *JUDGING]
+    with serving(tmp_path / "whole.jsonl", 0.15) as server:
+        process = Command(*common, "--base-url", server.url, "--out", whole)
+        assert process.finish(400) == 0, process.said
+    begun = [*process.begun().items(), ("end", time.time())]
+    assert [stage for stage, _ in begun[:-1]] == list(STAGES)
+    lasts = {stage: after - begin for (stage, begin), (_, after) in itertools.pairwise(begun)}
+    wait_s = {stage: lasts[stage] / (count + 1 if stage in GOING_ON else 1) for stage, count in KILLS.items()}
+    assert {len(times) for times in server.events("finished").values()} == {1}
+
+    with serving(tmp_path / "killed.jsonl", 0.15) as server:
+        command = [*common, "--base-url", server.url, "--out", str(killed)]
+        plan = [stage for stage, count in KILLS.items() for _ in range(count)]
+        kills = [kill_in(stage, command, killed, wait_s, chance) for stage in plan]
+        last = Command(*command)
+        assert last.finish(400) == 0, last.said
+    hit = Counter(kill.stage for kill in kills)
+    print(f"\nstages, in seconds: {lasts}\nkills: {dict(hit)}")
+    assert hit.total() == 20 and set(hit) == set(STAGES)
+
+    check_equal(whole, killed, tmp_path / "copy")
+    check_forward_passes(killed, kills, tuple(line for _, line in last.lines))
+    check_requests(server, kills, answers(killed, tmp_path / "copy"))
+
+
+def check_equal(whole: Path, killed: Path, copy: Path) -> None:
+    """Record for record, file for file."""
+    kept = (
+        "run.json",
+        "corpus/*",
+        "calibration.safetensors",
+        "collected/*.npz",
+        "collected/*.json",
+        "examples/*.parquet",
+    )
+    assert files(killed, *kept) == files(whole, *kept)
+    left, right = tables(killed / "records.sqlite"), tables(whole / "records.sqlite")
+    assert list(left) == list(right)
+    for name, rows in left.items():
+        assert rows == right[name], name
+    assert all(right[name] for name in ("sources", "features", "explanations", "scores", "judgements"))
+    assert answers(killed, copy) == answers(whole, copy)
+
+
+def check_forward_passes(folder: Path, kills: list[Kill], last: tuple[str, ...]) -> None:
+    """What was on disk after a kill is that very file at the end, and no later process began to compute it."""
+    finally_there = shards(folder)
+    processes = [kill.lines for kill in kills] + [last]
+    assert set().union(*map(computed, processes)) == set(finally_there)
+    for number, kill in enumerate(kills, 1):
+        later = processes[number:]
+        assert kill.shards.items() <= finally_there.items()
+        assert not set().union(*map(computed, later)) & set(kill.shards)
+        assert not kill.calibrated or not any(line.startswith("calibrate:") for lines in later for line in lines)
+
+
+def check_requests(server: Server, kills: list[Kill], recorded: dict[str, Any]) -> None:
+    """By the server's log: what was recorded is never asked again, and nothing is answered twice but for WIRE_S."""
+    received, finished = server.events("received"), server.events("finished")
+    assert set(finished) == set(recorded)
+    for kill in kills:
+        assert not [key for key in kill.recorded if max(received[key]) > kill.time]
+    on_the_wire = 0
+    for key, times in finished.items():
+        for when in sorted(times)[:-1]:
+            near = [kill for kill in kills if abs(kill.time - when) < WIRE_S and key not in kill.recorded]
+            assert near, f"{key} was answered {len(times)} times"
+            on_the_wire += 1
+    print(f"answers on the wire in the moment of a kill: {on_the_wire} of {len(finished)}")
+    assert on_the_wire <= 4

@@ -21,7 +21,9 @@ import pytest
 
 from evalkit.errors import NoAnswer
 from evalkit.records import Message
+from evalkit.store import read_run
 from tests.chat_model import answer
+from tests.run_folders import tiny_options
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "tests/plugin_client/evalkit_example_provider.py"
@@ -113,22 +115,58 @@ def test_a_failure_is_the_error_of_the_contract(provider: Provider, monkeypatch:
         assert "key-that-is-wrong" not in str(caught.value)
 
 
-@pytest.mark.slow
-def test_installed_it_is_found_and_asked(tmp_path: Path, provider: Provider) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that finds the package, installed into a folder of its own."""
+    folder = tmp_path_factory.mktemp("installed")
     # the build writes beside the sources, so it gets a copy
-    package = shutil.copytree(MODULE.parent, tmp_path / "package")
+    package = shutil.copytree(MODULE.parent, folder / "package")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(tmp_path / "site"), str(package)], check=True)
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "EXAMPLE_API_KEY": KEY}
+    subprocess.run([*command, "--target", str(folder / "site"), str(package)], check=True)
+    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "EXAMPLE_API_KEY": KEY}
 
-    def python(*arguments: str) -> Any:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
-        return json.loads(done.stdout)
 
-    listed = next(one for one in python("-m", "evalkit", "plugins", "--json") if one["name"] == "example")
+def python(environment: dict[str, str], folder: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_installed_it_is_found_and_asked(installed: dict[str, str], tmp_path: Path, provider: Provider) -> None:
+    found = json.loads(python(installed, tmp_path, "-m", "evalkit", "plugins", "--json"))
+    listed = next(one for one in found if one["name"] == "example")
     assert (listed["kind"], listed["origin"], listed["error"]) == ("clients", "evalkit-example-provider", None)
     matches = [True, False, False]
-    assert python("-c", CODE, provider.url) == ["toy-1", "words such as whale", [matches, matches]]
+    replies = json.loads(python(installed, tmp_path, "-c", CODE, provider.url))
+    assert replies == ["toy-1", "words such as whale", [matches, matches]]
     assert len(provider.asked) == 1 + 2 + 3  # an explanation; plain and marked texts as a list each; one by one
+
+
+@pytest.mark.slow
+def test_a_whole_run_goes_through_it(
+    installed: dict[str, str], tmp_path: Path, provider: Provider, tiny_llama: Path
+) -> None:
+    """`evalkit run --client example:MODEL`: records carry the model, answers are recorded, a second run asks nothing."""
+    inputs = tiny_options(tmp_path, tiny_llama)
+    options = {
+        "--model": tiny_llama, "-d": tmp_path / "sae", "--corpus": inputs["corpus"], "--dtype": "float32",
+        "--features": 4, "--examples": 6, "--positives": 4, "--negatives": 4, "--controls": "shuffled",
+        "--explainer": "default", "--judge": "llm", "--client": "example:toy-1",
+        "--client-option": f"url={provider.url}", "--max-calls": 1000,
+    }  # fmt: skip
+    listed = [str(part) for pair in options.items() for part in pair]
+    for name in ("run", "again"):
+        place = ["--out", str(tmp_path / name), "--cache", str(tmp_path / "cache.sqlite")]
+        python(installed, tmp_path, "-m", "evalkit", "-q", "run", *listed, *place)
+        if name == "run":
+            asked = len(provider.asked)
+    assert len(provider.asked) == asked > 10
+    frames = read_run(tmp_path / "run")
+    assert set(frames.judgements["judge"]) == {"llm@toy-1"}
+    assert set(frames.explanations["explainer"]) == {"default@toy-1"}
+    assert f"toy-1: {asked} calls" in str(frames.meta["cost"])
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert KEY.encode() not in written

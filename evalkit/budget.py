@@ -32,6 +32,7 @@ class BudgetedClient:
         spent_cost: float = 0.0,
     ) -> None:
         self.name = live.name
+        self.concurrency: int | None = getattr(live, "concurrency", None)
         self._live, self._price = live, price
         self._max_calls, self._max_cost = max_calls, max_cost
         self.spent_calls, self.spent_cost = spent_calls, spent_cost

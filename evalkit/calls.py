@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from evalkit import registry
@@ -89,20 +89,23 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
     before = client.spent()
     guard.spent_calls = before.calls
     guard.spent_cost = price.cost(before.prompt_tokens, before.completion_tokens) if price else 0.0
-    try:
-        yield client
-    finally:
-        if client.in_flight:
-            _LOG.warning("waiting for %d requests that were sent; Ctrl-C drops them", client.in_flight)
+    async with AsyncExitStack() as ending:  # the last one first, each whatever happens to the others
+        ending.push_async_callback(client.close)
+        ending.callback(_keep_spending, store, client, price)
+        ending.push_async_callback(client.settle)
         try:
-            await client.settle()
+            yield client
         finally:
-            spent = client.spent()
-            store.write_asked(
-                client.name,
-                calls=spent.calls,
-                prompt_tokens=spent.prompt_tokens,
-                completion_tokens=spent.completion_tokens,
-                cost=price.cost(spent.prompt_tokens, spent.completion_tokens) if price else None,
-            )
-            await client.close()
+            if client.in_flight:
+                _LOG.warning("waiting for %d requests that were sent; Ctrl-C drops them", client.in_flight)
+
+
+def _keep_spending(store: RunStore, client: Any, price: Price | None) -> None:
+    spent = client.spent()
+    store.write_asked(
+        client.name,
+        calls=spent.calls,
+        prompt_tokens=spent.prompt_tokens,
+        completion_tokens=spent.completion_tokens,
+        cost=price.cost(spent.prompt_tokens, spent.completion_tokens) if price else None,
+    )

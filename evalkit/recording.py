@@ -97,7 +97,7 @@ class Recording:
                 with self._database:
                     self._database.execute(_TABLE)
             else:
-                self._database = open_to_read(path, "answers")
+                self._database = _open_to_read(path)
             self._database.execute(f"SELECT {_COLUMNS} FROM answers LIMIT 1")
         except OSError as error:
             raise self._storage_error(error) from error
@@ -170,6 +170,16 @@ class Recording:
             with contextlib.suppress(sqlite3.OperationalError):  # another process has it open
                 self._database.execute("PRAGMA journal_mode = DELETE")
         self._database.close()
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """A file without any table is an empty recording: who made it was killed in its first moment."""
+    database = open_to_read(path, "sqlite_master")
+    if database.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+        database.close()
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        database.execute(_TABLE)
+    return database
 
 
 def _encoded(response: Response) -> str:

@@ -15,7 +15,10 @@ from typing import Any
 from evalkit.errors import BadFile, RunLocked, RunMismatch
 from evalkit.files import storage_errors, write_bytes
 
-__all__ = ["acquire", "bind_identity"]
+__all__ = ["acquire", "bind_identity", "sweep"]
+
+# what a killed process was in the middle of writing (see files.atomic_path, corpus_files.CorpusWriter)
+_LEFT_OVERS = (".corpus.partial-*", ".run.json.*.part", ".calibration.*.part", "collected/.*.part", "examples/.*.part")
 
 
 def acquire(path: Path) -> int:
@@ -36,6 +39,16 @@ def acquire(path: Path) -> int:
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written. Only for who holds the lock."""
+    for pattern in _LEFT_OVERS:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def bind_identity(folder: Path, identity: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from evalkit.databases import open_to_read, open_to_write
 from evalkit.errors import BadFile, MissingFile, StorageError
 from evalkit.files import storage_errors
 from evalkit.records import Explanation, FeatureId, Score, SourceInfo
-from evalkit.run_folder import acquire, bind_identity
+from evalkit.run_folder import acquire, bind_identity, sweep
 
 if TYPE_CHECKING:
     from evalkit.report.frames import RunFrames
@@ -129,6 +129,7 @@ class RunStore:
             folder.mkdir(parents=True, exist_ok=True)
         lock = acquire(folder / "run.lock")
         try:
+            sweep(folder)
             bind_identity(folder, identity)
             store = cls(folder, open_to_write(folder / "records.sqlite"))
             with store._writing():

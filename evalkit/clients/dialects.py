@@ -76,7 +76,7 @@ class Dialect:
         wrapped = self._wraps(ask)
         messages = without_system(ask.messages) if "system" in self.refused else ask.messages
         body: dict[str, Any] = {
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "messages": [{"role": message.role, "content": _encodable(message.content)} for message in messages],
             "max_tokens": ask.max_tokens + (_WRAPPING_TOKENS if wrapped else 0),
         }
         if ask.temperature is not None:
@@ -98,11 +98,10 @@ class Dialect:
 
     def refuse(self, parameter: str) -> bool:
         """Leave a parameter out from now on; whether that is news."""
-        if parameter == "structured_outputs" and self.kind == "vllm":
-            self.kind = "json_schema"  # which every server that takes constraints understands
-            return True
         new = parameter not in self.refused
         self.refused.add(parameter)
+        if parameter == "structured_outputs" and self.kind == "vllm":
+            self.kind = "json_schema"  # which every server that takes constraints understands
         return new
 
     def _wraps(self, ask: Ask) -> bool:
@@ -116,6 +115,8 @@ class Dialect:
 
 def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
     """The reply in a completion object of the SDK. Raises MalformedReply."""
+    if isinstance(completion, str):  # of another content type
+        raise MalformedReply(f"a reply that is no JSON: {completion[:2000]!r}")
     try:
         choice = completion.choices[0]
         text = choice.message.content
@@ -128,13 +129,18 @@ def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
         raise MalformedReply(f"a reply whose content is {type(text).__name__}")
     reason = getattr(choice, "finish_reason", None)
     return Response(
-        text=_unwrapped(ask, text) if form.wrapped else text,
+        text=_encodable(_unwrapped(ask, text) if form.wrapped else text),
         logprobs=_logprobs(getattr(choice, "logprobs", None)) if ask.logprobs else (),
         prompt_tokens=_count(getattr(usage, "prompt_tokens", 0)),
         completion_tokens=_count(getattr(usage, "completion_tokens", 0)),
         finish_reason=reason if isinstance(reason, str) else "stop",
         model=told if isinstance(told, str) else "",
     )
+
+
+def _encodable(text: str) -> str:
+    """Half a character, as cut texts end in, can be neither sent nor stored."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _own(ask: Ask) -> dict[str, Any]:

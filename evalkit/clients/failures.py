@@ -7,7 +7,6 @@ out of it.
 from __future__ import annotations
 
 import email.utils
-import logging
 import math
 import re
 import time
@@ -18,9 +17,8 @@ from typing import Any
 from evalkit.clients.keys import Redactor
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, RequestRefused
 
-__all__ = ["Health", "Redactor", "Refusal", "Transient", "judge_failure", "retry_after"]
+__all__ = ["Redactor", "Refusal", "Transient", "judge_failure", "retry_after"]
 
-_LOG = logging.getLogger(__name__)
 _AGAIN = frozenset({408, 409, 425, 429})  # and everything from 500
 _NEVER = {
     401: "the key in the environment is missing or wrong",
@@ -44,7 +42,6 @@ _NO_SYSTEM = re.compile(
     r"\b(?:system|developer) (?:role|message|prompt|instruction)s?\b.{0,30}(?:\bnot\b|n't|unsupported)", re.I
 )
 _LONGEST_WAIT_S = 300.0
-_REST_S, _LONGEST_REST_S = 5.0, 60.0
 
 
 class Transient(Exception):
@@ -53,32 +50,6 @@ class Transient(Exception):
     def __init__(self, reason: str, wait_s: float | None = None, *, silent: bool = False) -> None:
         self.reason, self.wait_s, self.silent = reason, wait_s, silent
         super().__init__(reason)
-
-
-@dataclass(slots=True)
-class Health:
-    """How well a server is. One that was silent is left alone for a while, twice as long every time, until it answers."""
-
-    silences: int = 0
-    silent_at: float = 0.0
-    answered_at: float = 0.0
-    resting_until: float = 0.0
-    reason: str = ""
-
-    def answered(self, url: str) -> None:
-        if self.silences:
-            _LOG.warning("%s answers again", url)
-        self.silences, self.answered_at = 0, time.monotonic()
-
-    def was_silent(self, url: str, reason: str) -> None:
-        now = time.monotonic()
-        self.silent_at, self.reason = now, reason
-        if self.silences and now < self.resting_until:  # one of several requests that met the same silence
-            return
-        if not self.silences:
-            _LOG.warning("%s: %s; trying again", url, reason)
-        self.resting_until = now + min(_REST_S * 2**self.silences, _LONGEST_REST_S)
-        self.silences += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +65,7 @@ def judge_failure(
 ) -> Transient | Refusal | ClientError:
     """What an ``openai.APIStatusError`` means for a request of which the ``removable`` parameters can be left out."""
     status, body = int(error.status_code), error.body if isinstance(error.body, dict) else {}
-    message = str(body.get("message") or error.message)
+    message = _words(error)
     reason = f"status {status}: {redact(' '.join(message.split()))[:200]}"
     if any(name in (body.get("code"), body.get("type")) for name in _NO_CREDIT):
         return _down(server, reason, _NEVER[402])
@@ -113,6 +84,20 @@ def judge_failure(
     return RequestRefused(
         f"request to {server}", expected="an answer", seen=reason, fix="see the reason; the same request fails again"
     )
+
+
+def _words(error: Any) -> str:
+    """What the server says of it, in whichever of the usual shapes."""
+    body: Any = error.body if error.body else error.message
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    if isinstance(body, list) and all(isinstance(one, dict) and "msg" in one for one in body):
+        body = "; ".join(f"{_place(one.get('loc'))}: {one['msg']}" for one in body)
+    return str(body)[:10_000]
+
+
+def _place(loc: Any) -> str:
+    return ".".join(map(str, loc)) if isinstance(loc, list) else str(loc or "")
 
 
 def _named(param: Any, message: str, removable: Collection[str]) -> str | None:

@@ -90,9 +90,10 @@ def checked_url(url: Any, redact: Redactor) -> str:
         begins = str(url).startswith(("http://", "https://"))
         seen = "a host or port that cannot be" if begins else "another beginning"
         raise BadConfig("base URL", expected="http://HOST:PORT/v1 or https://…", seen=seen, fix="write it in full")
-    if "@" in parts.netloc or parts.query or parts.fragment or redact(url) != url:
+    holds_key = redact(url) != url
+    if holds_key or "@" in parts.netloc or parts.query or parts.fragment:
         raise BadConfig(
-            f"base URL of {redact(parts.hostname or '')}",
+            "base URL" if holds_key else f"base URL of {parts.hostname}",
             expected="no user name, password, query or key in it: keys come from the environment",
             seen="one of these",
             fix="take it out, and set OPENAI_API_KEY",

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evalkit.clients.dialects import CONSTRAINTS, Ask, Constraints, Dialect, Form, MalformedReply, read_reply
-from evalkit.clients.failures import Health, Refusal, Transient, judge_failure, retry_after
+from evalkit.clients.failures import Refusal, Transient, judge_failure
 from evalkit.clients.keys import Redactor, checked_fields, checked_url, guard_logs, read_key
+from evalkit.clients.servers import Server
 from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, require
 from evalkit.records import Message, Response
 
@@ -27,24 +28,10 @@ __all__ = ["OpenAIClient"]
 
 _LOG = logging.getLogger(__name__)
 _HOSTED = "https://api.openai.com/v1"
-_CONNECT_S, _LOOK_S = 10.0, 20.0  # time for a connection, and for the list of models
-_LOOKS = 3  # at the list of models, before it is done without
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _TOLD_PAUSE_S = 20.0  # the user hears of a pause that a server asks for if it is longer
 _PATIENCE_S = 180.0  # after so long without an answer to anybody, one more silence is the last
-
-
-@dataclass(slots=True)
-class _Server:
-    """One base URL: its connections, what it understands, how busy and how well it is."""
-
-    url: str
-    sdk: Any
-    dialect: Dialect
-    in_flight: int = 0
-    looks: int = 0
-    health: Health = field(default_factory=Health)
-    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+_BAD_NEWS_S = 1.0  # whoever asks so soon after all were given up is told the same
 
 
 class OpenAIClient:
@@ -74,16 +61,19 @@ class OpenAIClient:
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         self._openai, self._tenacity = require("openai", "api"), require("tenacity", "api")
-        _expect("model", model, isinstance(model, str) and model != "", "the name of a model")
         _expect("temperature", temperature, temperature is None or _number(temperature, 0), "a number from 0, or null")
         _expect("concurrency", concurrency, _number(concurrency, 1, int), "a whole number from 1")
         _expect("max_attempts", max_attempts, _number(max_attempts, 1, int), "a whole number from 1")
         _expect("timeout_s", timeout_s, _number(timeout_s, 0.01), "seconds, a number above 0")
         rate = requests_per_minute
         _expect("requests_per_minute", rate, rate is None or _number(rate, 0.01), "a number above 0")
+        if rate is not None:
+            require("aiolimiter", "api")
         _expect("constraints", constraints, constraints in CONSTRAINTS, f"one of {', '.join(CONSTRAINTS)}")
         self._key = read_key(api_key_env)
         self._redact = Redactor(self._key, piece=8)
+        named = isinstance(model, str) and model != "" and self._redact(model) == model
+        _expect("model", self._redact(str(model)), named, "the name of a model")
         self._clean = Redactor(self._key, least=8, piece=12 if len(self._key or "") >= 16 else None)  # for replies
         urls = base_url or os.environ.get("OPENAI_BASE_URL") or _HOSTED
         urls = [urls] if isinstance(urls, str) else urls
@@ -94,11 +84,11 @@ class OpenAIClient:
         self.name = ";".join([model, *_differences(temperature, self._extra)])
         self.concurrency, self._rate = concurrency, rate
         self._timeout_s, self._max_attempts = timeout_s, max_attempts
-        self._servers: list[_Server] = []
+        self._servers: list[Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._last_success = 0.0
-        self._wave = 0  # of requests that wait at the same time, and hear together that nobody answers
-        self._down: ClientDown | None = None
+        self._last_success = self._told_until = 0.0
+        self._down: ClientDown | None = None  # as all hear who asked before ``_down_until``
+        self._down_until = 0.0
         if self._key is not None:
             guard_logs(self._key)
 
@@ -116,46 +106,39 @@ class OpenAIClient:
         """One reply. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown."""
         self._connect()
         ask = Ask(messages, schema, choices, regex, logprobs, seed, max_tokens, self._temperature)
-        wave = self._wave
+        asked = time.monotonic()
         async with self._gate:
             try:
-                return await self._until_answered(ask, wave)
+                return await self._until_answered(ask, asked)
             except ClientDown as error:
-                if wave == self._wave:
-                    self._wave, self._down = wave + 1, error
+                if asked >= self._down_until:
+                    self._down, self._down_until = error, time.monotonic() + _BAD_NEWS_S
+                    self._bad_news.set()  # wakes who pauses …
+                    self._bad_news.clear()  # … now, and nobody later
                 raise
 
     async def close(self) -> None:
         """Close the connections."""
         servers, self._servers = self._servers, []
         if self._loop is asyncio.get_running_loop():  # those of a loop that is gone went with it
-            await asyncio.gather(*(server.sdk.close() for server in servers))
+            await asyncio.gather(*(server.close() for server in servers))
 
     def _connect(self) -> None:
         """Connections of the running event loop, unless there are some."""
         loop = asyncio.get_running_loop()
         if self._servers and self._loop is loop:
             return
-        self._loop = loop
+        self._loop, self._down_until, self._bad_news = loop, 0.0, asyncio.Event()
         self._gate = asyncio.Semaphore(self.concurrency)
         self._limiter: Any = contextlib.nullcontext()
         if self._rate is not None:
             self._limiter = require("aiolimiter", "api").AsyncLimiter(max(self._rate / 60, 1), max(60 / self._rate, 1))
         self._servers = [
-            _Server(
-                url,
-                self._openai.AsyncOpenAI(
-                    base_url=url,
-                    api_key=self._key or "none",
-                    timeout=self._openai.Timeout(self._timeout_s, connect=min(_CONNECT_S, self._timeout_s)),
-                    max_retries=0,
-                ),
-                dialect,
-            )
+            Server(self._openai, url, self._key, dialect, self._timeout_s, self._redact)
             for url, dialect in self._dialects.items()
         ]
 
-    async def _until_answered(self, ask: Ask, wave: int) -> Response:
+    async def _until_answered(self, ask: Ask, asked: float) -> Response:
         tenacity, started = self._tenacity, time.monotonic()
         jittered = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
 
@@ -171,15 +154,28 @@ class OpenAIClient:
             ),
             wait=pause,
             retry=tenacity.retry_if_exception_type(Transient),
-            before_sleep=_tell,
+            sleep=self._pause,
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
-            response: Response = await retrying(self._attempt, ask, wave)
+            response: Response = await retrying(self._attempt, ask, asked)
         except Transient as error:
             raise self._gave_up(error, started) from None
         self._last_success = time.monotonic()
         return response
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._bad_news.wait(), seconds)
+
+    def _tell(self, state: Any) -> None:
+        """Of a long pause that a server asked for, once while it lasts; of others in the debugging log only."""
+        error, pause_s, now = state.outcome.exception(), state.next_action.sleep, time.monotonic()
+        level = logging.DEBUG
+        if error.wait_s is not None and pause_s > _TOLD_PAUSE_S and now >= self._told_until:
+            level, self._told_until = logging.WARNING, now + pause_s
+        _LOG.log(level, "attempt %d: %s; again in %.1f s", state.attempt_number, error.reason, pause_s)
 
     def _is_silent(self, error: Transient, started: float) -> bool:
         """Whether nobody has been answered for so long that waiting on would be in vain."""
@@ -187,26 +183,26 @@ class OpenAIClient:
 
     def _gave_up(self, error: Transient, started: float) -> ClientError:
         where = ", ".join(server.url for server in self._servers)
-        fix = "see that the server is up, lower concurrency or raise timeout_s; the same command goes on"
+        again = "the same command goes on"
+        fix = f"see that the server is up, lower concurrency or raise timeout_s; {again}"
         if self._last_success < started or self._is_silent(error, started):
-            return ClientDown(where, expected="an answer to any request", seen=error.reason, fix=fix)
+            mend = fix if error.silent else f"see the reason, and check the base URL; {again}"
+            return ClientDown(where, expected="an answer to any request", seen=error.reason, fix=mend)
         return NoAnswer(where, expected=f"an answer in {self._max_attempts} attempts", seen=error.reason, fix=fix)
 
-    async def _attempt(self, ask: Ask, wave: int) -> Response:
+    async def _attempt(self, ask: Ask, asked: float) -> Response:
         """Ask one server; again at once where it only refuses a parameter. Raises Transient, ClientError."""
-        if wave != self._wave and (down := self._down) is not None:
+        if asked < self._down_until and (down := self._down) is not None:
             raise ClientDown(down.subject, expected=down.expected, seen=down.seen, fix=down.fix)
         server = self._choose()
         server.in_flight += 1
         try:
-            await self._look(server)
+            await server.look()
             while True:
                 form = server.dialect.put(ask)
                 try:
                     async with self._limiter:
-                        completion = await self._call(
-                            server, server.sdk.chat.completions.create(**self._body(form)), self._timeout_s
-                        )
+                        completion = await server.complete(self._body(form))
                 except self._openai.APIStatusError as error:
                     failure = judge_failure(error, server.url, form.removable, self._redact)
                     if not isinstance(failure, Refusal):
@@ -219,7 +215,7 @@ class OpenAIClient:
         finally:
             server.in_flight -= 1
 
-    def _choose(self) -> _Server:
+    def _choose(self) -> Server:
         """The least busy of those that are well. One that was silent gets a single request after its rest, to see."""
         now = time.monotonic()
         well = [
@@ -227,33 +223,7 @@ class OpenAIClient:
             for server in self._servers
             if not server.health.silences or (server.health.resting_until <= now and not server.in_flight)
         ]
-        return min(well or self._servers, key=lambda server: server.in_flight)
-
-    async def _call(self, server: _Server, answer: Awaitable[Any], timeout_s: float) -> Any:
-        """What a server answers. Raises Transient where that is nothing or nonsense, the SDK's APIStatusError."""
-        sent = time.monotonic()
-        try:
-            async with asyncio.timeout(timeout_s):
-                answered = await answer
-        except self._openai.APIStatusError:
-            server.health.answered(server.url)
-            raise
-        except (TimeoutError, self._openai.APIConnectionError) as error:
-            cause = error.__cause__ or error
-            never_met = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
-            late = not never_met and isinstance(error, TimeoutError | self._openai.APITimeoutError)
-            why = self._redact(" ".join(f"{type(cause).__name__} {cause}".split()))[:200]
-            reason = (
-                f"no reply within {timeout_s:g} s" if late else f"{'no' if never_met else 'broken'} connection: {why}"
-            )
-            if never_met or server.health.answered_at <= sent:
-                server.health.was_silent(server.url, reason)
-            raise Transient(reason, silent=True) from None
-        except (self._openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            server.health.answered(server.url)
-            raise Transient(f"a reply that cannot be read: {self._redact(str(error))[:100]}") from None
-        server.health.answered(server.url)
-        return answered
+        return min(well or self._servers, key=lambda server: (server.in_flight, server.health.silences))
 
     def _read(self, ask: Ask, form: Form, completion: Any) -> Response:
         """The reply, without the key if a server should tell it. Raises Transient."""
@@ -273,37 +243,8 @@ class OpenAIClient:
             model=clean(response.model),
         )
 
-    async def _look(self, server: _Server) -> None:
-        """Find out what kind of server it is, once. Raises Transient where it cannot be reached."""
-        began = time.monotonic()
-        async with server.looking:
-            if server.dialect.kind is not None:
-                return
-            if server.health.silences and server.health.silent_at >= began:  # as whoever looked before us found
-                raise Transient(server.health.reason, silent=True)
-            server.looks += 1
-            listed: Any = None
-            try:
-                listed = await self._call(server, server.sdk.models.list(), min(self._timeout_s, _LOOK_S))
-            except Transient as error:
-                if error.silent or server.looks < _LOOKS:
-                    raise
-            except self._openai.APIStatusError as error:
-                if (error.status_code == 429 or error.status_code >= 500) and server.looks < _LOOKS:
-                    wait_s = retry_after(error.response.headers)
-                    raise Transient(f"status {error.status_code} to the list of models", wait_s) from None
-            models = getattr(listed, "data", None)
-            owners = [getattr(model, "owned_by", "") for model in (models if isinstance(models, list) else ())]
-            server.dialect.kind = "vllm" if "vllm" in owners else "json_schema"
-
     def _body(self, form: Form) -> dict[str, Any]:
         return {"model": self._model, **form.body, "extra_body": {**self._extra, **form.extra}}
-
-
-def _tell(state: Any) -> None:
-    error, pause_s = state.outcome.exception(), state.next_action.sleep
-    level = logging.WARNING if error.wait_s is not None and pause_s > _TOLD_PAUSE_S else logging.DEBUG
-    _LOG.log(level, "attempt %d: %s; again in %.1f s", state.attempt_number, error.reason, pause_s)
 
 
 # options

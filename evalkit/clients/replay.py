@@ -1,12 +1,14 @@
 """A client that answers from a recording, and can make one from another client.
 
 What is recorded is never asked again: not in the same run, and with ``cache`` not in any other one that shares it. A
-request that was sent is waited for and recorded even when nobody waits for its answer any more.
+request that was sent is waited for and recorded even when nobody waits for its answer any more; one that still stood in
+the queue then is never sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,9 @@ class ReplayClient:
         self.path = Path(path).expanduser()
         self._live = record_from
         self._pending: dict[str, asyncio.Task[Response]] = {}
+        self._sent: set[str] = set()
+        places = getattr(record_from, "concurrency", None)  # the queue stands here, where it can be dropped
+        self._places: Any = contextlib.nullcontext() if places is None else asyncio.Semaphore(places)
         if record_from is None and not self.path.is_file():
             raise MissingFile(
                 str(self.path),
@@ -110,12 +115,17 @@ class ReplayClient:
     async def _ask(
         self, live: Client, request: Request, messages: Sequence[Message], options: dict[str, Any]
     ) -> Response:
-        started = time.monotonic()
         if not options["regex"]:
             options = {key: value for key, value in options.items() if key != "regex"}
-        response = await live.generate(messages, **options)
-        recorded = Recorded(response, time.monotonic() - started)
-        self._recording.add(request, recorded, paid=True)
+        async with self._places:
+            self._sent.add(request.key)
+            started = time.monotonic()
+            try:
+                response = await live.generate(messages, **options)
+            finally:
+                self._sent.discard(request.key)
+            recorded = Recorded(response, time.monotonic() - started)
+            self._recording.add(request, recorded, paid=True)
         if self._cache is not None:
             self._cache.add(request, recorded, paid=True)
         return response
@@ -131,14 +141,20 @@ class ReplayClient:
     @property
     def in_flight(self) -> int:
         """Requests that were sent and not yet answered."""
-        return len(self._pending)
+        return len(self._sent)
 
     def spent(self) -> Spent:
         """What the recording's answers of this model took, over all its runs."""
         return self._recording.spent(self.name)
 
     async def settle(self) -> None:
-        """Wait until everything that was sent is answered and recorded. Cancelled, it drops what is in flight."""
+        """Wait until everything that was sent is answered and recorded; the rest of the queue is dropped.
+
+        Cancelled, it drops what is in flight too.
+        """
+        for key, task in list(self._pending.items()):
+            if key not in self._sent:
+                task.cancel()
         try:
             while self._pending:
                 await asyncio.gather(*self._pending.values(), return_exceptions=True)

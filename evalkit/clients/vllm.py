@@ -79,6 +79,7 @@ class VllmClient:
     """
 
     main_option = "model"
+    concurrency = 512  # requests handed to the engine, which decides how many it runs together
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -78,6 +78,8 @@ def serving(log: Path, delay_s: float, port: int = 0) -> Iterator[Server]:
 class Command:
     """``evalkit …`` in a process group of its own; what it says on stderr is read as it comes."""
 
+    started_ones: ClassVar[list[Command]] = []
+
     def __init__(self, *arguments: object, **options: Any) -> None:
         self.lines: list[tuple[float, str]] = []
         self._ended = False
@@ -88,6 +90,7 @@ class Command:
             **{"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True, **options},
             env={"OMP_NUM_THREADS": "2", **os.environ, "COLUMNS": "200"},
         )
+        Command.started_ones.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -146,6 +149,17 @@ class Command:
             raise
         self._reader.join()
         return code
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A test that fails leaves no process behind."""
+    yield
+    while Command.started_ones:
+        process = Command.started_ones.pop().process
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
 
 
 # what a run folder holds
@@ -269,7 +283,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(smollm2: Path, tmp_path: P
         assert last.finish(400) == 0, last.said
     hit = Counter(kill.stage for kill in kills)
     print(f"\nstages, in seconds: {lasts}\nkills: {dict(hit)}")
-    assert hit.total() == 20 and set(hit) == set(STAGES)
+    assert hit.total() == 20 and set(hit) == set(STAGES)  # each of them a process that was at work: see Command.kill
 
     check_equal(whole, killed, tmp_path / "copy")
     check_forward_passes(killed, kills, tuple(line for _, line in last.lines))
@@ -306,14 +320,14 @@ def check_requests(server: Server, kills: list[Kill], recorded: dict[str, Any]) 
     assert set(finished) == set(recorded)
     for kill in kills:
         assert not [key for key in kill.recorded if max(received[key]) > kill.time]
-    on_the_wire = 0
+    on_the_wire = []
     for key, times in finished.items():
         for when in sorted(times)[:-1]:
-            near = [kill for kill in kills if abs(kill.time - when) < WIRE_S and key not in kill.recorded]
-            assert near, f"{key} was answered {len(times)} times"
-            on_the_wire += 1
-    print(f"answers on the wire in the moment of a kill: {on_the_wire} of {len(finished)}")
-    assert on_the_wire <= KILLS["explain"] + KILLS["score"]
+            windows = [abs(kill.time - when) for kill in kills if key not in kill.recorded]
+            assert min(windows, default=WIRE_S) < WIRE_S, f"{key} was answered {len(times)} times"
+            on_the_wire.append(round(min(windows), 3))
+    print(f"answers on the wire in the moment of a kill, of {len(finished)}: {len(on_the_wire)}, by s: {on_the_wire}")
+    assert len(on_the_wire) <= KILLS["explain"] + KILLS["score"]
 
 
 # the other ways to end, on a tiny model
@@ -371,9 +385,9 @@ def scoring(explained: Scoring, tmp_path: Path) -> Scoring:
     return explained.moved(tmp_path / "run")
 
 
-def wait_for_answers(server: Server, count: int) -> None:
+def wait_for_log(server: Server, event: str, count: int) -> None:
     end = time.time() + 60
-    while len(server.events("finished")) < count and time.time() < end:
+    while len(server.events(event)) < count and time.time() < end:
         time.sleep(0.02)
 
 
@@ -387,7 +401,7 @@ def test_a_kill_in_the_first_moment_of_a_recording(scoring: Scoring, tmp_path: P
 
 
 def test_a_second_process_is_refused_and_the_first_goes_on(scoring: Scoring, tmp_path: Path) -> None:
-    with serving(tmp_path / "log.jsonl", 0.1) as server:
+    with serving(tmp_path / "log.jsonl", 0.5) as server:
         first = Command(*scoring.command(server))
         first.wait_for("score:")
         second = Command(*scoring.command(server))
@@ -401,18 +415,18 @@ def test_a_second_process_is_refused_and_the_first_goes_on(scoring: Scoring, tmp
 def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_path: Path) -> None:
     with serving(tmp_path / "log.jsonl", 0.8) as server:
         process = Command(*scoring.command(server))
-        wait_for_answers(server, 4)
+        wait_for_log(server, "finished", 4)
         process.process.send_signal(signal.SIGINT)
         stopped = time.time()
         assert process.finish(10) == 130
-        assert time.time() - stopped < 4
+        assert time.time() - stopped < 6
         log = server.events("received"), server.events("finished"), server.events("gone")
     received, finished, gone = log
-    assert all(times[-1] < stopped + 0.2 for times in received.values())
+    assert all(times[-1] < stopped + 1 for times in received.values())
     assert not gone and set(received) == set(finished)
     recorded = scoring.recorded(tmp_path)
     assert set(finished) <= set(recorded)
-    assert "Traceback" not in process.said and "waiting for 4 requests that were sent" in process.said
+    assert "Traceback" not in process.said and re.search("waiting for [1-4] requests that were sent", process.said)
     typed = process.said.partition("the same command goes on from there:\n")[2].splitlines()[0]
 
     with serving(tmp_path / "more.jsonl", 0, server.port) as server:
@@ -425,14 +439,13 @@ def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
     with serving(tmp_path / "log.jsonl", 60) as server:
         process = Command(*scoring.command(server))
         process.wait_for("score:")
-        while not server.events("received"):
-            time.sleep(0.02)
+        wait_for_log(server, "received", 1)
         process.process.send_signal(signal.SIGINT)
         process.wait_for("WARNING  waiting for")
         time.sleep(1)
         assert process.process.poll() is None  # it waits
         process.process.send_signal(signal.SIGINT)
-        assert process.finish(5) == 130
+        assert process.finish(10) == 130
         assert "Traceback" not in process.said and process.said.count("the same command goes on from there") == 1
 
 
@@ -467,10 +480,10 @@ def check_goes_on(scoring: Scoring, recorded: dict[str, Any], tmp_path: Path) ->
 
 
 def test_a_full_disk_keeps_what_was_answered_before(explained: Scoring, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk, serving(tmp_path / "log.jsonl", 0.05) as server:
+    with small_disk(tmp_path / "disk") as disk, serving(tmp_path / "log.jsonl", 0.2) as server:
         scoring = explained.moved(disk / "run")
         process = Command(*scoring.command(server))
-        wait_for_answers(server, 12)
+        wait_for_log(server, "finished", 12)
         with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while True:
                 ballast.write(bytes(4096))
@@ -485,7 +498,7 @@ def test_a_limit_on_files_keeps_what_was_answered_before(scoring: Scoring, tmp_p
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    with serving(tmp_path / "log.jsonl", 0.05) as server:
+    with serving(tmp_path / "log.jsonl", 0.2) as server:
         process = Command(*scoring.command(server), preexec_fn=limit)
         recorded = check_full(process, scoring, server, tmp_path)
     check_goes_on(scoring, recorded, tmp_path)

@@ -34,7 +34,6 @@ class Health:
 
     silences: int = 0
     silent_at: float = 0.0
-    answered_at: float = 0.0
     resting_until: float = 0.0
     reason: str = ""
     told_at: float = -math.inf
@@ -43,7 +42,7 @@ class Health:
     def answered(self, url: str) -> None:
         if self.telling:
             _LOG.warning("%s answers again", url)
-        self.silences, self.answered_at, self.telling = 0, time.monotonic(), False
+        self.silences, self.telling = 0, False
 
     def was_silent(self, url: str, reason: str) -> None:
         now = time.monotonic()
@@ -108,7 +107,6 @@ class Server:
             self.dialect.kind = "vllm" if "vllm" in owners else "json_schema"
 
     async def _call(self, answer: Awaitable[Any], timeout_s: float) -> Any:
-        sent = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 answered = await answer
@@ -116,21 +114,20 @@ class Server:
             self.health.answered(self.url)
             raise
         except (TimeoutError, self._sdk.APIConnectionError) as error:
-            raise self._silence(error, sent, timeout_s) from None
+            raise self._silence(error, timeout_s) from None
         except (self._sdk.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             self.health.answered(self.url)
             raise Transient(f"a reply that cannot be read: {self._redact(str(error))[:100]}") from None
         self.health.answered(self.url)
         return answered
 
-    def _silence(self, error: Exception, sent: float, timeout_s: float) -> Transient:
-        """What there is to say of no answer. It speaks against the server unless that answered others since."""
+    def _silence(self, error: Exception, timeout_s: float) -> Transient:
+        """What there is to say of no answer."""
         cause = error.__cause__ or error
         never_met = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
         why = self._redact(" ".join(f"{type(cause).__name__} {cause}".split()))[:200]
         reason = f"{'no' if never_met else 'broken'} connection: {why}"
         if not never_met and isinstance(error, TimeoutError | self._sdk.APITimeoutError):
             reason = f"no reply within {timeout_s:g} s"
-        if never_met or self.health.answered_at <= sent:
-            self.health.was_silent(self.url, reason)
+        self.health.was_silent(self.url, reason)
         return Transient(reason, silent=True)

@@ -34,7 +34,9 @@ def questions(round_number: int) -> list[list[Message]]:
         for batch in range(4):
             names = [OBJECTS[(description + batch + text) % 8] for text in range(5)]
             texts = [
-                JudgeItem(f"{round_number}-{batch}-{text}: they looked at {name} and said that it was not what it had been")
+                JudgeItem(
+                    f"{round_number}-{batch}-{text}: they looked at {name} and said that it was not what it had been"
+                )
                 for text, name in enumerate(names)
             ]
             asked.append(list_prompt(f"things like {OBJECTS[description % 8]}, kind {description}", texts))

@@ -152,6 +152,7 @@ def test_parameters_that_can_be_left_out(message: str, param: str | None, parame
         ("unsupported: 'seed'", "messages"),
         ("rejected: the temperature of the seed …", None),  # what is said of parameters says that they do not fit
         ("Unsupported parameter: 'top_k'", "top_k"),
+        ("Unsupported parameter: 'top_k' beside 'seed'", "top_k"),
         ("seeds and top_seed are not supported", None),
     ],
 )

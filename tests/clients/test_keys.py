@@ -201,6 +201,11 @@ def test_no_word_of_a_process_holds_the_key(client: str, tmp_path: Path) -> None
         f"http://localhost:8000/v1?api-key={KEY}",
         f"http://localhost:8000/{KEY}/v1",
         f"http://localhost:8000/v1#{KEY}",
+        "http://user:another-secret@localhost:8000/v1",
+        "http://another-secret@localhost:8000/v1",
+        "http://localhost:8000/v1?api-key=another-secret",
+        "http://localhost:8000/v1#another-secret",
+        "another-secret",
         f"http://{KEY}.example.org/v1",
         KEY,
         f"{KEY}:x@localhost/v1",
@@ -216,7 +221,8 @@ def test_a_url_with_a_key_is_refused_without_repeating_it(url: str, caplog: pyte
     with pytest.raises(BadConfig) as caught:
         OpenAIClient("m", base_url=["http://localhost:1/v1", url])
     told = str(caught.value) + caplog.text
-    assert pieces(told) == [] and KEY[9:].lower() not in told and "user:" not in told
+    assert pieces(told) == [] and KEY[9:].lower() not in told
+    assert "user:" not in told and "another-secret" not in told
 
 
 @pytest.mark.parametrize(

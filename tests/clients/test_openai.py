@@ -452,7 +452,7 @@ def test_a_dead_server_among_others_costs_little(
         replies = asyncio.run(ask_many(client, 200))
         took = time.monotonic() - began
     assert all(isinstance(reply, Response) for reply in replies)
-    assert took < 5
+    assert took < 8
     told = [record.getMessage() for record in caplog.records if url in record.getMessage()]
     assert len(told) == 1 and "trying again" in told[0]
 
@@ -486,6 +486,33 @@ def test_a_server_that_falls_silent_is_left_alone_and_comes_back(
     assert len(told) == 2 and "trying again" in told[0] and "answers again" in told[1]
 
 
+def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(servers, "_REST_S", 0.001)
+    monkeypatch.setattr(servers, "_LONGEST_REST_S", 0.001)
+    caplog.set_level(logging.DEBUG, "evalkit")
+    with nobody() as url, ChatServer() as server:
+        client = OpenAIClient(server.model, base_url=[url, server.base_url])
+
+        async def in_turn() -> None:
+            for number in range(10):
+                await client.generate([Message("user", f"{number}")], max_tokens=5)
+            await client.close()
+
+        asyncio.run(in_turn())
+    assert sum("again in" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_server_that_breaks_some_connections_is_asked_on(quick: None) -> None:
+    with ChatServer(faults=0.3, kinds=("reset",), delay_s=0.02) as flaky, ChatServer(delay_s=0.02) as steady:
+        client = OpenAIClient(steady.model, base_url=[flaky.base_url, steady.base_url], concurrency=8)
+        replies = asyncio.run(ask_many(client, 120))
+        shares = [server.counts()["received"] for server in (flaky, steady)]
+    assert all(isinstance(reply, Response) for reply in replies)
+    assert shares[0] > 0.2 * sum(shares), shares
+
+
 @pytest.mark.parametrize(
     ("dead", "words"), [(nobody, "no connection"), (black_hole, "no connection"), (mute, "no reply")]
 )
@@ -501,7 +528,7 @@ def test_when_all_are_dead_everybody_hears_it_soon(dead: Any, words: str, monkey
         took = time.monotonic() - began
     assert {type(reply) for reply in replies} == {ClientDown}
     assert {words} == {words for reply in replies if words in str(reply)}
-    assert took < 5  # five minutes by the default times, of which the machine takes some
+    assert took < 10  # three seconds by these times, and what the machine takes
 
 
 def test_a_server_that_stops_answering_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

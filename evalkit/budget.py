@@ -66,11 +66,14 @@ class BudgetedClient:
         return response
 
     def _most(self, messages: Sequence[Message], max_tokens: int) -> float:
-        """What a request costs if its reply is as long as it may be; the prompt's tokens are estimated, generously."""
+        """What a request costs if its reply is as long as it may be; the prompt's tokens are estimated, generously.
+
+        By bytes: what takes several per character, Chinese for example, takes more tokens as well.
+        """
         if self._price is None:
             return 0.0
-        characters = sum(len(message.content) for message in messages)
-        return self._price.cost(1.5 * TOKENS_PER_CHARACTER * characters, max_tokens)
+        size = sum(len(message.content.encode("utf-8", "replace")) for message in messages)
+        return self._price.cost(1.5 * TOKENS_PER_CHARACTER * size, max_tokens)
 
     async def close(self) -> None:
         """Close the client behind."""

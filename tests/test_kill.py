@@ -205,12 +205,13 @@ def files(folder: Path, pattern: str) -> dict[str, str]:
 # kill -9
 
 KILLS = {"start": 2, "calibrate": 3, "collect activations": 5, "sample windows": 2, "explain": 3, "score": 5}
+DELAY_S = 0.3  # of an answer: slow enough that few are on the wire when a kill comes
 GOING_ON = ("collect activations", "explain", "score")  # a killed one keeps what it has done
 REAL = {
     "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
     "--max-tokens": 56000,  # two fifths of it is not in the calibration sample
-    "--features": 6,
-    "--positives": 5,
+    "--features": 4,
+    "--positives": 4,
     "--negatives": 4,
     "--examples": 10,
     "--controls": "shuffled,planted",
@@ -266,7 +267,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(smollm2: Path, tmp_path: P
     chance = random.Random(20)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = ["--debug", "run", "--model", str(smollm2), *flat(REAL), *JUDGING]
-    with serving(tmp_path / "whole.jsonl", 0.15) as server:
+    with serving(tmp_path / "whole.jsonl", DELAY_S) as server:
         process = Command(*common, "--base-url", server.url, "--out", whole)
         assert process.finish(400) == 0, process.said
     begun = [*process.begun().items(), ("end", time.time())]
@@ -275,7 +276,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(smollm2: Path, tmp_path: P
     wait_s = {stage: lasts[stage] / (count + 1 if stage in GOING_ON else 1) for stage, count in KILLS.items()}
     assert {len(times) for times in server.events("finished").values()} == {1}
 
-    with serving(tmp_path / "killed.jsonl", 0.15) as server:
+    with serving(tmp_path / "killed.jsonl", DELAY_S) as server:
         command = [*common, "--base-url", server.url, "--out", str(killed)]
         plan = [stage for stage, count in KILLS.items() for _ in range(count)]
         kills = [kill_in(stage, command, killed, wait_s, chance) for stage in plan]

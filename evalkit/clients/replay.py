@@ -109,8 +109,13 @@ class ReplayClient:
         if asked is None:
             asked = asyncio.create_task(self._ask(self._live, request, messages, options))
             self._pending[request.key] = asked
-            asked.add_done_callback(lambda _: self._pending.pop(request.key))
+            asked.add_done_callback(lambda task: self._forget(request.key, task))
         return await asyncio.shield(asked)  # whoever waits may be cancelled; what was sent is paid for
+
+    def _forget(self, key: str, task: asyncio.Task[Response]) -> None:
+        del self._pending[key]
+        if not task.cancelled():
+            task.exception()  # who waited has heard of it; who was cancelled does not want to
 
     async def _ask(
         self, live: Client, request: Request, messages: Sequence[Message], options: dict[str, Any]

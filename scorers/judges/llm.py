@@ -75,32 +75,38 @@ class LlmJudge:
         self.version = f"{mode}-1"
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Raises ClientError where the model cannot be reached."""
+        """As many answers as items, in their order. Raises ClientError where the model cannot be reached or refuses all."""
         size = self.batch_size if self.mode == "list" else 1
         batches = []
         for marked in (False, True):  # the two kinds of question have different prompts
             chosen = [index for index, item in enumerate(items) if (item.marks is not None) == marked]
             batches += [chosen[first : first + size] for first in range(0, len(chosen), size)]
-        replies = await asyncio.gather(*(self._answer(explanation, [items[i] for i in batch]) for batch in batches))
+        asked = (self._answer(explanation, [items[i] for i in batch]) for batch in batches)
+        outcomes = await asyncio.gather(*asked)
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
+        if refusals and len(refusals) == len(outcomes):
+            raise refusals[0]  # not these texts are refused, but whatever we ask
         answers = [Answer(None, reason="not asked")] * len(items)
-        for batch, reply in zip(batches, replies, strict=True):
-            for index, answer in zip(batch, reply, strict=True):
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            for index, answer in zip(batch, _settled(outcome, len(batch)), strict=True):
                 answers[index] = answer
         return answers
 
-    async def _answer(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
-        """As many answers as there are items. One that the model will never give is unscored, with its reason."""
+    async def _answer(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer] | RequestRefused:
+        """As many answers as there are items, or why the model will never give them."""
         ask = self._ask_list if self.mode == "list" else self._ask_single
         try:
             return await ask(explanation, batch)
         except RequestRefused as error:
-            return [Answer(None, reason=str(error))] * len(batch)
+            return error
         except ContextOverflow as error:
             if len(batch) == 1:
                 return [Answer(None, reason=str(error))]
             half = len(batch) // 2
-            parts = await asyncio.gather(*(self._answer(explanation, part) for part in (batch[:half], batch[half:])))
-            return [answer for part in parts for answer in part]
+            halves = (batch[:half], batch[half:])
+            outcomes = await asyncio.gather(*(self._answer(explanation, part) for part in halves))
+            settled = (_settled(outcome, len(part)) for part, outcome in zip(halves, outcomes, strict=True))
+            return [answer for part in settled for answer in part]
 
     async def _ask_list(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer]:
         messages, count = list_prompt(explanation, batch), len(batch)
@@ -146,6 +152,11 @@ class LlmJudge:
         """31 bits from the judge's seed and the request, so that no two requests share their noise."""
         text = "\x1f".join([str(self.seed), *(message.content for message in messages)])
         return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big") >> 1
+
+
+def _settled(outcome: list[Answer] | RequestRefused, count: int) -> list[Answer]:
+    """The answers; unscored ones with the reason where there are none."""
+    return [Answer(None, reason=str(outcome))] * count if isinstance(outcome, RequestRefused) else outcome
 
 
 def list_schema(count: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -135,3 +136,19 @@ def test_the_key_is_the_hash_of_canonical_json(content: str, schema: dict[str, i
     backwards = dict(reversed(list(schema.items())))
     assert Request.of("m", [Message("user", content)], schema=backwards, max_tokens=1) == request
     assert json.loads(request.text)["messages"] == [{"role": "user", "content": content}]
+
+
+def test_a_failure_that_nobody_waits_for_any_more_makes_no_noise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def cancelled() -> None:
+        recorder = ReplayClient(tmp_path / "a.sqlite", record_from=Counting(fails=True))
+        waiting = asyncio.create_task(recorder.generate(ASK, max_tokens=5))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(0.05)
+        await recorder.close()
+
+    asyncio.run(cancelled())
+    gc.collect()
+    assert "never retrieved" not in caplog.text

@@ -223,6 +223,15 @@ def test_a_request_refused_for_good_leaves_its_items_unscored_and_the_others_alo
     assert {answers[index].reason for index in refused} == {"server: expected an answer; seen a filter; fix: none"}
 
 
+@pytest.mark.parametrize("mode", ["list", "single"])
+def test_a_model_that_refuses_everything_is_an_error(mode: Any) -> None:
+    def reply(messages: Sequence[Message], schema: Any) -> str:
+        raise RequestRefused("server", expected="an answer", seen="unknown field", fix="none")
+
+    with pytest.raises(RequestRefused, match="unknown field"):
+        asyncio.run(LlmJudge(Scripted(reply), mode=mode).judge("x", ITEMS))
+
+
 def test_a_list_that_does_not_fit_is_asked_in_halves_and_a_text_that_does_not_fit_is_unscored() -> None:
     """At most two texts fit, and text 7 never does: five become two and three, three become one and two."""
 

@@ -504,7 +504,8 @@ def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
     assert sum("again in" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_a_server_that_breaks_some_connections_is_asked_on(quick: None) -> None:
+def test_a_server_that_breaks_some_connections_is_asked_on(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalkit.clients.servers._REST_S", 0.05)  # a rest after a break must not outlast the test
     with ChatServer(faults=0.3, kinds=("reset",), delay_s=0.02) as flaky, ChatServer(delay_s=0.02) as steady:
         client = OpenAIClient(steady.model, base_url=[flaky.base_url, steady.base_url], concurrency=8)
         replies = asyncio.run(ask_many(client, 120))

@@ -73,10 +73,7 @@ def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
-    """Tokens of the corpus that the subject model reads, and about how many seconds that takes; None where unknown.
-
-    The first so many contexts are read twice: once to calibrate.
-    """
+    """Tokens of the corpus that the subject model reads, and about how many seconds that takes; None where unknown."""
     located = locate(config.corpus)
     tokens = config.max_tokens
     if located.files and located.kind in ("text", "jsonl"):
@@ -90,8 +87,7 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
     depths = [int(number) for site in sites for number in re.findall(r"layers\.(\d+)", site)]
     layers = max(depths) + 1 if len(depths) == len(sites) else None
     rate = forward_rate(folder, layers, dtype=config.dtype, device=config.device) if tokens else None
-    twice = min(config.calibration_contexts * config.context_length, tokens or 0)
-    return {"tokens": tokens, "seconds": None if not rate or not tokens else round((tokens + twice) / rate)}
+    return {"tokens": tokens, "seconds": None if not rate or not tokens else round(tokens / rate)}
 
 
 def _n_sources(config: RunConfig, n_dictionaries: int) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,34 +107,3 @@ def test_another_seed_gives_other_examples_and_a_consistent_ranking(first: Path,
     distance = (left["mean"] - right["mean"]).abs() / np.sqrt(left["se"] ** 2 + right["se"] ** 2)
     assert (distance < 3.3).all(), distance  # 12 comparisons: 3.3 is passed once in a hundred such tests
     assert distance.median() < 1.5
-
-
-def test_a_killed_run_goes_on_and_ends_equal(
-    first: Path, run: Runner, smollm2: Path, minilm: Path, tmp_path: Path
-) -> None:
-    """kill -9 in the collection and in the scoring; the same command then gives the same records."""
-    listed = [part for pair in OPTIONS.items() for part in pair]
-    command = [*RUN, "--model", str(smollm2), "--embedding-model", str(minilm), "-d", "bundled:rqae-256", *listed]
-    folder = tmp_path / "killed"
-    waits = [lambda: len(list(folder.glob("collected/*.npz"))) >= 4, lambda: _count(folder, "scores") >= 20]
-    for reached in waits:
-        process = subprocess.Popen([*command, "--out", str(folder)], cwd=ROOT, env={**os.environ})
-        while process.poll() is None and not reached():
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("collected/*.npz")}
-    subprocess.run([*command, "--out", str(folder)], check=True, cwd=ROOT)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("collected/*.npz")} == before
-    assert examples(folder) == examples(first)
-    keys = ["source", "feature", "scorer", "control", "item"]
-    left, right = (read_run(one).judgements.sort_values(keys).reset_index(drop=True) for one in (first, folder))
-    pd.testing.assert_frame_equal(left, right)
-
-
-def _count(folder: Path, table: str) -> int:
-    try:
-        connection = sqlite3.connect(f"file:{folder / 'records.sqlite'}?mode=ro", uri=True)
-        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-    except sqlite3.Error:
-        return 0

@@ -2,8 +2,8 @@
 
 Prints JSON lines, medians of three rounds. Needs vLLM: run it with the environment of `make test-engine`.
 
-Last figures (two cores, no GPU, SmolLM2-135M, 16 descriptions x 4 lists of 5 texts):
-PLACEHOLDER
+Last figures (two cores, no GPU, SmolLM2-135M, 16 descriptions x 4 lists of 5 texts): client 4.96 s, one at a time 16.0 s
+(3.2 times as long), without prefix cache 16.8 s (3.4 times).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from evalkit.prices import Price, read_prices
 from evalkit.protocols import Client
 from evalkit.store import RunStore
 
-__all__ = ["RECORDING", "client_part", "make_client", "open_client", "price_of"]
+__all__ = ["RECORDING", "client_part", "make_client", "open_client", "price_of", "replays"]
 
 _LOG = logging.getLogger(__name__)
 RECORDING = "calls.sqlite"
@@ -51,6 +51,12 @@ def make_client(config: RunConfig) -> Client | None:
     return client
 
 
+def replays(config: RunConfig) -> bool:
+    """Whether the configured client answers from a recording by itself."""
+    part = client_part(config)
+    return part is not None and part.name == "replay"
+
+
 def price_of(config: RunConfig, model: str) -> Price | None:
     """What the model's tokens cost, by the run's price file. Raises BadConfig where a limit on cost needs it."""
     prices = read_prices(config.prices) if config.prices else {}
@@ -76,8 +82,7 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
     if live is None:
         yield None
         return
-    part = client_part(config)
-    if part is not None and part.name == "replay":
+    if replays(config):
         try:
             yield live
         finally:

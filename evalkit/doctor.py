@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import evalkit
 from evalkit import registry
-from evalkit.clients.failures import Redactor
+from evalkit.clients.keys import Redactor
 from evalkit.errors import EvalkitError
 from evalkit.models import KNOWN, MODELS
 from evalkit.packages import install_command, installed_version, known_extras, requirements, too_old

@@ -6,12 +6,10 @@ registry by name. Writes a run folder (see ``store`` and ``examples``).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from evalkit.planning import estimate_asking
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Progress
 from evalkit.store import RunStore
+from evalkit.waiting import wait_for
 
 __all__ = [
     "collect_stage",
@@ -44,12 +43,12 @@ def run(config: RunConfig, folder: Path, *, stages: Sequence[str] = _STAGES, pro
     """Run the stages on a folder. Raises EvalkitError; what is complete stays and is not done again."""
     _check_parts(config, stages)
     with RunStore.create(folder, config.identity()) as store:
-        if config.client is not None and set(stages) == set(_STAGES):
+        if set(stages) == set(_STAGES):
             _keep_estimate(config, store)
         if "collect" in stages:
             collect_stage(config, store, progress)
         if {"explain", "score"} & set(stages):
-            _wait_for(_describe_and_judge(config, store, stages, progress))
+            wait_for(_describe_and_judge(config, store, stages, progress))
 
 
 async def _describe_and_judge(config: RunConfig, store: RunStore, stages: Sequence[str], progress: Progress) -> None:
@@ -62,21 +61,13 @@ async def _describe_and_judge(config: RunConfig, store: RunStore, stages: Sequen
 
 
 def _keep_estimate(config: RunConfig, store: RunStore) -> None:
-    """What asking the language model is expected to take, kept beside what it will have taken."""
+    """What asking the language model is expected to take, kept beside what it will have taken: by the first command."""
+    client = make_client(config)
+    if client is None or any(asked.model == client.name and asked.estimate for asked in store.asked()):
+        return
     estimate = estimate_asking(config, store.folder)
     if estimate is not None:
         store.write_estimate(estimate.model, estimate.as_json())
-
-
-def _wait_for(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end, also where a loop is running already (a notebook): then in a thread of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
 
 
 def _check_parts(config: RunConfig, stages: Sequence[str]) -> None:

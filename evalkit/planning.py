@@ -5,7 +5,6 @@ Opens dictionaries and, where there are some, the run's examples and recorded an
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.calls import RECORDING, make_client, price_of
+from evalkit.calls import RECORDING, make_client, price_of, replays
 from evalkit.collecting import open_sources, read_examples
 from evalkit.config import RunConfig
 from evalkit.corpus_readers import locate
@@ -37,6 +36,7 @@ from evalkit.recording import Recording, Spent
 from evalkit.records import Explanation
 from evalkit.speed import forward_rate
 from evalkit.store import RunStore
+from evalkit.waiting import wait_for
 
 __all__ = ["estimate_asking", "plan"]
 
@@ -60,7 +60,7 @@ def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
     names = [source.name for source in sources]
     n_sources = _n_sources(config, len(names))
     tests = len(config.explainers) * len(config.judges) * len(config.scorers) * (1 + ("shuffled" in config.controls))
-    asking = estimate_asking(config, folder, n_sources * config.n_features)
+    asking = estimate_asking(config, folder, n_dictionaries=len(names))
     return {
         "dictionaries": names,
         "controls": list(config.controls),
@@ -94,14 +94,15 @@ def _n_sources(config: RunConfig, n_dictionaries: int) -> int:
     return n_dictionaries + sum(control != "shuffled" for control in config.controls)
 
 
-def estimate_asking(config: RunConfig, folder: Path, n_features: int | None = None) -> Estimate | None:
-    """What the run would still ask a language model; None without a client, or with one that only replays."""
+def estimate_asking(config: RunConfig, folder: Path, n_dictionaries: int | None = None) -> Estimate | None:
+    """What the run would still ask a language model; None without a client, or with one that only replays.
+
+    ``n_dictionaries``: where they are open already; counted here if the run's own examples do not tell.
+    """
     client = make_client(config)
-    if client is None or (config.client or "").split(":")[0] == "replay":
+    if client is None or replays(config):
         return None
-    if n_features is None:
-        n_features = _n_sources(config, len(open_sources(config))) * config.n_features
-    material = _material(config, folder, n_features)
+    material = _material(config, folder, n_dictionaries)
     with ExitStack() as stack:
         recordings = []
         for path in filter(None, (folder / RECORDING, config.cache)):
@@ -110,7 +111,7 @@ def estimate_asking(config: RunConfig, folder: Path, n_features: int | None = No
                 stack.callback(recordings[-1].close)
         spent = max((found.spent(client.name) for found in recordings), key=lambda one: one.calls, default=Spent())
         counting = CountingClient(client.name, recordings, tokens_per_character(spent))
-        parts = asyncio.run(_count(config, counting, material))
+        parts = wait_for(_count(config, counting, material))
     in_flight = int(getattr(client, "concurrency", _IN_FLIGHT))
     return total(parts, client.name, price_of(config, client.name), spent, in_flight, material.basis)
 
@@ -129,13 +130,15 @@ async def _count(config: RunConfig, counting: CountingClient, material: _Materia
     return {name: load * material.stands_for for name, load in loads.items()}
 
 
-def _material(config: RunConfig, folder: Path, n_features: int) -> _Material:
+def _material(config: RunConfig, folder: Path, n_dictionaries: int | None) -> _Material:
     """The run's own examples where they are collected, else one made-up feature that stands for all."""
     try:
         with RunStore.open(folder) as store:
             by_source = read_examples(store, config.seed)
             explained = _explained(config, store, by_source)
     except MissingFile:
+        count = len(open_sources(config)) if n_dictionaries is None else n_dictionaries
+        n_features = _n_sources(config, count) * config.n_features
         return _Material([made_up(config)], {}, n_features, f"made-up examples, {n_features} features")
     examples = [one for features in by_source.values() for one in features.values()]
     return _Material(examples, explained, 1.0, f"the run's own examples, {len(examples)} features")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from evalkit import registry
 from evalkit.protocols import Client
 from evalkit.records import Message, Response
+from evalkit.waiting import wait_for
 
 __all__ = ["Reply", "probe"]
 
@@ -40,7 +41,7 @@ def probe(spec: str, base_url: str | None = None, options: Sequence[str] = ()) -
     """
     client = _make(spec, base_url, options)
     started = time.monotonic()
-    response = asyncio.run(_ask(client))
+    response = wait_for(_ask(client))
     return Reply(client.name, time.monotonic() - started, response)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -100,3 +101,17 @@ def test_reading_the_corpus_is_counted_and_timed(options: dict[str, object], tmp
     assert plan(RunConfig.create(**options, max_tokens=500), tmp_path)["reading"]["tokens"] == 500
     nowhere = plan(RunConfig.create(**{**options, "model": "nobody/nothing"}), tmp_path)["reading"]
     assert nowhere["seconds"] is None
+
+
+def test_a_run_and_its_estimate_work_inside_a_running_loop(options: dict[str, object], tmp_path: Path) -> None:
+    """As in a notebook, where a loop is always running."""
+    with ChatServer(owned_by="vllm") as server:
+        small = {**options, "judges": ("llm",), "client_options": {"base_url": server.base_url}}
+
+        async def cell() -> None:
+            run(RunConfig.create(**small), tmp_path)
+
+        asyncio.run(cell())
+    with RunStore.open(tmp_path) as store:
+        (asked,) = store.asked()
+    assert asked.calls > 0 and asked.estimate["calls"] >= asked.calls

@@ -17,7 +17,7 @@ from typing import Any
 from evalkit.clients.keys import Redactor
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, RequestRefused
 
-__all__ = ["Redactor", "Refusal", "Transient", "judge_failure", "retry_after"]
+__all__ = ["Refusal", "Transient", "judge_failure", "retry_after"]
 
 _AGAIN = frozenset({408, 409, 425, 429})  # and everything from 500
 _NEVER = {

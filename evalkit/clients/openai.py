@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from typing import Any
 from evalkit.clients.dialects import CONSTRAINTS, Ask, Constraints, Dialect, Form, MalformedReply, read_reply
 from evalkit.clients.failures import Refusal, Transient, judge_failure
 from evalkit.clients.keys import Redactor, checked_fields, checked_url, guard_logs, read_key
+from evalkit.clients.names import name_with_options
 from evalkit.clients.servers import Server
 from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, require
 from evalkit.records import Message, Response
@@ -81,7 +81,7 @@ class OpenAIClient:
         if self._key is None and _HOSTED in self._dialects:
             raise _no_key(api_key_env)
         self._model, self._temperature, self._extra = model, temperature, checked_fields(extra_body, self._redact)
-        self.name = ";".join([model, *_differences(temperature, self._extra)])
+        self.name = name_with_options(model, temperature, self._extra)
         self.concurrency, self._rate = concurrency, rate
         self._timeout_s, self._max_attempts = timeout_s, max_attempts
         self._servers: list[Server] = []
@@ -270,12 +270,3 @@ def _no_key(variable: str) -> BadConfig:
         seen="no such variable",
         fix=f"export {variable}=…, or give the URL of a server of your own with --base-url",
     )
-
-
-def _differences(temperature: float | None, extra: Mapping[str, Any]) -> list[str]:
-    """What of the options changes answers, for the name that records are keyed by."""
-    told = [] if temperature == 0 else [f"temperature={'default' if temperature is None else format(temperature, 'g')}"]
-    values = {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in extra.items()
-    }
-    return told + [f"{key}={values[key]}" for key in sorted(values)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +75,11 @@ class ReplayClient:
             )
         return model
 
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: Mapping[str, Any] | None = None,
-        choices: Sequence[str] | None = None,
-        regex: str | None = None,
-        logprobs: int = 0,
-        seed: int | None = None,
-        max_tokens: int,
-    ) -> Response:
-        """The recorded reply. Raises NotRecorded where there is none and no client to ask, StorageError on a full disk."""
-        options: dict[str, Any] = {
-            "schema": schema,
-            "choices": choices,
-            "regex": regex,
-            "logprobs": logprobs,
-            "seed": seed,
-            "max_tokens": max_tokens,
-        }
+    async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
+        """The recorded reply; ``options`` as in ``evalkit.protocols.Client.generate``.
+
+        Raises NotRecorded where there is none and no client to ask, StorageError on a full disk.
+        """
         request = Request.of(self.name, messages, **options)
         if (response := self._find(request)) is not None:
             return response
@@ -120,8 +105,6 @@ class ReplayClient:
     async def _ask(
         self, live: Client, request: Request, messages: Sequence[Message], options: dict[str, Any]
     ) -> Response:
-        if not options["regex"]:
-            options = {key: value for key, value in options.items() if key != "regex"}
         async with self._places:
             self._sent.add(request.key)
             started = time.monotonic()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import queue
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.clients.chat import ChatTemplate
-from evalkit.errors import BadConfig, ClientDown, ClientError, ContextOverflow, MissingExtra, RequestRefused
+from evalkit.clients.names import name_with_options
+from evalkit.errors import ClientDown, ClientError, ContextOverflow, EvalkitError, MissingExtra, RequestRefused
 from evalkit.models import find_model
 from evalkit.records import Message, Response
 
-__all__ = ["VllmClient", "engine_distribution"]
+__all__ = ["VllmClient"]
 
 _GATHER_S = 0.005  # so long the engine waits for company before it starts on a first request
 _ENVIRONMENT = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
@@ -36,14 +36,6 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-
-
-def engine_distribution() -> str | None:
-    """The installed distribution of the engine with its version, None where there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return None
 
 
 @dataclass(slots=True)
@@ -103,7 +95,9 @@ class VllmClient:
             )
         self._path = find_model(model)
         label = Path(self._path).name if Path(self._path).exists() else model
-        self.name = label if temperature == 0 else f"{label};temperature={temperature:g}"
+        told = {"dtype": dtype, "chat_template": chat_template, "template_options": template_options, "engine": engine}
+        changed = {key: value for key, value in told.items() if value and value != "auto"}
+        self.name = name_with_options(label, temperature, changed)
         self._temperature = temperature
         self._template = ChatTemplate(chat_template, dict(template_options or {}))
         self._arguments: dict[str, Any] = {
@@ -120,7 +114,7 @@ class VllmClient:
         }
         self._incoming: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._dead: ClientError | None = None
+        self._dead: EvalkitError | None = None
 
     async def generate(
         self,
@@ -134,8 +128,6 @@ class VllmClient:
         max_tokens: int,
     ) -> Response:
         """One reply. Raises ContextOverflow, RequestRefused, ClientDown (the engine did not start, or died)."""
-        if self._dead is not None:
-            raise self._dead
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="vllm", daemon=True)
             self._thread.start()
@@ -143,6 +135,8 @@ class VllmClient:
         options = {"schema": schema, "choices": choices, "regex": regex, "logprobs": logprobs, "seed": seed}
         job = _Job(messages, {**options, "max_tokens": max_tokens}, loop, loop.create_future())
         self._incoming.put(job)
+        if self._dead is not None:  # nobody takes jobs any more; looked at last, as it may have died just now
+            job.resolve(self._dead)
         return await job.answer
 
     async def close(self) -> None:
@@ -150,7 +144,8 @@ class VllmClient:
         if self._thread is not None:
             self._incoming.put(None)
             await asyncio.to_thread(self._thread.join)
-            self._thread = None
+            self._thread = self._dead = None
+            self._incoming = queue.SimpleQueue()
 
     def _serve(self) -> None:
         """The engine's thread: until told to stop, or until the engine dies with all that is in it."""
@@ -160,9 +155,9 @@ class VllmClient:
             while self._step(engine, running):
                 pass
         except Exception as error:  # whatever an engine may throw: those who wait must hear of it
-            self._dead = error if isinstance(error, ClientError | BadConfig) else _down(self._path, error)  # type: ignore[assignment]
+            self._dead = error if isinstance(error, EvalkitError) else _down(self._path, error)
             for job in [*running.values(), *self._drain(wait=False)[0]]:
-                job.resolve(self._dead)  # type: ignore[arg-type]
+                job.resolve(self._dead)
 
     def _step(self, engine: _Engine, running: dict[str, _Job]) -> bool:
         """Take in what waits, move all running requests on by one step; False when told to stop."""

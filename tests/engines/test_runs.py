@@ -118,13 +118,12 @@ def check_run(folder: Path) -> RunFrames:
     """Every test of every feature was held, under both forms, and says what kind of model stands behind it."""
     frames = read_run(folder)
     explained = frames.explanations[frames.explanations["text"].notna()]
-    assert set(explained["explainer"]) == {"default@smollm2-135m"} and 1 <= len(explained) <= 3
+    assert set(explained["explainer"]) == {"default@smollm2-135m"} and len(explained) == 3
     judged = frames.judgements
     assert set(judged["judge"]) == {"llm@smollm2-135m", "llm:single@smollm2-135m"}
     sizes = judged.groupby(["source", "feature", "scorer", "judge", "control"]).size()
     assert (sizes == 12).all()  # 6 + 6 windows: as many judgements as items
-    if len(explained) == 3:
-        assert len(sizes) == 3 * 2 * 2 * 2  # features, scorers, forms, own and shuffled explanation
+    assert len(sizes) == 3 * 2 * 2 * 2  # features, scorers, forms, own and shuffled explanation
     unscored = judged[judged["match"].isna()]
     assert unscored["reason"].notna().all() and len(unscored) < 0.1 * len(judged)
     single = judged[judged["judge"].str.startswith("llm:single")]

@@ -157,6 +157,8 @@ def test_a_prompt_that_does_not_fit_is_refused_alone(engine: Engine) -> None:
 def test_the_name_carries_what_changes_answers(smollm2: Path) -> None:
     assert create("clients", "vllm", model=str(smollm2)).name == "smollm2-135m"
     assert create("clients", "vllm", model=str(smollm2), temperature=0.7).name == "smollm2-135m;temperature=0.7"
+    quiet = create("clients", "vllm", model=str(smollm2), template_options={"enable_thinking": False}, max_model_len=99)
+    assert quiet.name == 'smollm2-135m;template_options={"enable_thinking": false}'
 
 
 def test_an_engine_that_cannot_start_says_so_to_all_who_wait(tmp_path: Path) -> None:

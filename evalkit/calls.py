@@ -1,18 +1,22 @@
 """The language model of a run: its client from the registry, behind the run's recording and budget.
 
-The one place that knows how the three are put together. Writes ``calls.sqlite`` in the run folder.
+The one place that knows how the three are put together. Writes ``calls.sqlite`` in the run folder; whoever may still write
+an answer into it holds ``calls.lock``.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from evalkit import registry
 from evalkit.budget import BudgetedClient
+from evalkit.clients.sender import Sender, lock_when_free
 from evalkit.config import RunConfig
 from evalkit.errors import BadConfig
 from evalkit.prices import Price, read_prices
@@ -89,20 +93,32 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
             await live.close()  # type: ignore[attr-defined]
         return
     price = price_of(config, live.name)
-    guard = BudgetedClient(live, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
-    client = registry.create("clients", "replay", path=store.folder / RECORDING, record_from=guard, cache=config.cache)
-    before = client.spent()
-    guard.spent_calls = before.calls
-    guard.spent_cost = price.cost(before.prompt_tokens, before.completion_tokens) if price else 0.0
+    path = store.folder / RECORDING
     async with AsyncExitStack() as ending:  # the last one first, each whatever happens to the others
+        lock = await lock_when_free(path.with_suffix(".lock"))
+        ending.callback(os.close, lock)
+        asked = _in_its_process(config, live, path, lock)
+        guard = BudgetedClient(asked, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
+        client = registry.create("clients", "replay", path=path, record_from=guard, cache=config.cache)
         ending.push_async_callback(client.close)
+        before = client.spent()
+        guard.spent_calls = before.calls
+        guard.spent_cost = price.cost(before.prompt_tokens, before.completion_tokens) if price else 0.0
         ending.callback(_keep_spending, store, client, price)
         ending.push_async_callback(client.settle)
         try:
             yield client
         finally:
             if client.in_flight:
-                _LOG.warning("waiting for %d requests that were sent; Ctrl-C drops them", client.in_flight)
+                _LOG.warning("waiting for %d requests that were sent; Ctrl-C waits no longer", client.in_flight)
+
+
+def _in_its_process(config: RunConfig, live: Client, path: Path, lock: int) -> Client:
+    """The client in a process of its own, unless its model ends with this one anyway."""
+    part = client_part(config)
+    if part is None or getattr(live, "in_process", False):
+        return live
+    return Sender(part, live, [path, *filter(None, [config.cache])], lock)
 
 
 def _keep_spending(store: RunStore, client: Any, price: Price | None) -> None:

@@ -164,6 +164,10 @@ class Client(Protocol):
     ``--client NAME:VALUE`` puts VALUE, a class says with ``main_option`` (default "model"). Making one must be cheap and
     reach nobody: an engine starts with the first request. One that holds connections or an engine has ``async close()``.
     Retries and limits on requests in flight are the client's own affair; recording and budgets are not.
+
+    A run makes it in a process of its own, which lives on for the answers that are under way when the run is killed. An
+    optional ``finish()`` tells it then to wait for these, and to send nothing more or again. One whose model would only
+    hold that up, as it dies with the run, says ``in_process = True``.
     """
 
     name: str

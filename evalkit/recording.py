@@ -164,9 +164,9 @@ class Recording:
             fix="free space on the disk, or record to another folder",
         )
 
-    def close(self) -> None:
-        """Close the file; a written one becomes a single file that can be copied. Nothing is lost without it."""
-        if self._write:
+    def close(self, *, whole: bool = True) -> None:
+        """Close the file; a written one becomes a ``whole``, single file that can be copied. Nothing is lost without."""
+        if self._write and whole:
             with contextlib.suppress(sqlite3.OperationalError):  # another process has it open
                 self._database.execute("PRAGMA journal_mode = DELETE")
         self._database.close()

@@ -29,13 +29,9 @@ import pytest
 from tests.chat_model import sha
 from tests.dictionaries import write_sae
 from tests.processes import ROOT, STAGES, Command, Server, serving
+from tests.servers import ChatServer
 
 WORDS = ("whale", "ship", "sea", "deck", "calm", "night", "storm", "sailor", "captain", "island", "wind", "boat")
-
-# An answer is the server's last word: nothing on the client's side can tell the server that it arrived, so an answer that
-# is on the wire, or received and not yet committed, in the moment of a kill is asked for again. That takes milliseconds;
-# an answer that was finished longer than this before a kill must be recorded.
-WIRE_S = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -53,21 +49,34 @@ def nothing_left_running() -> Iterator[None]:
 
 
 def answers(folder: Path, copy: Path) -> dict[str, tuple[Any, ...]]:
-    """The recorded requests by what they ask, as the server's log names them. Reads a copy: recovery is not ours to do."""
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir()
-    for path in folder.glob("calls.sqlite*"):
-        shutil.copy(path, copy)
-    connection = sqlite3.connect(copy / "calls.sqlite")
-    query = "SELECT request, key, model, response, prompt_tokens, completion_tokens, paid FROM answers"
-    try:
-        rows = connection.execute(query).fetchall()
-    except sqlite3.OperationalError:  # killed before there was a table
-        rows = []
-    connection.close()
+    """The recorded requests by what they ask, as the server's log names them. Reads a copy: recovery is not ours to do.
+
+    A sender may still be writing; a copy that it spoiled is made again.
+    """
+    rows = None
+    while rows is None:
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            for path in sorted(folder.glob("calls.sqlite*"), reverse=True):  # what the log loses is in the file by then
+                shutil.copy(path, copy)
+            rows = read_answers(copy / "calls.sqlite")
     found = {sha(json.loads(row[0])["messages"])[:16]: row for row in rows}
     assert len(found) == len(rows)  # nothing else tells two requests apart
     return found
+
+
+def read_answers(path: Path) -> list[tuple[Any, ...]] | None:
+    """All rows; None where the file is damaged."""
+    query = "SELECT request, key, model, response, prompt_tokens, completion_tokens, paid FROM answers"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        try:
+            sound = connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            return connection.execute(query).fetchall() if sound else None
+        except sqlite3.OperationalError:  # killed before there was a table
+            return []
+        except sqlite3.DatabaseError:
+            return None
 
 
 def tables(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -92,10 +101,11 @@ def files(folder: Path, pattern: str) -> dict[str, str]:
 # kill -9
 
 KILLS = {"start": 2, "calibrate": 3, "collect activations": 5, "sample windows": 2, "explain": 3, "score": 5}
-DELAY_S = 0.3  # of an answer: slow enough that few are on the wire when a kill comes
+DELAY_S = 0.3  # of an answer
 GOING_ON = ("collect activations", "explain", "score")  # a killed one keeps what it has done
+ASKING = ("explain", "score")  # begin with the start of a sender
 # the undisturbed run says how long a stage lasts, but not where the machine was busier then: later than this comes no kill
-LONGEST_S = dict(zip(STAGES, (5.0, 6.0, 1.0, 0.08, 0.4, 5.0), strict=True))
+LONGEST_S = dict(zip(STAGES, (5.0, 6.0, 1.0, 0.08, 3.0, 6.0), strict=True))
 REAL = {
     "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
     "--max-tokens": 56000,  # two fifths of it is not in the calibration sample
@@ -163,7 +173,9 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(smollm2: Path, tmp_path: P
     assert [stage for stage, _ in begun[:-1]] == list(STAGES)
     lasts = {stage: after - begin for (stage, begin), (_, after) in itertools.pairwise(begun)}
     shares = {stage: count + 1 if stage in GOING_ON else 1 for stage, count in KILLS.items()}
-    wait_s = {stage: min(LONGEST_S[stage], lasts[stage] / shares[stage]) for stage in STAGES}
+    first_asked = min(times[0] for times in server.events("received").values())
+    starts = {stage: first_asked - dict(begun)["explain"] if stage in ASKING else 0.0 for stage in STAGES}
+    wait_s = {stage: min(LONGEST_S[stage], starts[stage] + lasts[stage] / shares[stage]) for stage in STAGES}
     assert {len(times) for times in server.events("finished").values()} == {1}
 
     with serving(tmp_path / "killed.jsonl", DELAY_S) as server:
@@ -185,7 +197,7 @@ def check_equal(whole: Path, killed: Path, copy: Path) -> None:
     """Record for record, file for file; nothing half written is left lying about."""
     left, right = (files(folder, "**/*") for folder in (killed, whole))
     for name in left.keys() | right.keys():
-        if "sqlite" not in name and name != "run.lock":
+        if "sqlite" not in name and not name.endswith(".lock"):
             assert left.get(name) == right.get(name), name
     records = tables(killed / "records.sqlite")
     assert records == tables(whole / "records.sqlite")
@@ -206,19 +218,15 @@ def check_forward_passes(folder: Path, kills: list[Kill], last: tuple[str, ...])
 
 
 def check_requests(server: Server, kills: list[Kill], recorded: dict[str, Any]) -> None:
-    """By the server's log: what was recorded is never asked again, and nothing is answered twice but for WIRE_S."""
+    """By the server's log: nothing is answered twice, and what was recorded is not even asked again."""
     received, finished = server.events("received"), server.events("finished")
     assert set(finished) == set(recorded)
+    assert {len(times) for times in finished.values()} == {1}
     for kill in kills:
         assert not [key for key in kill.recorded if max(received[key]) > kill.time]
-    on_the_wire = []
-    for key, times in finished.items():
-        for when in sorted(times)[:-1]:
-            windows = [abs(kill.time - when) for kill in kills if key not in kill.recorded]
-            assert min(windows, default=WIRE_S) < WIRE_S, f"{key} was answered {len(times)} times"
-            on_the_wire.append(round(min(windows), 3))
-    print(f"answers on the wire in the moment of a kill, of {len(finished)}: {len(on_the_wire)}, by s: {on_the_wire}")
-    assert len(on_the_wire) <= KILLS["explain"] + KILLS["score"]
+    under_way = {key for key, (time,) in finished.items() for kill in kills if received[key][0] < kill.time < time}
+    print(f"answered after the command that asked was killed: {len(under_way)} of {len(finished)}")
+    assert under_way  # else nothing was shown
 
 
 # the other ways to end, on a tiny model
@@ -326,6 +334,44 @@ def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_
     assert len(scoring.recorded(tmp_path)) > len(recorded)
 
 
+def test_what_was_sent_is_recorded_after_the_kill_and_the_next_command_waits_for_it(
+    scoring: Scoring, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log.jsonl", 3) as server:
+        process = Command(*scoring.command(server))
+        wait_for_log(server, "received", 4)
+        killed = process.kill()
+        last = Command(*scoring.command(server))
+        assert last.finish(200) == 0, last.said
+        received, finished = server.events("received"), server.events("finished")
+    under_way = [key for key, times in finished.items() if received[key][0] < killed < times[0]]
+    assert len(under_way) == 4 and set(under_way) <= set(scoring.recorded(tmp_path))
+    assert {len(times) for times in received.values()} == {1}
+    assert "waiting for answers to what an earlier command sent; `kill " in last.said
+
+
+def test_a_kill_stops_what_would_be_tried_again(scoring: Scoring, tmp_path: Path) -> None:
+    """A sender without a command asks nobody anew: not what failed, and not what stood in a queue."""
+    with ChatServer(faults=1, kinds=("500",), delay_s=0.3) as server:
+        process = Command(*scoring.command(Server(server.port, tmp_path / "none")))
+        while len(server.log) < 9:
+            time.sleep(0.01)
+        killed = process.kill()
+        time.sleep(3)
+        assert max(float(str(entry["time"])) for entry in server.log if entry["event"] == "received") < killed + 0.1
+
+
+def test_a_sender_that_dies_ends_the_run_with_one_line(scoring: Scoring, tmp_path: Path) -> None:
+    with serving(tmp_path / "log.jsonl", 0.5) as server:
+        process = Command(*scoring.command(server))
+        wait_for_log(server, "finished", 5)
+        os.kill(int((scoring.folder / "calls.lock").read_text()), signal.SIGKILL)
+        assert process.finish(30) == 2
+    assert process.said.count("error:") == 1 and "the process of client 'openai'" in process.said
+    assert "exit code -9" in process.said and "Traceback" not in process.said
+    check_goes_on(scoring, scoring.recorded(tmp_path), tmp_path)
+
+
 def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
     with serving(tmp_path / "log.jsonl", 60) as server:
         process = Command(*scoring.command(server))
@@ -338,6 +384,7 @@ def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
         process.process.send_signal(signal.SIGINT)
         assert process.finish(10) == 130
         assert "Traceback" not in process.said and process.said.count("the same command goes on from there") == 1
+        assert re.search(r"process \d+ waits for what was sent and records it", process.said)
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ class OpenAIClient:
         self._last_success = self._told_until = 0.0
         self._down: ClientDown | None = None  # as all hear who asked before ``_down_until``
         self._down_until = 0.0
+        self._finishing = False
         if self._key is not None:
             guard_logs(self._key)
 
@@ -116,6 +117,12 @@ class OpenAIClient:
                     self._bad_news.set()  # wakes who pauses …
                     self._bad_news.clear()  # … now, and nobody later
                 raise
+
+    def finish(self) -> None:
+        """Wait for what is sent and send nothing more, nor anything again. Raises NoAnswer for the rest, where it waits."""
+        self._finishing = True
+        if self._servers:
+            self._bad_news.set()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -150,6 +157,7 @@ class OpenAIClient:
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_any(
                 tenacity.stop_after_attempt(self._max_attempts),
+                lambda state: self._finishing,
                 lambda state: self._is_silent(state.outcome.exception(), started),
             ),
             wait=pause,
@@ -202,6 +210,8 @@ class OpenAIClient:
                 form = server.dialect.put(ask)
                 try:
                     async with self._limiter:
+                        if self._finishing:
+                            raise Transient("nothing more is sent")
                         completion = await server.complete(self._body(form))
                 except self._openai.APIStatusError as error:
                     failure = judge_failure(error, server.url, form.removable, self._redact)

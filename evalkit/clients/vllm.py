@@ -71,6 +71,7 @@ class VllmClient:
     """
 
     main_option = "model"
+    in_process = True
     concurrency = 512  # requests handed to the engine, which decides how many it runs together
 
     def __init__(

@@ -66,8 +66,8 @@ format: $(VENV)/.dev ## apply formatting and safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## benchmarks, as JSON lines
-	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file; done
+bench: $(VENV)/.dev ## benchmarks: JSON lines, and tests/benchmarks/RESULTS.md
+	@$(BIN)/python tests/benchmarks/run.py
 
 clean: ## remove environments, caches and runs; pulled models stay
 	rm -rf $(VENV) $(ENGINE_VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

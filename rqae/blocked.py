@@ -2,9 +2,10 @@
 
 Three exact rewrites. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j), so one matrix product gives
 all p for r₁ = x, and each chosen code subtracts columns of G = W_in W_out: the residual of width d is never formed.
-(2) The quantizers are halved recursively, and a finished half is subtracted from its right neighbour by one product.
-(3) A normalised grid is invariant under sign flips and permutations: sort |p|, compare with the few sorted patterns, undo
-the sort and the signs. Where two patterns agree to rounding, the literal rule decides.
+(2) The quantizers are halved recursively, and a finished half is subtracted from its right neighbour by one product, down
+to blocks of a few, which ``rqae.fused`` solves where it can. (3) A normalised grid is invariant under sign flips and
+permutations: sort |p|, compare with the few sorted patterns, undo the sort and the signs. Where two patterns agree to
+rounding, the literal rule decides.
 
 Row by row, no code depends on the rest of the batch (beyond the rounding of the matrix products). Knows nothing of files
 or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for the definition.
@@ -12,21 +13,34 @@ or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from rqae import fused
 from rqae.codebook import sorted_patterns
 from rqae.config import RqaeConfig
+from rqae.errors import RqaeError
 from rqae.literal import choose_codes
 
-__all__ = ["BlockedEncoder", "GridQuantiser", "Quantiser", "TableQuantiser"]
+__all__ = [
+    "Block",
+    "BlockedEncoder",
+    "GridQuantiser",
+    "Quantiser",
+    "TableQuantiser",
+    "one_thread_each",
+    "quantiser_for",
+]
 
+Part, Result = TypeVar("Part"), TypeVar("Result")
 _TIE = 4e-7  # relative; a few units in the last place of float32
-# rows at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
-_CHUNK = 1024
+# tokens at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
+_CHUNK = 512
 
 
 class Quantiser(Protocol):
@@ -81,15 +95,41 @@ def quantiser_for(config: RqaeConfig, codebook: Tensor, canonical: Tensor) -> Qu
     return TableQuantiser(codebook, canonical)
 
 
+class Block(Protocol):
+    """Solves what stands left of the diagonal: a few quantizers after each other, all tokens at once."""
+
+    size: int  # at most so many quantizers
+
+    def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
+        """Fix codes (n_q, N) int32 and vectors (m, N) of quantizers low..high-1 from p (m, N)."""
+
+
+class SingleBlock:
+    """One quantizer, in plain torch: for every codebook and every device."""
+
+    size = 1
+
+    def __init__(self, quantise: Quantiser, codebook: Tensor) -> None:
+        self._quantise, self._codebook = quantise, codebook
+
+    def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
+        """As the protocol says, with high = low + 1."""
+        width = self._codebook.shape[-1]
+        mine = slice(low * width, high * width)
+        chosen = self._quantise(p[mine].T.contiguous(), low)
+        codes[low] = chosen
+        vectors[mine] = self._codebook[low].index_select(0, chosen).T
+
+
 @dataclass(frozen=True, slots=True)
 class BlockedEncoder:
-    """The precomputed matrices of one model. ``m`` below is n_q · c, the flat code dimension."""
+    """The precomputed matrices of one model. ``m`` below is n_q · c, the flat code dimension; tokens are columns."""
 
-    codebook: Tensor  # (n_q, K, c)
-    weight: Tensor  # (d, m): x @ weight + bias gives every p for r₁ = x
-    bias: Tensor  # (m,)
-    gram: Tensor  # (m, m): row j·c + b, column i·c + a holds (W_in,i W_out,j)[a, b]; only j < i is used
-    quantise: Quantiser
+    weight: Tensor  # (m, d): weight @ xᵀ + bias gives every p for r₁ = x
+    bias: Tensor  # (m, 1)
+    gram: Tensor  # (m, m): row i·c + a, column j·c + b holds (W_in,i W_out,j)[a, b]; only j < i is used
+    width: int  # c
+    block: Block
 
     @classmethod
     def build(
@@ -104,35 +144,106 @@ class BlockedEncoder:
     ) -> BlockedEncoder:
         """From the stacked layers: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d)."""
         count, width, dim = w_in.shape
-        weight = w_in.reshape(count * width, dim).T.contiguous()  # (d, m)
+        weight = w_in.reshape(count * width, dim).contiguous()  # (m, d)
         before = torch.zeros_like(b_out)
         before[1:] = b_out[:-1].cumsum(dim=0)
         bias = b_in - torch.einsum("nd,ncd->nc", before, w_in)
-        gram = w_out.transpose(1, 2).reshape(count * width, dim) @ weight
-        return cls(codebook, weight, bias.reshape(-1), gram, quantiser_for(config, codebook, canonical))
+        gram = weight @ w_out.transpose(1, 2).reshape(count * width, dim).T
+        block: Block
+        if fused.is_available(config, weight.device):
+            block = fused.FusedGridBlock(config, codebook, canonical, gram)
+        else:
+            block = SingleBlock(quantiser_for(config, codebook, canonical), codebook)
+        return cls(weight, bias.reshape(-1, 1), gram, width, block)
 
-    def encode(self, x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """x (N, d) → codes (N, depth) int64 and their vectors side by side (N, depth · c)."""
-        end = depth * self.codebook.shape[-1]
-        codes = torch.empty(depth, len(x), dtype=torch.int64, device=x.device)
-        vectors = torch.empty(len(x), end, device=x.device)
-        for start in range(0, len(x), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            p = torch.addmm(self.bias[:end], x[rows], self.weight[:, :end])  # (rows, depth · c)
-            self._solve(p, codes[:, rows], vectors[rows], 0, depth)
-        return codes.T.contiguous(), vectors
+    def encode(self, x: Tensor, depth: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """x (N, d) of any floating type → codes (N, depth) of an integer type that holds them.
+
+        Raises RqaeError naming the first row that is not finite.
+        """
+        codes = torch.empty(len(x), depth, dtype=dtype, device=x.device)
+
+        def keep(rows: slice, found: Tensor, vectors: Tensor) -> None:
+            codes[rows] = found.T.to(dtype)
+
+        self._each_chunk(x, depth, keep)
+        return codes
+
+    def encode_with_vectors(self, x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """As ``encode``, and the codes' vectors side by side, (N, depth · c) float32, as a view."""
+        codes = torch.empty(len(x), depth, dtype=torch.int64, device=x.device)
+        vectors = torch.empty(depth * self.width, len(x), device=x.device)
+
+        def keep(rows: slice, found: Tensor, chosen: Tensor) -> None:
+            codes[rows], vectors[:, rows] = found.T, chosen
+
+        self._each_chunk(x, depth, keep)
+        return codes, vectors.T
+
+    def _each_chunk(self, x: Tensor, depth: int, keep: Callable[[slice, Tensor, Tensor], None]) -> None:
+        """Encode x in chunks of tokens and hand over each one's rows, codes (depth, rows) and vectors (depth · c, rows).
+
+        On a CPU the threads of torch share the chunks out among them: products of one thread each, and no two pools of
+        threads that wait for each other.
+        """
+        end = depth * self.width
+
+        def work(start: int) -> None:
+            rows = slice(start, min(start + _CHUNK, len(x)))
+            p = torch.addmm(self.bias[:end], self.weight[:end], x[rows].to(self.weight).T)  # (depth · c, rows)
+            if not bool(p[: self.width].isfinite().all()):  # NaN and infinity survive a product with anything
+                _refuse(x[rows], start)
+            codes, vectors = p.new_empty(depth, p.shape[1], dtype=torch.int32), torch.empty_like(p)
+            self._solve(p, codes, vectors, 0, depth)
+            keep(rows, codes, vectors)
+
+        starts = range(0, len(x), _CHUNK)
+        if x.device.type == "cpu":
+            one_thread_each(work, starts)
+        else:
+            for start in starts:
+                work(start)
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1, whose p already lacks everything left of ``low``."""
-        width = self.codebook.shape[-1]
-        if high - low == 1:
-            codes[low] = self.quantise(p[:, low * width : high * width].contiguous(), low)
-            vectors[:, low * width : high * width] = self.codebook[low].index_select(0, codes[low])
+        if high - low <= self.block.size:
+            self.block.solve(p, codes, vectors, low, high)
             return
-        middle = low + (
-            1 << ((high - low - 1).bit_length() - 1)
-        )  # a power of two: a shorter depth takes the same steps
+        width = self.width
+        # a power of two: a shorter depth takes the same steps
+        middle = low + (1 << ((high - low - 1).bit_length() - 1))
         self._solve(p, codes, vectors, low, middle)
         left, right = slice(low * width, middle * width), slice(middle * width, high * width)
-        p[:, right].addmm_(vectors[:, left], self.gram[left, right], alpha=-1)
+        p[right].addmm_(self.gram[right, left], vectors[left], alpha=-1)
         self._solve(p, codes, vectors, middle, high)
+
+
+def _refuse(x: Tensor, start: int) -> None:
+    """Name the first row of a chunk that cannot be encoded."""
+    sound = x.isfinite().all(dim=-1)
+    largest = x.float().abs().amax(dim=-1)
+    row = int((~sound).nonzero()[0]) if not bool(sound.all()) else int(largest.argmax())
+    raise RqaeError(
+        f"RQAE input row {start + row}",
+        expected="finite numbers",
+        seen=f"numbers up to {float(largest[row]):.1e}" if bool(sound.all()) else "NaN or infinity",
+        fix="drop that token, or compute the subject model in float32",
+    )
+
+
+def one_thread_each(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """``work`` on every part, on as many threads as torch has, each of which leaves torch one thread of its own."""
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads < 2:
+        return [work(part) for part in parts]
+
+    def alone(part: Part) -> Result:
+        torch.set_num_threads(1)
+        return work(part)
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, parts))
+    finally:
+        torch.set_num_threads(before)

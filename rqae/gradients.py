@@ -24,7 +24,7 @@ def loss_and_gradients(
     w_in, w_out, b_out = layers["w_in"], layers["w_out"], layers["b_out"]
     count, width, dim = w_in.shape
     decoder = w_out.transpose(1, 2).reshape(count * width, dim)  # (m, d)
-    codes, q = encoder.encode(x, count)  # q (N, m)
+    codes, q = encoder.encode_with_vectors(x, count)  # q (N, m)
     error = torch.addmm(b_out.sum(dim=0) - x, q, decoder)  # (N, d): x̂ - x
     squared = error.square().sum(dim=-1)
     e = error.mul_(2 / x.numel())

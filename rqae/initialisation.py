@@ -8,14 +8,13 @@ Knows nothing of files.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rqae.blocked import quantiser_for
 from rqae.codebook import canonical_indices
 from rqae.config import RqaeConfig
+from rqae.progress import Progress
 
 __all__ = ["greedy_layers", "random_layers"]
 
@@ -49,7 +48,7 @@ def _leading(covariance: Tensor, basis: Tensor, width: int) -> tuple[Tensor, Ten
 
 
 def greedy_layers(
-    sample: Tensor, config: RqaeConfig, codebook: Tensor, generator: torch.Generator, progress: Any
+    sample: Tensor, config: RqaeConfig, codebook: Tensor, generator: torch.Generator, progress: Progress
 ) -> dict[str, Tensor]:
     """Layers fitted in sequence to sample (N, d): w_in, b_in, w_out, b_out stacked over quantizers."""
     width, dim = config.codebook_dim, config.dim

@@ -7,6 +7,7 @@ Source: H. Kamath, Residual Quantization Autoencoders, 2024.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -85,11 +86,12 @@ class RQAE(nn.Module):
         names = ("w_in", "b_in", "w_out", "b_out", "codebook", "codebook_counts")
         write_checkpoint(Path(folder), self.config, {name: getattr(self, name) for name in names}, dtype)
 
-    def encode(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """Codes of final-normed hidden states, x (…, d) → (…, depth) int64, each the lowest index of its direction.
+    def encode(self, x: Tensor, depth: int | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Codes of final-normed hidden states, x (…, d) → (…, depth), each the lowest index of its direction.
 
-        Uses the first ``depth`` quantizers (None: all) and costs what they cost. Raises RqaeError naming the first row
-        that is not finite.
+        Uses the first ``depth`` quantizers (None: all) and costs what they cost. ``dtype``: torch.uint16 holds the codes of
+        every codebook and is how they are stored, but torch indexes with wider types only. Raises RqaeError naming the
+        first row that is not finite.
         """
         depth = self._depth(depth)
         if x.shape[-1] != self.config.dim:
@@ -99,17 +101,8 @@ class RQAE(nn.Module):
                 seen=f"shape {list(x.shape)}",
                 fix="encode hidden states of the model that this RQAE was trained on",
             )
-        rows = x.detach().reshape(-1, self.config.dim).to(self.w_in)
-        finite = rows.isfinite().all(dim=-1)
-        if not bool(finite.all()):
-            raise RqaeError(
-                f"RQAE input row {int((~finite).nonzero()[0])}",
-                expected="finite numbers",
-                seen="NaN or infinity",
-                fix="drop that token, or compute the subject model in float32",
-            )
-        codes, _ = self.encoder().encode(rows, depth)
-        return codes.reshape(*x.shape[:-1], depth)
+        rows = x.detach().reshape(-1, self.config.dim).to(self.w_in.device)
+        return self.encoder().encode(rows, depth, dtype).reshape(*x.shape[:-1], depth)
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
         """Reconstruction from the first ``depth`` codes (None: all given), codes (…, k) → (…, d) float32.
@@ -119,9 +112,41 @@ class RQAE(nn.Module):
         depth = self._depth(codes.shape[-1] if depth is None else depth)
         if codes.shape[-1] < depth:
             raise RqaeError("RQAE codes", expected=f"{depth} codes", seen=str(codes.shape[-1]), fix="encode deeper")
-        vectors = self.vectors(codes[..., :depth]).flatten(-2)  # (…, depth · c)
-        weight = self.w_out[:depth].transpose(1, 2).reshape(-1, self.config.dim)
-        return vectors @ weight + self.b_out[:depth].sum(dim=0)
+        return self._part(codes, 0, depth)
+
+    def decode_layers(self, codes: Tensor, layers: Sequence[int]) -> Tensor:
+        """What the chosen quantizers alone add to the reconstruction, codes (…, k) → (…, d) float32. Raises RqaeError."""
+        limit = min(codes.shape[-1], self.config.num_quantizers)
+        if not all(0 <= layer < limit for layer in layers) or len(set(layers)) < len(layers):
+            raise RqaeError(
+                "RQAE layers",
+                expected=f"different ones from 0 to {limit - 1}",
+                seen=str(list(layers)),
+                fix="encode deeper",
+            )
+        chosen = torch.tensor(layers, dtype=torch.int64, device=codes.device)
+        vectors = self.vectors(codes[..., :limit])[..., chosen, :].flatten(-2)
+        weight = self.w_out[chosen].transpose(1, 2).reshape(-1, self.config.dim)
+        return vectors @ weight + self.b_out[chosen].sum(dim=0)
+
+    def reconstructions(self, codes: Tensor, depths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """The reconstruction at each of ``depths``, rising, for the cost of the deepest. The tensor is used again.
+
+        Raises RqaeError.
+        """
+        running, done = torch.zeros(*codes.shape[:-1], self.config.dim, device=codes.device), 0
+        for depth in sorted(set(depths)):
+            if codes.shape[-1] < self._depth(depth):
+                raise RqaeError("RQAE codes", expected=f"{depth} codes", seen=str(codes.shape[-1]), fix="encode deeper")
+            running += self._part(codes, done, depth)
+            yield depth, running
+            done = depth
+
+    def _part(self, codes: Tensor, low: int, high: int) -> Tensor:
+        """What quantizers low..high-1 add."""
+        vectors = self.vectors(codes[..., :high])[..., low:, :].flatten(-2)  # (…, (high - low) · c)
+        weight = self.w_out[low:high].transpose(1, 2).reshape(-1, self.config.dim)
+        return vectors @ weight + self.b_out[low:high].sum(dim=0)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """The codebook vectors C_{c_i} of codes of the first k quantizers, (…, k) → (…, k, c)."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from rqae.errors import RqaeError
 from rqae.gradients import loss_and_gradients
 from rqae.initialisation import greedy_layers, random_layers
 from rqae.model import RQAE, initial_codebook
+from rqae.progress import SILENT, Progress
 
 __all__ = ["RqaeTrainingConfig", "TrainingReport", "held_out_fvu", "train_rqae"]
 
@@ -166,9 +167,8 @@ def held_out_fvu(model: RQAE, rows: Tensor | NDArray[np.floating], batch_tokens:
     total, square = torch.zeros(model.config.dim, dtype=torch.float64), 0.0
     for start in range(0, len(rows), batch_tokens):
         x = torch.as_tensor(rows[start : start + batch_tokens]).to(torch.float32)
-        codes = model.encode(x)
-        for depth in depths:
-            errors[depth] += float((model.decode(codes, depth) - x).square().sum(dtype=torch.float64))
+        for depth, found in model.reconstructions(model.encode(x), depths):
+            errors[depth] += float((found - x).square().sum(dtype=torch.float64))
         total += x.sum(dim=0, dtype=torch.float64)
         square += float(x.square().sum(dtype=torch.float64))
     variance = square - float(total.square().sum()) / max(1, len(rows))
@@ -210,7 +210,7 @@ def _resume(path: Path, config: RqaeTrainingConfig) -> dict[str, Tensor]:
     return state
 
 
-def _start(config: RqaeTrainingConfig, batches: Batches, progress: Any) -> _Trainer:
+def _start(config: RqaeTrainingConfig, batches: Batches, progress: Progress) -> _Trainer:
     generator = torch.Generator().manual_seed(int(derived_generator(config.seed, "weights").integers(2**62)))
     codebook = initial_codebook(config.model, generator)
     if config.initialisation == "random":
@@ -236,26 +236,13 @@ def _check(config: RqaeTrainingConfig) -> None:
         )
 
 
-class _Silent:
-    """Reports nothing."""
-
-    def start(self, description: str, total: int | None, unit: str) -> int:
-        return 0
-
-    def advance(self, task: int, amount: int = 1) -> None:
-        return None
-
-    def finish(self, task: int) -> None:
-        return None
-
-
 @torch.no_grad()
 def train_rqae(
     activations: Activations,
     config: RqaeTrainingConfig,
     *,
     held_out: Tensor | NDArray[np.floating] | None = None,
-    progress: Any = None,
+    progress: Progress = SILENT,
 ) -> tuple[RQAE, TrainingReport]:
     """Train an RQAE on final-normed hidden states: an array or memory map (N, d), or a stream of (n_i, d) tensors.
 
@@ -263,7 +250,6 @@ def train_rqae(
     resuming, a stream must start again from its beginning. Raises RqaeError for rows of another width or not finite.
     """
     _check(config)
-    progress = progress or _Silent()
     began = time.monotonic()
     batches = batches_of(activations, config.dim, config.seed, max(config.init_tokens, config.batch_tokens))
     path = config.checkpoint

@@ -231,8 +231,7 @@ def _measure_rqae(
             totals[kind] += float(rows.double().square().sum())
         codes = model.encode(normed)
         used[torch.arange(len(used)).expand_as(codes), codes] = True
-        for depth in depths:
-            found = model.decode(codes, depth)
+        for depth, found in model.reconstructions(codes, depths):
             squares[depth]["normed"] += float((found - normed).double().square().sum())
             squares[depth]["raw"] += float((denormalise(found, hidden, info) - hidden).double().square().sum())
     variance = {kind: totals[kind] - float(sums[kind].square().sum()) / len(store) for kind in sums}

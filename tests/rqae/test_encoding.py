@@ -22,6 +22,15 @@ FAMILIES = [
 ]
 
 
+@pytest.fixture(params=["compiled", "plain"], autouse=True, scope="module")
+def path(request):
+    """Both ways to solve a block of quantizers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr("rqae.fused.has_compiler", lambda: False)
+        yield
+
+
 def in_float64(model: RQAE, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Codes from the definition, one token at a time in float64, and the margin of each choice."""
     codes = np.zeros((len(x), model.config.num_quantizers), dtype=np.int64)
@@ -138,6 +147,38 @@ def test_rebuilt_when_a_weight_changes():
     after = model.encode(x)
     assert not torch.equal(before, after)
     assert torch.equal(after, encode_literal(model, x))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 513, 4096])
+def test_any_batch_size_gives_the_codes_of_the_definition(rows):
+    model = random_rqae(RqaeConfig(64, num_quantizers=24))
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5))
+    assert float((model.encode(x) == encode_literal(model, x)).float().mean()) > 0.9995
+
+
+def test_strides_and_types_of_the_input_do_not_matter():
+    model = random_rqae(RqaeConfig(64, num_quantizers=24))
+    x = torch.randn(64, 600, generator=torch.Generator().manual_seed(6)).bfloat16().float()
+    expected = model.encode(x.T.contiguous())
+    assert torch.equal(model.encode(x.T), expected)
+    assert torch.equal(model.encode(x.T.bfloat16()), expected)
+    assert torch.equal(model.encode(x.T.double()), expected)
+    assert torch.equal(model.encode(torch.stack([x, x], dim=-1)[..., 1].T), expected)
+    small = model.encode(x.T, dtype=torch.uint16)
+    assert small.dtype == torch.uint16 and torch.equal(small.long(), expected)
+
+
+def test_bad_input_is_named_also_in_a_later_chunk():
+    model = random_rqae(RqaeConfig(16, num_quantizers=4))
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(1500, 16)
+        x[1200, 0] = bad
+        with pytest.raises(RqaeError, match="RQAE input row 1200: expected finite numbers; seen NaN or infinity"):
+            model.encode(x)
+    x = torch.randn(3, 16)
+    x[1] = 3.3e38
+    with pytest.raises(RqaeError, match=r"row 1: expected finite numbers; seen numbers up to 3\.3e\+38"):
+        model.encode(x)
 
 
 def test_bad_input_is_named():

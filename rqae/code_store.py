@@ -1,0 +1,178 @@
+"""Codes of a corpus on disk: written in one pass that can be interrupted, read through a memory map.
+
+A folder with ``codes.u16`` (N rows of k codes, uint16 little-endian), ``places.i32`` (N rows of context and position) and
+``codes.json``, which says how much of the two is complete. Every size is checked on opening; nothing is unpickled. Asks
+callables for hidden states; knows neither text nor language models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rqae.errors import RqaeError
+from rqae.model import RQAE
+from rqae.progress import SILENT, Progress
+
+__all__ = ["CodeStore", "StoredCodes"]
+
+RECORD, CODES, PLACES = "codes.json", "codes.u16", "places.i32"
+_FLUSH_BATCHES = 50
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCodes:
+    """What ``codes.json`` says. ``identity`` names corpus and model (free form); another one is another store."""
+
+    identity: str
+    depth: int
+    num_codes: int
+    rows: int = 0
+    batches: int = 0
+    complete: bool = False
+
+
+class CodeStore:
+    """Opened with ``CodeStore(folder)``: ``codes`` (N, k) uint16 and ``places`` (N, 2) int32, context and position.
+
+    Raises RqaeError when the folder holds no complete store.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.record = _read(self.folder)
+        if not self.record.complete:
+            raise RqaeError(
+                str(self.folder),
+                expected="a complete store of codes",
+                seen=f"an interrupted one of {self.record.rows} tokens",
+                fix="build it again with the same arguments: it goes on where it stopped",
+            )
+        self.codes: NDArray[np.uint16] = self._map(CODES, np.dtype("<u2"), self.record.depth)
+        self.places: NDArray[np.int32] = self._map(PLACES, np.dtype("<i4"), 2)
+
+    def __len__(self) -> int:
+        return self.record.rows
+
+    @property
+    def contexts(self) -> NDArray[np.int32]:
+        """The context of each token, (N,), rising."""
+        return self.places[:, 0]
+
+    def _map(self, name: str, dtype: np.dtype[Any], width: int) -> NDArray[Any]:
+        path, shape = self.folder / name, (self.record.rows, width)
+        expected = self.record.rows * width * dtype.itemsize
+        seen = path.stat().st_size if path.is_file() else -1
+        if seen != expected:
+            raise RqaeError(
+                str(path),
+                expected=f"{shape[0]} rows of {width} numbers, {expected} bytes",
+                seen=f"{seen} bytes" if seen >= 0 else "no such file",
+                fix="delete the folder and build it again",
+            )
+        return np.memmap(path, dtype, "r", shape=shape) if expected else np.empty(shape, dtype)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        model: RQAE,
+        batches: Iterable[Batch],
+        hidden: Callable[[Batch], tuple[Tensor, NDArray[np.integer]]],
+        *,
+        identity: str,
+        depth: int | None = None,
+        total: int | None = None,
+        progress: Progress = SILENT,
+    ) -> CodeStore:
+        """Encode a corpus, or go on with it, or open what is there already.
+
+        ``hidden`` gives for a batch its final-normed hidden states (n, d) and their places (n, 2), contexts rising from
+        batch to batch; it is not called for batches that are stored. ``batches`` must be the same every time. ``total``:
+        tokens to expect, for the progress bar. Raises RqaeError where the folder holds another store, OSError on a full
+        disk: what was flushed stays.
+        """
+        folder = Path(folder)
+        depth = model.config.num_quantizers if depth is None else depth
+        wanted = StoredCodes(identity, depth, model.config.num_codes)
+        record = _read(folder) if (folder / RECORD).exists() else wanted
+        if replace(record, rows=0, batches=0, complete=False) != wanted:
+            raise RqaeError(
+                str(folder),
+                expected=f"a store of {wanted.identity}, depth {wanted.depth}",
+                seen=f"one of {record.identity}, depth {record.depth}",
+                fix="choose another folder, or delete this one",
+            )
+        if not record.complete:
+            folder.mkdir(parents=True, exist_ok=True)
+            _fill(folder, model, batches, hidden, record, total, progress)
+        return cls(folder)
+
+
+def _fill(
+    folder: Path,
+    model: RQAE,
+    batches: Iterable[Batch],
+    hidden: Callable[[Batch], tuple[Tensor, NDArray[np.integer]]],
+    record: StoredCodes,
+    total: int | None,
+    progress: Progress,
+) -> None:
+    task = progress.start("encoding", total, "tokens")
+    progress.advance(task, record.rows)
+    with (folder / CODES).open("ab") as codes, (folder / PLACES).open("ab") as places:
+        codes.truncate(record.rows * record.depth * 2)
+        places.truncate(record.rows * 8)
+        for batch in islice(batches, record.batches, None):
+            rows, where = hidden(batch)
+            found = model.encode(rows, record.depth, torch.uint16).cpu()
+            codes.write(found.numpy().astype("<u2", copy=False).tobytes())
+            places.write(np.ascontiguousarray(where, dtype="<i4").tobytes())
+            record = replace(record, rows=record.rows + len(rows), batches=record.batches + 1)
+            progress.advance(task, len(rows))
+            if record.batches % _FLUSH_BATCHES == 0:
+                _keep(folder, record, codes, places)
+        _keep(folder, replace(record, complete=True), codes, places)
+    progress.finish(task)
+
+
+def _keep(folder: Path, record: StoredCodes, *streams: Any) -> None:
+    """First the rows, then the word that they are there."""
+    for stream in streams:
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial = folder / f".{RECORD}.part"
+    partial.write_text(json.dumps(asdict(record), indent=1), "utf-8")
+    partial.replace(folder / RECORD)
+
+
+def _read(folder: Path) -> StoredCodes:
+    path = folder / RECORD
+    try:
+        record = StoredCodes(**json.loads(path.read_text("utf-8")))
+        counts = (record.depth, record.num_codes, record.rows, record.batches)
+        if not isinstance(record.identity, str) or not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("values of the wrong kind")
+    except OSError as error:
+        raise RqaeError(
+            str(path), expected="a store of codes", seen=str(error), fix="build one, or check the folder"
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RqaeError(
+            str(path),
+            expected="the record of a store of codes",
+            seen=str(error)[:120],
+            fix="delete the folder and build it again",
+        ) from error
+    return record

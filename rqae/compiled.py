@@ -1,0 +1,33 @@
+"""How this package compiles its inner loops with numba: without the interpreter's lock, kept on disk between processes.
+
+Results do not depend on it beyond rounding: products may be fused with sums, sums keep their order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["compiled", "has_compiler"]
+
+
+def has_compiler() -> bool:
+    """Whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as machine code, made at its first call (seconds), or read from numba's cache."""
+    from numba import njit
+
+    options: dict[str, Any] = {
+        "nogil": True,
+        "boundscheck": False,
+        "error_model": "numpy",
+        "fastmath": {"contract", "nnan", "ninf", "nsz"},
+    }
+    try:
+        return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # nowhere to keep it: neither beside the file nor in the user's home
+        return njit(**options)(function)  # type: ignore[no-any-return]

@@ -3,9 +3,9 @@
 Three exact rewrites. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j), so one matrix product gives
 all p for r₁ = x, and each chosen code subtracts columns of G = W_in W_out: the residual of width d is never formed.
 (2) The quantizers are halved recursively, and a finished half is subtracted from its right neighbour by one product, down
-to blocks of a few, which ``rqae.fused`` solves where it can. (3) A normalised grid is invariant under sign flips and
-permutations: sort |p|, compare with the few sorted patterns, undo the sort and the signs. Where two patterns agree to
-rounding, the literal rule decides.
+to blocks of a few, which ``rqae.fused`` or ``rqae.kernels`` solve where they can. (3) A normalised grid is invariant
+under sign flips and permutations: sort |p|, compare with the few sorted patterns, undo the sort and the signs. Where two
+patterns agree to rounding, the literal rule decides.
 
 Row by row, no code depends on the rest of the batch (beyond the rounding of the matrix products). Knows nothing of files
 or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for the definition.
@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rqae import fused
+from rqae import fused, kernels
 from rqae.codebook import sorted_patterns
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
@@ -37,10 +37,11 @@ __all__ = [
     "quantiser_for",
 ]
 
-Part, Result = TypeVar("Part"), TypeVar("Result")
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 _TIE = 4e-7  # relative; a few units in the last place of float32
 # tokens at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
-_CHUNK = 512
+_CHUNK, _DEVICE_CHUNK = 512, 8192
 
 
 class Quantiser(Protocol):
@@ -152,6 +153,8 @@ class BlockedEncoder:
         block: Block
         if fused.is_available(config, weight.device):
             block = fused.FusedGridBlock(config, codebook, canonical, gram)
+        elif kernels.is_available(config, weight.device):
+            block = kernels.TritonGridBlock(config, codebook, canonical, gram)
         else:
             block = SingleBlock(quantiser_for(config, codebook, canonical), codebook)
         return cls(weight, bias.reshape(-1, 1), gram, width, block)
@@ -186,10 +189,11 @@ class BlockedEncoder:
         On a CPU the threads of torch share the chunks out among them: products of one thread each, and no two pools of
         threads that wait for each other.
         """
-        end = depth * self.width
+        end, on_cpu = depth * self.width, x.device.type == "cpu"
+        size = _CHUNK if on_cpu else _DEVICE_CHUNK
 
         def work(start: int) -> None:
-            rows = slice(start, min(start + _CHUNK, len(x)))
+            rows = slice(start, min(start + size, len(x)))
             p = torch.addmm(self.bias[:end], self.weight[:end], x[rows].to(self.weight).T)  # (depth · c, rows)
             if not bool(p[: self.width].isfinite().all()):  # NaN and infinity survive a product with anything
                 _refuse(x[rows], start)
@@ -197,12 +201,17 @@ class BlockedEncoder:
             self._solve(p, codes, vectors, 0, depth)
             keep(rows, codes, vectors)
 
-        starts = range(0, len(x), _CHUNK)
-        if x.device.type == "cpu":
+        starts = range(0, len(x), size)
+        if on_cpu:
             one_thread_each(work, starts)
-        else:
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 would choose other codes
+        try:
             for start in starts:
                 work(start)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1, whose p already lacks everything left of ``low``."""

@@ -68,7 +68,7 @@ class FusedGridBlock:
 @cache
 def _kernel() -> Callable[..., None]:
     """The compiled block step."""
-    sort, match, literal, subtract = map(compiled, (_sort, _match, _literal, _subtract))
+    sort, match, literal, subtract = (compiled(each) for each in (_sort, _match, _literal, _subtract))
 
     def block(
         p: Any, codes: Any, vectors: Any, low: int, high: int, gram: Any, patterns: Any, steps: Any, place: Any,

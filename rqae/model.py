@@ -150,6 +150,7 @@ class RQAE(nn.Module):
 
     def vectors(self, codes: Tensor) -> Tensor:
         """The codebook vectors C_{c_i} of codes of the first k quantizers, (…, k) → (…, k, c)."""
+        codes = codes.long()  # the small types of stores have no minimum and index nothing
         low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
         if low < 0 or high >= self.config.num_codes:
             raise RqaeError(
@@ -158,7 +159,7 @@ class RQAE(nn.Module):
                 seen=f"{low} to {high}",
                 fix="use codes of this checkpoint",
             )
-        return self.codebook[torch.arange(codes.shape[-1], device=self.codebook.device), codes.long()]
+        return self.codebook[torch.arange(codes.shape[-1], device=self.codebook.device), codes]
 
     def encoder(self) -> BlockedEncoder:
         """The precomputed encoder, rebuilt when a weight has changed."""

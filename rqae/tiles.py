@@ -1,6 +1,6 @@
 """The inner steps of search on a CPU, compiled with numba: decode a tile of codes, and keep the best of its scores.
 
-Knows nothing of models and files; ``rqae.search`` says what the numbers mean. Needs numba, which is optional.
+Knows nothing of models and files; ``rqae.searching`` says what the numbers mean. Needs numba, which is optional.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def push() -> Callable[..., None]:
     return compiled(pushing)
 
 
-def _decode(codes: Any, table: Any, out: Any) -> int:
+def _decode(codes: Any, table: Any, out: Any) -> Any:
     count, last, width = table.shape[0], table.shape[1] - 1, table.shape[2]
-    largest = 0
+    largest: Any = 0
     for start in range(0, count, _LINE):
         end = min(start + _LINE, count)
         for token in range(codes.shape[0]):

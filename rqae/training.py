@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,21 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rqae.batches import Activations, Batches, batches_of, derived_generator
-from rqae.blocked import BlockedEncoder
-from rqae.codebook import canonical_indices
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
-from rqae.gradients import loss_and_gradients
+from rqae.gradients import Precision
 from rqae.initialisation import greedy_layers, random_layers
 from rqae.model import RQAE, initial_codebook
 from rqae.progress import SILENT, Progress
+from rqae.trainer import LAYERS, Trainer
+from rqae.training_checkpoint import resume, save
 
 __all__ = ["RqaeTrainingConfig", "TrainingReport", "held_out_fvu", "train_rqae"]
-
-_LAYERS = ("w_in", "b_in", "w_out", "b_out")
-_BETAS = (0.9, 0.99)
-_EPSILON = 1e-12
-_COUNT_DECAY = 0.99  # of the running share of tokens per code
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +37,10 @@ class RqaeTrainingConfig:
     """How to train. ``learning_rate`` is relative to each quantizer's initial weight size (root mean square).
 
     ``initialisation`` "sequential" fits the quantizers one after the other to ``init_tokens`` rows first; "random" is
-    upstream's start. A stream of activations is shuffled through a buffer of ``init_tokens`` rows. ``checkpoint`` is a
-    file written every ``checkpoint_every`` steps; training resumes from it when it is there.
+    upstream's start. A stream of activations is shuffled through a buffer of ``init_tokens`` rows. ``precision`` is that of
+    the gradients' matrix products; bfloat16 is faster where the hardware has it. ``checkpoint`` is a file written every
+    ``checkpoint_every`` steps; training resumes from it when it is there. ``evaluate_every``: steps between measurements on
+    held-out rows, None for ten in all.
     """
 
     dim: int
@@ -60,8 +57,10 @@ class RqaeTrainingConfig:
     warmup_steps: int = 20
     clip_norm: float = 1.0
     seed: int = 0
+    precision: Precision = "float32"
     checkpoint: Path | None = None
     checkpoint_every: int = 100
+    evaluate_every: int | None = None
 
     @property
     def model(self) -> RqaeConfig:
@@ -84,7 +83,8 @@ class TrainingReport:
     """What training did. FVU is the fraction of variance unexplained, about the evaluated rows' own mean.
 
     ``fvu_held_out`` and ``fvu_start`` (before the first step): by depth, empty without held-out rows. ``losses``: (step,
-    FVU of that step's batch).
+    FVU of that step's batch), ``curve``: (step, held-out FVU of all quantizers); both of all steps, also those before a
+    resume. ``tokens`` and ``seconds`` are of this call. ``dead_share``: of (quantizer, code) pairs, hardly ever taken.
     """
 
     steps: int
@@ -93,131 +93,36 @@ class TrainingReport:
     fvu_start: Mapping[int, float] = field(default_factory=dict)
     fvu_held_out: Mapping[int, float] = field(default_factory=dict)
     losses: tuple[tuple[int, float], ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
+    dead_share: float = 0.0
 
 
-class _Trainer:
-    """The layers, their Adam moments, and one step. Everything that a checkpoint holds."""
-
-    def __init__(self, config: RqaeTrainingConfig, layers: dict[str, Tensor], codebook: Tensor) -> None:
-        self.config, self.layers, self.codebook = config, layers, codebook
-        self.canonical = canonical_indices(config.model)
-        sizes = {name: layers[name].square().mean(dim=(1, 2)).sqrt() for name in ("w_in", "w_out")}  # (n_q,)
-        self.scale = {
-            "w_in": sizes["w_in"][:, None, None],
-            "b_in": torch.ones(len(sizes["w_in"]), 1),  # p has about unit variance
-            "w_out": sizes["w_out"][:, None, None],
-            "b_out": sizes["w_out"][:, None],
-        }
-        self.first = {name: torch.zeros_like(layers[name]) for name in _LAYERS}
-        self.second = {name: torch.zeros_like(layers[name]) for name in _LAYERS}
-        self.counts = torch.zeros(codebook.shape[:2])
-        self.step = 0
-
-    def state(self) -> dict[str, Tensor]:
-        """Flat tensors, by name."""
-        groups = {"layer": self.layers, "scale": self.scale, "first": self.first, "second": self.second}
-        flat = {f"{group}.{name}": tensors[name] for group, tensors in groups.items() for name in _LAYERS}
-        return flat | {"counts": self.counts, "codebook": self.codebook, "step": torch.tensor(self.step)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of ``state``."""
-        for group, tensors in (
-            ("layer", self.layers), ("scale", self.scale), ("first", self.first), ("second", self.second)
-        ):  # fmt: skip
-            for name in _LAYERS:
-                tensors[name] = state[f"{group}.{name}"].clone()
-        self.counts, self.codebook, self.step = state["counts"], state["codebook"], int(state["step"])
-
-    def encoder(self) -> BlockedEncoder:
-        """For the layers as they are now."""
-        w_in, b_in, w_out, b_out = (self.layers[name] for name in _LAYERS)
-        return BlockedEncoder.build(self.config.model, w_in, b_in, w_out, b_out, self.codebook, self.canonical)
-
-    def advance(self, x: Tensor) -> float:
-        """One Adam step on the rows x (N, d); returns the batch's FVU."""
-        squared, gradients, codes = loss_and_gradients(x, self.layers, self.encoder())
-        gradients = {name: gradient * self.scale[name] for name, gradient in gradients.items()}
-        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-        shrink = min(1.0, self.config.clip_norm / max(norm, 1e-30))
-        rate = self.config.learning_rate_at(self.step)
-        self.step += 1
-        low, high = _BETAS
-        for name, gradient in gradients.items():
-            gradient.mul_(shrink)
-            first = self.first[name].mul_(low).add_(gradient, alpha=1 - low)
-            second = self.second[name].mul_(high).addcmul_(gradient, gradient, value=1 - high)
-            spread = (second / (1 - high**self.step)).sqrt_().add_(_EPSILON)
-            self.layers[name] = self.layers[name] - (first / spread) * (rate / (1 - low**self.step) * self.scale[name])
-        shares = torch.zeros_like(self.counts)
-        shares.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / len(x)))
-        self.counts.mul_(_COUNT_DECAY).add_(shares, alpha=1 - _COUNT_DECAY)
-        return float(squared.sum() / (x - x.mean(dim=0)).square().sum())
-
-    def model(self) -> RQAE:
-        """The RQAE as trained so far. ``codebook_counts`` are corrected for their start at zero."""
-        correction = 1 - _COUNT_DECAY**self.step if self.step else 1.0
-        return RQAE(self.config.model, **self.layers, codebook=self.codebook, codebook_counts=self.counts / correction)
-
-
-def held_out_fvu(model: RQAE, rows: Tensor | NDArray[np.floating], batch_tokens: int = 4096) -> dict[int, float]:
-    """FVU of rows (N, d) at depths 1, 4, 16, 64, 256, … up to all quantizers, about the rows' own mean."""
+def held_out_fvu(
+    model: RQAE, rows: Tensor | NDArray[np.floating], depths: Sequence[int] | None = None, batch_tokens: int = 4096
+) -> dict[int, float]:
+    """FVU of rows (N, d) at ``depths`` (None: 1, 4, 16, 64, 256, … up to all quantizers), about the rows' own mean."""
     count = model.config.num_quantizers
-    depths = [depth for depth in (1, 4, 16, 64, 256, 1024) if depth < count] + [count]
+    depths = depths or [*(depth for depth in (1, 4, 16, 64, 256, 1024) if depth < count), count]
     errors = dict.fromkeys(depths, 0.0)
     total, square = torch.zeros(model.config.dim, dtype=torch.float64), 0.0
     for start in range(0, len(rows), batch_tokens):
-        x = torch.as_tensor(rows[start : start + batch_tokens]).to(torch.float32)
+        x = torch.as_tensor(rows[start : start + batch_tokens]).to(model.w_in)
         for depth, found in model.reconstructions(model.encode(x), depths):
             errors[depth] += float((found - x).square().sum(dtype=torch.float64))
-        total += x.sum(dim=0, dtype=torch.float64)
+        total += x.sum(dim=0, dtype=torch.float64).cpu()
         square += float(x.square().sum(dtype=torch.float64))
     variance = square - float(total.square().sum()) / max(1, len(rows))
     return {depth: error / variance if variance > 0 else math.nan for depth, error in errors.items()}
 
 
-def _fingerprint(config: RqaeTrainingConfig) -> str:
-    """What must be equal for a checkpoint to go on: everything but where and how often it is saved."""
-    values = {name: value for name, value in asdict(config).items() if not name.startswith("checkpoint")}
-    return repr(sorted(values.items()))
-
-
-def _save(path: Path, trainer: _Trainer) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save({"config": _fingerprint(trainer.config), "tensors": trainer.state()}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _resume(path: Path, config: RqaeTrainingConfig) -> dict[str, Tensor]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        seen, tensors = saved["config"], saved["tensors"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise RqaeError(
-            str(path), expected="a training checkpoint", seen=str(error)[:120], fix="delete it to start again"
-        ) from error
-    if seen != _fingerprint(config):
-        raise RqaeError(
-            str(path),
-            expected="a checkpoint of this training configuration",
-            seen="another configuration",
-            fix="delete it to start again, or give another checkpoint path",
-        )
-    state: dict[str, Tensor] = tensors
-    return state
-
-
-def _start(config: RqaeTrainingConfig, batches: Batches, progress: Progress) -> _Trainer:
+def _start(config: RqaeTrainingConfig, batches: Batches, device: torch.device, progress: Progress) -> Trainer:
     generator = torch.Generator().manual_seed(int(derived_generator(config.seed, "weights").integers(2**62)))
     codebook = initial_codebook(config.model, generator)
     if config.initialisation == "random":
         layers = random_layers(config.model, generator)
     else:
         layers = greedy_layers(batches.sample(config.init_tokens), config.model, codebook, generator, progress)
-    return _Trainer(config, layers, codebook)
+    return Trainer(config, layers, codebook, device)
 
 
 def _check(config: RqaeTrainingConfig) -> None:
@@ -242,40 +147,47 @@ def train_rqae(
     config: RqaeTrainingConfig,
     *,
     held_out: Tensor | NDArray[np.floating] | None = None,
+    device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> tuple[RQAE, TrainingReport]:
     """Train an RQAE on final-normed hidden states: an array or memory map (N, d), or a stream of (n_i, d) tensors.
 
-    ``held_out`` (M, d) rows of other documents give the report's FVU. ``progress`` has start, advance and finish. On
-    resuming, a stream must start again from its beginning. Raises RqaeError for rows of another width or not finite.
+    ``held_out`` (M, d) rows of other documents give the report's FVU. On resuming, a stream must start again from its
+    beginning. The model comes back on the CPU. Raises RqaeError for rows of another width or not finite.
     """
     _check(config)
     began = time.monotonic()
     batches = batches_of(activations, config.dim, config.seed, max(config.init_tokens, config.batch_tokens))
     path = config.checkpoint
-    saved = _resume(path, config) if path is not None and path.is_file() else None
-    if saved is None:
-        trainer = _start(config, batches, progress)
-    else:
-        layers = {name: saved[f"layer.{name}"] for name in _LAYERS}
-        trainer = _Trainer(config, layers, saved["codebook"])
+    if path is not None and path.is_file():
+        saved = resume(path, config)
+        layers = {name: saved[f"layer.{name}"] for name in LAYERS}
+        trainer = Trainer(config, layers, saved["codebook"], torch.device(device))
         trainer.load(saved)
         for step in range(trainer.step):  # a stream has to move past what was used
             batches.skip(step, config.batch_tokens)
+    else:
+        trainer = _start(config, batches, torch.device(device), progress)
+    count = config.num_quantizers
     before = {} if held_out is None or trainer.step else held_out_fvu(trainer.model(), held_out)
-    losses = []
+    if before:
+        trainer.curve.append((0, before[count]))
+    every = config.evaluate_every or max(1, config.steps // 10)
     task = progress.start("training all quantizers", config.steps, "steps")
     progress.advance(task, trainer.step)
     tokens = 0
     while trainer.step < config.steps:
         x = batches.batch(trainer.step, config.batch_tokens)
         tokens += len(x)
-        losses.append((trainer.step, trainer.advance(x)))
-        progress.advance(task)
+        trainer.advance(x)
+        if held_out is not None and trainer.step % every == 0 and trainer.step < config.steps:
+            trainer.curve.append((trainer.step, held_out_fvu(trainer.model(), held_out, (count,))[count]))
         if path is not None and (trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps):
-            _save(path, trainer)
+            save(path, config, trainer.state())
+        progress.advance(task)
     progress.finish(task)
     model = trainer.model()
     after = {} if held_out is None else held_out_fvu(model, held_out)
-    seconds = time.monotonic() - began
-    return model, TrainingReport(trainer.step, tokens, seconds, before, after, tuple(losses))
+    curve = (*trainer.curve, (trainer.step, after[count])) if after else tuple(trainer.curve)
+    seconds, losses, dead = time.monotonic() - began, tuple(trainer.losses), trainer.dead_share()
+    return model.cpu(), TrainingReport(trainer.step, tokens, seconds, before, after, losses, curve, dead)

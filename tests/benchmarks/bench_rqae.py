@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rqae import RQAE, RqaeConfig
 from rqae.features import layer_weights
 from rqae.literal import encode_literal
-from rqae.search import search
+from rqae.searching import search
 
 TOKENS, CORPUS, FEATURES, DEPTHS, TOP_K = 4096, 131_072, 256, (16, 64, 256), 100
 GATHERED = 2  # features that the gathering search is timed on; its time is proportional to them

@@ -44,6 +44,22 @@ def test_gradients_agree_with_autograd_on_the_definition(method, size):
         torch.testing.assert_close(gradients[name], leaf.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_low_precision_gradients_point_the_same_way_and_train_as_well():
+    model = random_rqae(RqaeConfig(24, 4, 5, 6))
+    layers = {name: getattr(model, name) for name in ("w_in", "b_in", "w_out", "b_out")}
+    x = activations(500, 3)
+    _, exact, _ = loss_and_gradients(x, layers, model.encoder())
+    _, low, _ = loss_and_gradients(x, layers, model.encoder(), "bfloat16")
+    for name, gradient in exact.items():
+        assert low[name].dtype == torch.float32
+        assert float(torch.cosine_similarity(low[name].flatten(), gradient.flatten(), dim=0)) > 0.999
+        assert not torch.equal(low[name], gradient)
+    reports = [
+        train_rqae(TRAIN, replace(SMALL, precision=each), held_out=HELD_OUT)[1] for each in ("float32", "bfloat16")
+    ]
+    assert reports[1].fvu_held_out[12] == pytest.approx(reports[0].fvu_held_out[12], rel=0.03)
+
+
 def pca_fvu(train: torch.Tensor, rows: torch.Tensor, components: int) -> float:
     mean = train.mean(dim=0)
     _, _, v = torch.linalg.svd(train - mean, full_matrices=False)
@@ -63,6 +79,24 @@ def test_beats_its_start_a_random_start_and_pca_of_some_components():
     error = (model.decode(model.encode(HELD_OUT)) - HELD_OUT).square().sum()
     variance = (HELD_OUT - HELD_OUT.mean(dim=0)).square().sum()
     assert report.fvu_held_out[12] == pytest.approx(float(error / variance), rel=1e-4)
+
+
+def test_the_curve_is_the_held_out_fvu_on_the_way():
+    _, report = train_rqae(TRAIN, replace(SMALL, evaluate_every=7), held_out=HELD_OUT)
+    assert [step for step, _ in report.curve] == [0, 7, 14, 21, 28, 30]
+    assert report.curve[0][1] == report.fvu_start[12] and report.curve[-1][1] == report.fvu_held_out[12]
+    _, short = train_rqae(TRAIN, replace(SMALL, steps=0), held_out=HELD_OUT)
+    assert short.curve[0][1] == report.curve[0][1]
+
+
+def test_the_dead_share_counts_codes_that_nothing_takes():
+    one_line = torch.linspace(1, 2, 3000)[:, None] * torch.ones(
+        24
+    )  # every quantizer sees a line: two directions of 544
+    _, report = train_rqae(one_line, replace(SMALL, num_quantizers=2, steps=30))
+    assert report.dead_share > 0.98
+    _, report = train_rqae(TRAIN, SMALL)
+    assert report.dead_share < 0.5
 
 
 def test_counts_are_the_shares_of_the_codes():
@@ -115,12 +149,13 @@ def test_resumed_training_ends_the_same(tmp_path, stream):
     def source():
         return iter(TRAIN.split(700)) if stream else TRAIN
 
-    whole, _ = train_rqae(source(), SMALL)
+    whole, uninterrupted = train_rqae(source(), SMALL)
     config = replace(SMALL, checkpoint=tmp_path / "training.pt")
     with pytest.raises(Interrupted):
         train_rqae(source(), config, progress=StopsAt(17))
     resumed, report = train_rqae(source(), config)
     assert same(whole, resumed)
+    assert [step for step, _ in report.losses] == list(range(1, 31)) and report.losses == uninterrupted.losses
     assert report.tokens == 20 * 256 and report.steps == 30  # steps 10 to 29 were done again
     with pytest.raises(RqaeError, match="expected a checkpoint of this training configuration; seen another"):
         train_rqae(source(), replace(config, learning_rate=1.0))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rqae import RQAE, RqaeConfig, RqaeError
 from rqae.features import intensity_literal
-from rqae.search import Hits, _keys, _scores_and_rows, activity_thresholds, search
+from rqae.searching import Hits, _keys, _scores_and_rows, activity_thresholds, search
 from tests.rqae.models import random_rqae
 
 DEPTHS = (16, 1, 40, 16)
@@ -24,7 +24,7 @@ def model() -> RQAE:
 @pytest.fixture(params=["compiled", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr("rqae.search.has_compiler", lambda: False)
+        monkeypatch.setattr("rqae.searching.has_compiler", lambda: False)
     return str(request.param)
 
 
@@ -161,5 +161,5 @@ def test_what_cannot_be_searched_is_named(model: RQAE, path: str) -> None:
     with pytest.raises(RqaeError, match="contexts: expected 20 numbers that never fall"):
         search(model, codes, features, (4,), contexts=np.arange(20)[::-1])
     codes[7, 3] = 625
-    with pytest.raises(RqaeError, match="RQAE codes: expected 0 to 624; seen [01] to 625"):
+    with pytest.raises(RqaeError, match=r"RQAE codes: expected 0 to 624; seen [01] to 625"):
         search(model, codes, features, (4,))

@@ -2,7 +2,8 @@
 
 Loads any causal language model of transformers (hub id, local folder or GGUF file) and reads it with forward hooks. The
 forward stops after the last site asked for, so later blocks are never computed, and blocks past the neighbours of the
-asked sites are dropped when loading. Knows nothing of corpora, dictionaries or features. Reads model files only.
+asked sites are dropped when loading. ``replaced`` puts other states in the place of a site's own for as long as it is
+open. Knows nothing of corpora, dictionaries, features or output heads. Reads model files only.
 
 Contexts are padded on the right. The models are causal, so a valid position never sees padding and no attention mask is
 passed. Batches are padded to whole groups of 128 rows before the forward: matrix products of other row counts are not
@@ -14,7 +15,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from evalkit.errors import BadConfig, CorpusError
+from evalkit.errors import BadConfig, BadShape, CorpusError
 from evalkit.final_norm import denormalise, measure_norm, normalise
 from evalkit.records import SubjectInfo
 from evalkit.subject_files import load_model
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Dtype", "Subject", "denormalise", "normalise"]
+__all__ = ["Dtype", "Subject", "denormalise", "normalise", "usable_device"]
 
 Dtype: TypeAlias = Literal["bfloat16", "float32"]
 
@@ -53,7 +55,17 @@ class Subject:
     ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``).
     """
 
-    def __init__(self, decoder: nn.Module, tokenizer: Any, *, name: str, sites: Sequence[str], device: str) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        sites: Sequence[str],
+        device: str,
+        keep_blocks: bool = False,
+    ) -> None:
+        """``keep_blocks`` leaves the blocks after the sites in place, for a decoder that is used further."""
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.device = torch.device(device)
@@ -68,7 +80,7 @@ class Subject:
         for site in self.sites:
             self._module(site)
         indices = [_block_index(site) for site in self.sites]
-        if self.sites and all(index is not None for index in indices):
+        if self.sites and not keep_blocks and all(index is not None for index in indices):
             del self._blocks[max(index for index in indices if index is not None) + 2 :]
         decoder.eval().requires_grad_(False).to(self.device)
 
@@ -95,7 +107,7 @@ class Subject:
             )
         if isinstance(sites, str):
             sites = (sites,)
-        device = _usable_device(device)
+        device = usable_device(device)
         name, decoder, tokenizer = load_model(
             model, dtype=getattr(torch, dtype), revision=revision, gguf_file=gguf_file, check=_depth_check(sites)
         )
@@ -139,6 +151,34 @@ class Subject:
         captured = self._forward(torch.from_numpy(_aligned(ids, self._max_positions)).to(self.device), modules)
         # copied outside inference mode, so that what is computed from them may be differentiated (training)
         return {site: captured[site][:batch, :pos].to(torch.float32, copy=True).contiguous() for site in wanted}
+
+    @contextmanager
+    def replaced(self, site: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While open, every forward goes on from what ``replace`` makes of the hidden states at ``site``.
+
+        ``replace`` gets them in float32, (batch, pos, d_model), padding of the forward included, and returns as many; the
+        forward goes on in the model's own dtype. Raises BadConfig for a site that is not there; the forward raises
+        BadShape for an answer of another shape.
+        """
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            before: Tensor = output[0] if isinstance(output, tuple) else output
+            after = replace(before.float())
+            if after.shape != before.shape:
+                raise BadShape(
+                    f"replacement at {site}",
+                    expected=f"shape {tuple(before.shape)}",
+                    seen=f"shape {tuple(after.shape)}",
+                    fix="return one state for each that was given",
+                )
+            after = after.to(before.dtype)
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        handle = self._module(site).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _forward(self, ids: Tensor, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
         captured: dict[str, Tensor] = {}
@@ -204,7 +244,7 @@ class Subject:
         raise _no_site(site, self.info, len(self._blocks))
 
 
-def _usable_device(device: str) -> str:
+def usable_device(device: str) -> str:
     """The device, "auto" resolved. Raises BadConfig for one that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -246,9 +246,12 @@ def one_thread_each(work: Callable[[Part], Result], parts: Sequence[Part]) -> li
     if threads < 2:
         return [work(part) for part in parts]
 
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # a thread starts with neither
+
     def alone(part: Part) -> Result:
         torch.set_num_threads(1)
-        return work(part)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return work(part)
 
     before = torch.get_num_threads()
     try:

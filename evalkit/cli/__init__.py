@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from evalkit.cli import doctor, models, plugins, report, runs, train
+from evalkit.cli import doctor, inspect, models, plugins, report, runs, train
 from evalkit.cli.console import STDERR
 from evalkit.errors import EvalkitError
 
@@ -57,6 +57,7 @@ def _options(
 
 runs.register(app)
 report.register(app)
+inspect.register(app)
 plugins.register(app)
 doctor.register(app)
 app.add_typer(models.app, name="models")

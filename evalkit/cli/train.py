@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from evalkit.cli.console import progress_bars
-from evalkit.errors import require
+from evalkit.errors import BadConfig, require
 
 if TYPE_CHECKING:
     from evalkit.subject import Dtype
+    from rqae.gradients import Precision
 
 __all__ = ["app"]
 
@@ -51,8 +54,9 @@ def sae(
     Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_saes`
     """
     require("torch", "model")
-    from evalkit.training.dictionaries import TextSpec, open_text, train_sae_dictionary
+    from evalkit.training.dictionaries import train_sae_dictionary
     from evalkit.training.sae import SaeTrainingConfig
+    from evalkit.training.text import TextSpec, open_text
 
     spec = TextSpec(
         model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=cast("Dtype", dtype), device=device
@@ -75,30 +79,69 @@ def rqae(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     work: Work = Path("text/states"),
     quantizers: Annotated[int, typer.Option(help="Quantizers.")] = 256,
-    steps: Annotated[int, typer.Option(help="Training steps, of 2,048 tokens.")] = 600,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate, relative to the size of the weights.")] = 2e-3,
+    init_tokens: Annotated[int, typer.Option(help="Tokens that the start is fitted on, and shuffled among.")] = 65_536,
+    precision: Annotated[
+        str, typer.Option(help="Of the gradients: float32, or bfloat16 where that is faster.")
+    ] = "float32",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Keep no hidden states on disk; resuming computes them again.")
+    ] = False,
     max_tokens: Tokens = None,
     seed: Seed = 0,
     dtype: DtypeName = "bfloat16",
     device: Device = "auto",
 ) -> None:
-    """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout with a card; prints its folder.
+    """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout; prints its folder.
+
+    All quantizers together, straight through, the residual detached. Beside the weights: a card (FVU by depth, loss of the
+    language model, codes in use, all on held-out text) and a plot of the training. The same command goes on after a stop.
 
     Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """
     require("torch", "model")
-    from evalkit.training.dictionaries import TextSpec, open_text, train_rqae_dictionary
+    from evalkit.subject import usable_device
+    from evalkit.training.dictionaries import train_rqae_dictionary
+    from evalkit.training.text import TextSpec, open_text
     from rqae.training import RqaeTrainingConfig
 
+    if precision not in ("float32", "bfloat16"):
+        raise BadConfig("--precision", expected="float32 or bfloat16", seen=repr(precision), fix="use one of these")
     spec = TextSpec(
-        model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=cast("Dtype", dtype), device=device
+        model,
+        site,
+        corpus,
+        held_out,
+        work,
+        max_tokens=max_tokens,
+        dtype=cast("Dtype", dtype),
+        device=device,
+        stream=stream,
     )
-    checkpoint = work / f"rqae-{quantizers}-{steps}-{seed}.checkpoint"
     with progress_bars() as progress:
         text = open_text(spec, progress)
         config = RqaeTrainingConfig(
-            dim=text.info.d_model, num_quantizers=quantizers, steps=steps, seed=seed, checkpoint=checkpoint
+            dim=text.info.d_model,
+            num_quantizers=quantizers,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            init_tokens=init_tokens,
+            precision=cast("Precision", precision),
+            seed=seed,
         )
-        folder = train_rqae_dictionary(text, config, out, command=_command(), progress=progress)
+        digest = hashlib.blake2b(repr((config, spec)).encode(), digest_size=6).hexdigest()
+        checkpoint = work / f"rqae-{quantizers}-{digest}.checkpoint"
+        folder = train_rqae_dictionary(
+            text,
+            replace(config, checkpoint=checkpoint),
+            out,
+            command=_command(),
+            device=usable_device(device),
+            progress=progress,
+        )
     checkpoint.unlink(missing_ok=True)
     sys.stdout.write(f"{folder}\n")
 

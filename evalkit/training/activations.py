@@ -28,7 +28,7 @@ from evalkit.protocols import Progress
 from evalkit.records import Site, TokenBatch
 from evalkit.seeds import derive
 
-__all__ = ["ActivationStore", "StoreRecord"]
+__all__ = ["ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
 
 Hidden = Callable[[TokenBatch], Tensor]
 FLUSH_BATCHES = 50
@@ -164,11 +164,10 @@ def _collect(
         for batch in islice(corpus, record.batches, None):
             if record.rows >= record.max_tokens:
                 break
-            found = _valid_rows(batch, hidden(batch), record)
-            norms = found.float().norm(dim=1)
+            found = valid_rows(batch, hidden(batch), Site(record.model, record.site), record.d_model)
             if record.norm_limit is None:
-                record = replace(record, norm_limit=SINK_RATIO * float(norms.median()))
-            kept = norms <= (record.norm_limit or math.inf)
+                record = replace(record, norm_limit=norm_limit(found))
+            kept = found.float().norm(dim=1) <= (record.norm_limit or math.inf)
             rows = found[kept][: record.max_tokens - record.rows]
             stream.write(rows.view(torch.int16).numpy().tobytes())
             sinks = record.sinks + int((~kept).sum())
@@ -182,16 +181,22 @@ def _collect(
     _write_record(folder, replace(record, complete=True))
 
 
-def _valid_rows(batch: TokenBatch, hidden: Tensor, record: StoreRecord) -> Tensor:
-    expected = (*batch.token_ids.shape, record.d_model)
+def valid_rows(batch: TokenBatch, hidden: Tensor, site: Site, d_model: int) -> Float[Tensor, "row d_model"]:
+    """The hidden states of a batch's valid tokens, bfloat16 on the CPU. Raises BadShape."""
+    expected = (*batch.token_ids.shape, d_model)
     if tuple(hidden.shape) != expected:
         raise BadShape(
-            f"hidden states at {record.site}",
+            f"hidden states at {site}",
             expected=f"shape {expected}",
             seen=f"shape {tuple(hidden.shape)}",
             fix="check the site and the width of the subject model",
         )
     return hidden[torch.from_numpy(np.ascontiguousarray(batch.valid))].to(torch.bfloat16).cpu().contiguous()
+
+
+def norm_limit(rows: Float[Tensor, "row d_model"]) -> float:
+    """The norm above which a row is an attention sink's, by the rows of the first batch."""
+    return SINK_RATIO * float(rows.float().norm(dim=1).median())
 
 
 def _resume_point(folder: Path, wanted: StoreRecord) -> StoreRecord:

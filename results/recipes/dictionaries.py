@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ import numpy as np
 
 from evalkit.corpus import Corpus, tokenize_corpus
 from evalkit.final_norm import denormalise, normalise
-from evalkit.records import Site, SubjectInfo, TokenBatch
+from evalkit.records import Site, SubjectInfo
 from evalkit.sources.gemma_scope import read_weights
 from evalkit.sources.sae import measure_fit
 from evalkit.subject import Subject
 from evalkit.training.activations import ActivationStore
-from evalkit.training.dictionaries import TrainingText, corpus_parts, train_rqae_dictionary, train_sae_dictionary
+from evalkit.training.dictionaries import train_rqae_dictionary, train_sae_dictionary
 from evalkit.training.sae import SaeTrainingConfig
+from evalkit.training.text import LossText, TrainingText, corpus_parts, full_contexts
 from rqae import RQAE
 from rqae.training import RqaeTrainingConfig
 
@@ -41,27 +42,26 @@ SAES = ((2048, 32.0), (2048, 16.0), (2048, 64.0), (1024, 32.0), (4096, 32.0))  #
 COMMAND = "python results/recipes/dictionaries.py"
 
 
-def contexts(corpus: Corpus, limit: int) -> Iterator[TokenBatch]:
-    """Batches of the first full contexts."""
-    full = np.flatnonzero(corpus.lengths == corpus.context_length)[:limit]
-    for at in range(0, len(full), BATCH):
-        yield corpus.batch(full[at : at + BATCH])
+def text_of(work: Path, name: str, subject: Subject) -> Corpus:
+    """One of the three texts in contexts."""
+    text = work / f"{name}.jsonl.gz"
+    digest = hashlib.blake2b(text.read_bytes(), digest_size=8).hexdigest()
+    return tokenize_corpus(text, subject.tokenizer, work / "contexts" / f"{name}-{digest}")
 
 
 def collect(work: Path, name: str, subject: Subject) -> ActivationStore:
-    """The hidden states of one of the three texts."""
-    text = work / f"{name}.jsonl.gz"
-    digest = hashlib.blake2b(text.read_bytes(), digest_size=8).hexdigest()
-    corpus = tokenize_corpus(text, subject.tokenizer, work / "contexts" / f"{name}-{digest}")
-    full = min(CONTEXTS[name], int((corpus.lengths == corpus.context_length).sum()))
+    """The hidden states of the first full contexts of one of the three texts."""
+    corpus = text_of(work, name, subject)
+    chosen = full_contexts(corpus, CONTEXTS[name])
+    digest = hashlib.blake2b((work / f"{name}.jsonl.gz").read_bytes(), digest_size=8).hexdigest()
     return ActivationStore.build(
-        contexts(corpus, CONTEXTS[name]),
+        (corpus.batch(chosen[at : at + BATCH]) for at in range(0, len(chosen), BATCH)),
         lambda batch: subject.hidden(batch.token_ids)[SITE],
         Site(MODEL, SITE),
         work / "activations" / name,
         corpus_name=f"registry text, {name}, {digest}",
         d_model=subject.info.d_model,
-        max_tokens=full * (corpus.context_length - 1),
+        max_tokens=len(chosen) * (corpus.context_length - 1),
     )
 
 
@@ -109,7 +109,9 @@ def main() -> None:
     work: Path = options.work
     subject = Subject.load(options.model, sites=(SITE,), dtype="bfloat16", device="cpu")
     train, held_out, demo = (collect(work, name, subject) for name in CONTEXTS)
-    text = TrainingText(train, held_out, subject.info, corpus_parts(str(work / "train.jsonl.gz")))
+    corpus = text_of(work, "held-out", subject)
+    losses = LossText(str(options.model), corpus, full_contexts(corpus, CONTEXTS["held-out"]), "bfloat16", "cpu")
+    text = TrainingText(train, held_out, subject.info, corpus_parts(str(work / "train.jsonl.gz")), losses)
     if options.only in (None, "rqae"):
         rqae = RqaeTrainingConfig(dim=train.d_model, num_quantizers=256, steps=600, seed=SEED)
         folder = options.out / "rqae-256"

@@ -63,6 +63,19 @@ def test_both_encodings_follow_the_definition(config):
         np.testing.assert_array_equal(found.numpy()[decided], codes[decided])
 
 
+@pytest.mark.parametrize(
+    "method,levels,width", [("round_fsq", 5, 4), ("round_fsq", 9, 3), ("fsq", 4, 4), ("learned", 300, 6)]
+)
+def test_codes_of_many_layers_are_the_oracle_s_but_for_rounding(method, levels, width):
+    """A choice that rounding turns changes all later ones of its token: so most of 64 layers, and the error of all."""
+    model = random_rqae(RqaeConfig(256, width, levels, 96, method))
+    x = torch.randn(1500, 256, generator=torch.Generator().manual_seed(8))
+    ours, theirs = model.encode(x), encode_literal(model, x)
+    assert float((ours == theirs)[:, :64].float().mean()) > 0.9999
+    errors = [float((model.decode(codes) - x).square().mean()) for codes in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 def test_codes_are_canonical_and_decode_adds_up():
     model = random_rqae(RqaeConfig(16, num_quantizers=12))
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
@@ -72,6 +85,25 @@ def test_codes_are_canonical_and_decode_adds_up():
     expected = sum(model.codebook[i][codes[..., i]] @ model.w_out[i].T + model.b_out[i] for i in range(7))
     torch.testing.assert_close(model.decode(codes, 7), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.decode(codes[..., :7]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_add_up_and_depths_come_for_one_decoding():
+    model = random_rqae(RqaeConfig(16, num_quantizers=12))
+    codes = model.encode(torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(2)))
+    parts = [model.codebook[i][codes[..., i]] @ model.w_out[i].T + model.b_out[i] for i in range(12)]
+    torch.testing.assert_close(
+        model.decode_layers(codes, [9, 0, 4]), parts[9] + parts[0] + parts[4], rtol=1e-5, atol=1e-5
+    )
+    found = {depth: value.clone() for depth, value in model.reconstructions(codes, (12, 3, 5, 3))}
+    assert list(found) == [3, 5, 12]
+    for depth, value in found.items():
+        torch.testing.assert_close(value, sum(parts[:depth]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RqaeError, match=r"RQAE layers: expected different ones from 0 to 11; seen \[3, 12\]"):
+        model.decode_layers(codes, [3, 12])
+    with pytest.raises(RqaeError, match=r"seen \[3, 3\]"):
+        model.decode_layers(codes, [3, 3])
+    with pytest.raises(RqaeError, match="RQAE codes: expected 5 codes; seen 4"):
+        list(model.reconstructions(codes[..., :4], (5,)))
 
 
 def test_a_shorter_depth_is_a_prefix():
@@ -166,6 +198,15 @@ def test_strides_and_types_of_the_input_do_not_matter():
     assert torch.equal(model.encode(torch.stack([x, x], dim=-1)[..., 1].T), expected)
     small = model.encode(x.T, dtype=torch.uint16)
     assert small.dtype == torch.uint16 and torch.equal(small.long(), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_encodes_in_every_mode_of_torch(mode):
+    model = random_rqae(RqaeConfig(16, num_quantizers=4))
+    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(7))
+    with mode():
+        codes = model.encode(x)
+    assert torch.equal(codes, model.encode(x)) and torch.equal(codes, model.encode(x.clone().requires_grad_()))
 
 
 def test_bad_input_is_named_also_in_a_later_chunk():

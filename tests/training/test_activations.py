@@ -140,7 +140,7 @@ def test_wrong_widths_and_empty_corpora_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadShape) as caught:
         build(tmp_path / "a", d_model=7)
     assert str(caught.value) == (
-        "hidden states at layers.1: expected shape (4, 8, 7); seen shape (4, 8, 6); "
+        "hidden states at toy/layers.1: expected shape (4, 8, 7); seen shape (4, 8, 6); "
         "fix: check the site and the width of the subject model"
     )
     with pytest.raises(CorpusError, match="at least one valid token"):

@@ -73,3 +73,28 @@ def test_rqae(
     source = evalkit.load_source(folder, depths=(8,))
     assert source.name == "tiny-llama/layers.3/my-rqae/depth-8"
     assert source.site.path == "layers.3"
+    changes = card["loss_change_by_depth"]
+    assert set(changes) == set(card["fvu_by_depth"]) == set(card["loss_change_se_by_depth"]) == {"16"}
+    assert abs(changes["16"]) < 5 and card["loss_tokens"] > 100
+    history = json.loads((folder / "training.json").read_text())
+    assert [step for step, _ in history["batches"]] == list(range(1, 31))
+    assert history["held_out"][-1] == [30, history["held_out_by_depth"]["16"]]
+    assert history["held_out_by_depth"]["16"] < history["held_out_by_depth"]["1"]
+    assert (folder / "training.png").stat().st_size > 10_000 and (folder / "training.svg").is_file()
+    assert not list((tmp_path / "work").glob("*.checkpoint"))
+
+
+def test_rqae_from_a_stream_keeps_no_training_states(
+    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = train(
+        capsys, monkeypatch, "rqae", *options(tiny_llama, texts, tmp_path / "work"), "--out", tmp_path / "my-rqae",
+        "--quantizers", 16, "--steps", 30, "--init-tokens", 4000, "--batch-tokens", 512, "--dtype", "float32", "--stream",
+        "--precision", "bfloat16",
+    )  # fmt: skip
+    card = json.loads((folder / "card.json").read_text())
+    assert 0 < card["fvu"] < 0.6 and card["n_tokens"] == 4000 + 30 * 512
+    assert card["n_distinct_tokens"] == min(card["n_tokens"], card["left_out"]["of_tokens"])
+    assert not list((tmp_path / "work" / "train").glob("**/hidden.bf16"))
+    assert list((tmp_path / "work" / "held-out").glob("**/hidden.bf16"))

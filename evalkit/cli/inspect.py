@@ -1,0 +1,123 @@
+"""``evalkit inspect``: tables and figures about an RQAE over a corpus."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evalkit.cli.console import STDERR, progress_bars
+from evalkit.cli.options import ContextLength, Corpus, Device, Dtype, Split, TextField
+from evalkit.errors import require
+
+__all__ = ["register"]
+
+_WHAT, _TEXT = "What is measured", "Text"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command(rich_help_panel="Look around")(inspect)
+
+
+def inspect(
+    rqae: Annotated[str, typer.Argument(metavar="RQAE", help="Checkpoint folder, or bundled:NAME.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Part: prefixes, cosines, layers, fit, ranks or sae; several with commas. Default: all.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    sae: Annotated[
+        str | None, typer.Option(help="SAE of the same site, to look for its latents.", rich_help_panel=_WHAT)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Subject model, as for `evalkit run`; default: what the dictionary says.",
+            envvar="EVALKIT_MODEL",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Site to read; default: what the dictionary says.", rich_help_panel=_WHAT)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_WHAT)
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(help="Depths, comma-separated; default: 1,2,3,4,8,16,64,256,1024.", rich_help_panel=_WHAT),
+    ] = None,
+    features: Annotated[
+        int, typer.Option(help="Token features of `ranks`, latents of `sae`.", rich_help_panel=_WHAT)
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_WHAT)] = 0,
+    corpus: Corpus = "bundled:demo",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the corpus to encode.", rich_help_panel=_TEXT)] = 100_000,
+    fit_tokens: Annotated[
+        int, typer.Option(help="Tokens that FVU and losses are measured on.", rich_help_panel=_TEXT)
+    ] = 8192,
+    text_field: TextField = "text",
+    split: Split = "train",
+    context_length: ContextLength = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of codes, tables and figures; default: runs/inspect-NAME.", rich_help_panel="Speed and place"
+        ),
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv or json.")] = "markdown",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Measure an RQAE over a corpus: code prefixes, cosines, layer weights, fit and loss, ranks, an SAE's latents.
+
+    Tables go to stdout, figures to OUT/plots. Nothing is computed twice: with the same options they come from OUT.
+
+    Example: `evalkit inspect bundled:rqae-256 --sae bundled:sae/layer_15/width_2k/average_l0_32`
+    """
+    for module in ("torch", "transformers", "safetensors"):
+        require(module, "model")
+    from evalkit.inspection.figures import draw_parts
+    from evalkit.inspection.inspect import inspect_rqae
+    from evalkit.inspection.settings import Settings, parse_depths, parse_parts
+    from evalkit.inspection.tables import check_format, render_inspection
+
+    shown = check_format("json" if as_json else format)
+    parts = parse_parts(only or (), has_sae=sae is not None)
+    settings = Settings(
+        dictionary=rqae.rstrip("/") or rqae,
+        model=model,
+        corpus=corpus,
+        site=site,
+        sae=sae,
+        max_tokens=max_tokens,
+        fit_tokens=fit_tokens,
+        context_length=context_length,
+        text_field=text_field,
+        split=split,
+        revision=revision,
+        features=features,
+        depths=parse_depths(depths),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    folder = out or Path("runs") / f"inspect-{_name(rqae)}"
+    with progress_bars() as progress:
+        found = inspect_rqae(settings, folder, parts, progress)
+    paths = draw_parts(found.about, found.parts, folder / "plots")
+    sys.stdout.write(render_inspection(found.about, found.parts, shown))
+    sys.stdout.flush()
+    names = ", ".join(path.name for path in paths if path.suffix == ".png")
+    STDERR.print(f"figures in {folder / 'plots'}: {names}", highlight=False)
+
+
+def _name(rqae: str) -> str:
+    """What the default folder is called after."""
+    return Path(rqae.removeprefix("bundled:")).name or "rqae"

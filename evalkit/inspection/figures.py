@@ -1,0 +1,40 @@
+"""The figures of an inspection, one per part, in the house style: PNG and SVG files under a folder.
+
+Works from the kept parts alone, without a model; the same parts give the same bytes. ``panels`` draws, this frames and
+saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from evalkit.inspection.keeping import Part
+from evalkit.inspection.panels import DRAW
+from evalkit.report import style
+
+__all__ = ["draw_parts", "part_figure"]
+
+_SIZE = (7.6, 3.5)
+
+
+def draw_parts(about: Mapping[str, Any], parts: Sequence[Part], folder: Path) -> list[Path]:
+    """Write ``PART.png`` and ``PART.svg`` for each part; returns their paths. Raises StorageError."""
+    paths = []
+    with style.house_style():
+        for part in parts:
+            paths += style.save(part_figure(about, part), folder, part.name)
+    return paths
+
+
+def part_figure(about: Mapping[str, Any], part: Part) -> Figure:
+    """The figure of one part: its panels side by side, a caption below."""
+    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=_SIZE, layout=engine)
+    caption = DRAW[part.name](figure, part)
+    style.caption(figure, f"{about['name']}. {caption}")
+    return figure

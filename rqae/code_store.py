@@ -27,7 +27,7 @@ from rqae.progress import SILENT, Progress
 __all__ = ["CodeStore", "StoredCodes"]
 
 RECORD, CODES, PLACES = "codes.json", "codes.u16", "places.i32"
-_FLUSH_BATCHES = 50
+_FLUSH_TOKENS = 20_000  # so many are lost at most when the process dies
 Batch = TypeVar("Batch")
 
 
@@ -132,6 +132,7 @@ def _fill(
     task = progress.start("encoding", total, "tokens")
     progress.advance(task, record.rows)
     with (folder / CODES).open("ab") as codes, (folder / PLACES).open("ab") as places:
+        kept = record.rows
         codes.truncate(record.rows * record.depth * 2)
         places.truncate(record.rows * 8)
         for batch in islice(batches, record.batches, None):
@@ -141,8 +142,9 @@ def _fill(
             places.write(np.ascontiguousarray(where, dtype="<i4").tobytes())
             record = replace(record, rows=record.rows + len(rows), batches=record.batches + 1)
             progress.advance(task, len(rows))
-            if record.batches % _FLUSH_BATCHES == 0:
+            if record.rows - kept >= _FLUSH_TOKENS:
                 _keep(folder, record, codes, places)
+                kept = record.rows
         _keep(folder, replace(record, complete=True), codes, places)
     progress.finish(task)
 

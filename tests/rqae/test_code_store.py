@@ -58,9 +58,9 @@ def test_codes_and_places_come_back(model: RQAE, tmp_path: Path) -> None:
     assert not again.asked
 
 
-@pytest.mark.parametrize("flush", [1, 2, 50])
+@pytest.mark.parametrize("flush", [1, 6, 50])
 def test_an_interrupted_build_goes_on(model: RQAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: int) -> None:
-    monkeypatch.setattr(code_store, "_FLUSH_BATCHES", flush)
+    monkeypatch.setattr(code_store, "_FLUSH_TOKENS", flush)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, model, Corpus(breaks_at=3))
     if flush < 50:
@@ -68,7 +68,7 @@ def test_an_interrupted_build_goes_on(model: RQAE, tmp_path: Path, monkeypatch: 
             CodeStore(tmp_path)
     rest = Corpus()
     store = build(tmp_path, model, rest)
-    assert rest.asked == list(range({1: 3, 2: 2, 50: 0}[flush], 5))
+    assert rest.asked == list(range({1: 3, 6: 3, 50: 0}[flush], 5))
     np.testing.assert_array_equal(store.codes, model.encode(TEXT).numpy())
     np.testing.assert_array_equal(store.contexts, np.repeat(range(5), SIZES))
 

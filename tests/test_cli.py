@@ -182,8 +182,9 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["collect"], ["explain"], ["score"], ["table"], ["plot"], ["plugins"], ["models", "pull"],
-                ["train", "sae"], ["train", "rqae"]], ids=lambda command: " ".join(command) or "evalkit",
+    "command", [[], ["run"], ["collect"], ["explain"], ["score"], ["table"], ["plot"], ["inspect"], ["plugins"],
+                ["models", "pull"], ["train", "sae"], ["train", "rqae"]],
+    ids=lambda command: " ".join(command) or "evalkit",
 )  # fmt: skip
 def test_every_command_has_help_and_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import evalkit
+import rqae
 from evalkit.cli import app
 from evalkit.prices import read_prices
 from tests.run_folders import write_run
@@ -88,6 +89,8 @@ def test_python_snippets_use_names_that_exist() -> None:
         compile(block, "README.md", "exec")
         for name in re.findall(r"evalkit\.(\w+)", block):
             assert name in evalkit.__all__
+        for names in re.findall(r"from rqae import (.*)", block):
+            assert set(names.split(", ")) <= set(rqae.__all__)
 
 
 def test_each_use_is_short() -> None:

@@ -81,7 +81,9 @@ class Trainer:
     def advance(self, x: Tensor) -> float:
         """One Adam step on the rows x (N, d); returns the batch's FVU."""
         x = x.to(self.device)
-        squared, gradients, codes = loss_and_gradients(x, self.layers, self.encoder(), self.config.precision)
+        squared, gradients, codes = loss_and_gradients(
+            x, self.layers, self.encoder(), self.config.precision, self.config.nested_depths
+        )
         gradients = {name: gradient * self.scale[name] for name, gradient in gradients.items()}
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
         shrink = min(1.0, self.config.clip_norm / max(norm, 1e-30))

@@ -38,9 +38,10 @@ class RqaeTrainingConfig:
 
     ``initialisation`` "sequential" fits the quantizers one after the other to ``init_tokens`` rows first; "random" is
     upstream's start. A stream of activations is shuffled through a buffer of ``init_tokens`` rows. ``precision`` is that of
-    the gradients' matrix products; bfloat16 is faster where the hardware has it. ``checkpoint`` is a file written every
-    ``checkpoint_every`` steps; training resumes from it when it is there. ``evaluate_every``: steps between measurements on
-    held-out rows, None for ten in all.
+    the gradients' matrix products; bfloat16 is faster where the hardware has it. ``nested_depths``: reconstructions from
+    fewer quantizers that count too, a relative change of each as much as one of the whole. ``checkpoint`` is a file written
+    every ``checkpoint_every`` steps; training resumes from it when it is there. ``evaluate_every``: steps between
+    measurements on held-out rows, None for ten in all.
     """
 
     dim: int
@@ -50,14 +51,15 @@ class RqaeTrainingConfig:
     quantization_method: str = "round_fsq"
     initialisation: Literal["sequential", "random"] = "sequential"
     init_tokens: int = 65_536
-    steps: int = 400
+    steps: int = 2000
     batch_tokens: int = 2048
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-2
     final_learning_rate: float = 0.05  # as a share of learning_rate
     warmup_steps: int = 20
     clip_norm: float = 1.0
     seed: int = 0
     precision: Precision = "float32"
+    nested_depths: tuple[int, ...] = ()
     checkpoint: Path | None = None
     checkpoint_every: int = 100
     evaluate_every: int | None = None

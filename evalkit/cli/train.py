@@ -81,7 +81,7 @@ def rqae(
     quantizers: Annotated[int, typer.Option(help="Quantizers.")] = 256,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate, relative to the size of the weights.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate, relative to the size of the weights.")] = 2e-2,
     init_tokens: Annotated[int, typer.Option(help="Tokens that the start is fitted on, and shuffled among.")] = 65_536,
     precision: Annotated[
         str, typer.Option(help="Of the gradients: float32, or bfloat16 where that is faster.")

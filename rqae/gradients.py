@@ -2,8 +2,8 @@
 
 The loss is the mean squared error of the whole reconstruction, and of shallower ones where these are asked for. Straight
 through each quantizer (∂C_c/∂p is taken as the identity), and the residual that a quantizer reads is detached, so every
-quantizer's gradient depends on the others only through the error and the residual. Both are linear in the codes: no residual
-of width d is kept per quantizer.
+quantizer's gradient depends on the others only through the error and the residual. Both are linear in the codes: no
+residual of width d is kept per quantizer.
 With e = 2 (x̂ - x) / (N d), Q the code vectors side by side and g = e W_out: ∂W_out = eᵀQ, ∂W_in,i = g_iᵀ r_i, and
 g_iᵀ r_i = g_iᵀ x - Σ_{j<i} (g_iᵀ Q_j W_out,jᵀ + g_iᵀ 1 b_out,jᵀ). Tests compare with autograd on the literal definition.
 """

@@ -134,6 +134,13 @@ def _check(config: RqaeTrainingConfig) -> None:
             raise RqaeError(
                 f"training option {name!r}", expected=f"at least {low}", seen=str(getattr(config, name)), fix="raise it"
             )
+    if not all(0 < depth <= config.num_quantizers for depth in config.nested_depths):
+        raise RqaeError(
+            "training option 'nested_depths'",
+            expected=f"depths from 1 to {config.num_quantizers}",
+            seen=str(list(config.nested_depths)),
+            fix="leave out deeper ones",
+        )
     if config.initialisation == "sequential" and config.dim < config.codebook_dim:
         raise RqaeError(
             "training option 'codebook_dim'",

@@ -86,6 +86,9 @@ def rqae(
     precision: Annotated[
         str, typer.Option(help="Of the gradients: float32, or bfloat16 where that is faster.")
     ] = "float32",
+    nested_depths: Annotated[
+        str, typer.Option(help="Depths whose reconstructions count too, e.g. 16,64: for use cut at these.")
+    ] = "",
     stream: Annotated[
         bool, typer.Option("--stream", help="Keep no hidden states on disk; resuming computes them again.")
     ] = False,
@@ -130,6 +133,7 @@ def rqae(
             learning_rate=learning_rate,
             init_tokens=init_tokens,
             precision=cast("Precision", precision),
+            nested_depths=_numbers("--nested-depths", nested_depths),
             seed=seed,
         )
         digest = hashlib.blake2b(repr((config, spec)).encode(), digest_size=6).hexdigest()
@@ -144,6 +148,15 @@ def rqae(
         )
     checkpoint.unlink(missing_ok=True)
     sys.stdout.write(f"{folder}\n")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise BadConfig(
+            option, expected="numbers with commas", seen=repr(text), fix="write for example 16,64"
+        ) from error
 
 
 def _command() -> str:

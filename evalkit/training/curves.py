@@ -65,6 +65,8 @@ def training_figure(report: TrainingReport, name: str) -> Figure:
                 list(found), list(found.values()), color=colour, marker="o", markersize=3, linewidth=1, label=label
             )
     right.set_xscale("log", base=2)
+    depths = list(report.fvu_held_out)
+    right.set_xticks(depths, [str(depth) for depth in depths])
     right.set_xlabel("quantizers used")
     right.set_title("held-out rows, by depth", loc="left")
     right.legend(frameon=False)

@@ -113,7 +113,15 @@ def main() -> None:
     losses = LossText(str(options.model), corpus, full_contexts(corpus, CONTEXTS["held-out"]), "bfloat16", "cpu")
     text = TrainingText(train, held_out, subject.info, corpus_parts(str(work / "train.jsonl.gz")), losses)
     if options.only in (None, "rqae"):
-        rqae = RqaeTrainingConfig(dim=train.d_model, num_quantizers=256, steps=3000, seed=SEED, precision="bfloat16")
+        rqae = RqaeTrainingConfig(
+            dim=train.d_model,
+            num_quantizers=256,
+            steps=4000,
+            learning_rate=3e-2,
+            nested_depths=(16, 64),
+            seed=SEED,
+            precision="bfloat16",
+        )
         folder = options.out / "rqae-256"
         once(
             work,

@@ -1,8 +1,9 @@
 """Speed of RQAE encoding and search, against the literal algorithms and bare matrix products of the same arithmetic.
 
 Each measurement runs in a process of its own, with fresh inputs at every repetition, and prints one JSON line: the median
-of its seconds, tokens per second, and its ratio to the others. Weights are random; time does not depend on them.
-Run: ``python tests/benchmarks/bench_rqae.py [--dim 2304] [--quantizers 1024] [--repeats 5]``.
+of its seconds, tokens per second, and its ratio to the others. Weights are random; time does not depend on them. On a GPU,
+where there is one, with sizes for it.
+Run: ``python tests/benchmarks/bench_rqae.py [--dim 2304] [--quantizers 1024] [--repeats 5] [--device cpu]``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,24 @@ from rqae.features import layer_weights
 from rqae.literal import encode_literal
 from rqae.searching import search
 
-TOKENS, CORPUS, FEATURES, DEPTHS, TOP_K = 4096, 131_072, 256, (16, 64, 256), 100
+DEPTHS, TOP_K = (16, 64, 256), 100
 GATHERED = 2  # features that the gathering search is timed on; its time is proportional to them
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens to encode, tokens and features to search, batch sizes that the literal algorithm is tried at."""
+
+    tokens: int
+    corpus: int
+    features: int
+    literal: tuple[int, ...]
+
+
+SIZES = {
+    "cpu": Sizes(4096, 131_072, 256, (512, 4096)),
+    "cuda": Sizes(262_144, 4_700_000, 1000, (4096, 16_384, 65_536, 262_144)),
+}
 
 
 def model_of(dim: int, quantizers: int) -> RQAE:
@@ -43,25 +61,23 @@ def model_of(dim: int, quantizers: int) -> RQAE:
     )
 
 
-def rows_of(count: int, dim: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+def rows_of(count: int, dim: int, seed: int, device: str) -> torch.Tensor:
+    return torch.randn(count, dim, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def corpus_of(model: RQAE, tokens: int, seed: int) -> np.ndarray:
     """Random distinct codes: a corpus as far as time goes."""
-    usable = model.canonical[model.codebook[0].norm(dim=1) > 0].unique().numpy()
-    drawn = np.random.default_rng(seed).integers(len(usable), size=(tokens, max(DEPTHS)))
-    return usable[drawn].astype(np.uint16)
+    usable = model.canonical[model.codebook[0].norm(dim=1) > 0].unique().cpu().numpy().astype(np.uint16)
+    return usable[np.random.default_rng(seed).integers(len(usable), size=(tokens, max(DEPTHS)), dtype=np.uint16)]
 
 
-def gathering_search(model: RQAE, codes: np.ndarray, features: torch.Tensor) -> list[torch.Tensor]:
+def gathering_search(model: RQAE, codes: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
     """As published: per feature, look up the cosine of every code, weigh, sum over depths, sort."""
-    weights, tokens = layer_weights(model), torch.from_numpy(codes.astype(np.int64))
-    best = []
+    weights, best = layer_weights(model), []
     for feature in features:
-        layers = torch.arange(len(feature))
+        layers = torch.arange(len(feature), device=codes.device)
         cosines = torch.einsum("ikc,ic->ik", model.codebook[: len(feature)], model.codebook[layers, feature])
-        found = cosines[layers, tokens]  # (N, k)
+        found = cosines[layers, codes]  # (N, k)
         sums = (found * weights[: len(feature)]).cumsum(dim=1) / weights[: len(feature)].cumsum(dim=0)
         best += [sums[:, depth - 1].topk(TOP_K).indices for depth in DEPTHS]
     return best
@@ -72,82 +88,114 @@ def timed(repeats: int, prepare: Callable[[int], Any], work: Callable[[Any], obj
     seconds = []
     for repeat in range(repeats + 1):
         given = prepare(repeat)
+        _finish()
         start = time.perf_counter()
         work(given)
+        _finish()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
 
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def measure(what: str, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement: ``tokens``, ``seconds`` and whatever else it found."""
-    dim, quantizers, repeats = options.dim, options.quantizers, options.repeats
-    width = 4 * quantizers
+    dim, quantizers, repeats, device = options.dim, options.quantizers, options.repeats, options.device
+    sizes, width = SIZES[device], 4 * options.quantizers
     kind, _, size = what.partition(" ")
     if kind == "gemm":
-        left, right = torch.randn(dim, width), torch.randn(width, width // 2)
+        left, right = torch.randn(dim, width, device=device), torch.randn(width, width // 2, device=device)
 
         def products(x: tuple[torch.Tensor, torch.Tensor]) -> None:
             torch.mm(x[0], left)
             torch.mm(x[1], right)
 
-        return {
-            "tokens": TOKENS,
-            "seconds": timed(
-                repeats, lambda seed: (rows_of(TOKENS, dim, seed), rows_of(TOKENS, width, seed)), products
-            ),
-        }
-    if kind == "gather-gemm":
-        u = torch.randn(FEATURES, 4 * max(DEPTHS))
-        return {
-            "tokens": CORPUS,
-            "seconds": timed(repeats, lambda seed: rows_of(CORPUS, 4 * max(DEPTHS), seed), lambda x: torch.mm(u, x.T)),
-        }
-    model = model_of(dim, quantizers)
+        def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows_of(sizes.tokens, dim, seed, device), rows_of(sizes.tokens, width, seed, device)
+
+        return {"tokens": sizes.tokens, "seconds": timed(repeats, inputs, products)}
+    if kind == "search-gemm":
+        deep = 4 * max(DEPTHS)
+        u = torch.randn(sizes.features, deep, device=device)
+        tokens = min(sizes.corpus, 131_072)
+        seconds = timed(repeats, lambda seed: rows_of(tokens, deep, seed, device), lambda x: torch.mm(u, x.T))
+        return {"tokens": sizes.corpus, "seconds": [each * sizes.corpus / tokens for each in seconds]}
+    model = model_of(dim, quantizers).to(device)
     if kind == "literal":
         rows = int(size)
-        seconds = timed(repeats, lambda seed: rows_of(rows, dim, seed), lambda x: encode_literal(model, x))
+        seconds = timed(repeats, lambda seed: rows_of(rows, dim, seed, device), lambda x: encode_literal(model, x))
         return {"tokens": rows, "seconds": seconds}
     if kind == "encode":
-        depth = int(size)
-        seconds = timed(
-            repeats, lambda seed: rows_of(TOKENS, dim, seed), lambda x: model.encode(x, depth, torch.uint16)
-        )
-        return {"tokens": TOKENS, "seconds": seconds}
-    if kind == "codes":
-        x = rows_of(512, dim, 99)
-        ours, theirs = model.encode(x), encode_literal(model, x)
-        same = ours == theirs
-        errors = [float((model.decode(codes) - x).square().mean()) for codes in (ours, theirs)]
+
+        def encode(x: torch.Tensor) -> torch.Tensor:
+            return model.encode(x, int(size), torch.uint16)
+
         return {
-            "tokens": 512,
-            "codes_equal": float(same.float().mean()),
-            "codes_equal_first_64": float(same[:, :64].float().mean()),
-            "error_ratio": errors[0] / errors[1],
+            "tokens": sizes.tokens,
+            "seconds": timed(repeats, lambda seed: rows_of(sizes.tokens, dim, seed, device), encode),
         }
-    features = torch.from_numpy(corpus_of(model, FEATURES, 7).astype(np.int64))
+    if kind == "codes":
+        x = rows_of(512, dim, 99, device)
+        ours, theirs = model.encode(x), encode_literal(model, x)
+        same = (ours == theirs).float()
+        errors = [float((model.decode(codes) - x).square().mean()) for codes in (ours, theirs)]
+        shares = {"codes_equal": float(same.mean()), "codes_equal_first_64": float(same[:, :64].mean())}
+        return {"tokens": 512, **shares, "error_ratio": errors[0] / errors[1]}
+    features = torch.from_numpy(corpus_of(model, sizes.features, 7).astype(np.int64)).to(device)
     if kind == "gather":
-        seconds = timed(
-            repeats,
-            lambda seed: corpus_of(model, CORPUS, seed),
-            lambda codes: gathering_search(model, codes, features[:GATHERED]),
-        )
-        return {"tokens": CORPUS, "seconds": [each * FEATURES / GATHERED for each in seconds], "timed_on": GATHERED}
-    codes = corpus_of(model, CORPUS, 0)
+        tokens = min(sizes.corpus, 131_072)
+        scale = sizes.features / GATHERED * sizes.corpus / tokens
+
+        def given(seed: int) -> torch.Tensor:
+            return torch.from_numpy(corpus_of(model, tokens, seed).astype(np.int64)).to(device)
+
+        seconds = timed(repeats, given, lambda codes: gathering_search(model, codes, features[:GATHERED]))
+        timed_on = f"{GATHERED} features, {tokens} tokens"
+        return {"tokens": sizes.corpus, "seconds": [each * scale for each in seconds], "timed_on": timed_on}
+    codes = corpus_of(model, sizes.corpus, 0)
     search(model, codes[:4096], features, DEPTHS, top_k=TOP_K)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rolled = [codes, *(np.roll(codes, seed, axis=0) for seed in range(1, 2))]
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = timed(
-        repeats,
-        lambda seed: np.roll(codes, seed, axis=0),
-        lambda codes: search(model, codes, features, DEPTHS, top_k=TOP_K),
+        repeats, lambda seed: rolled[seed % 2], lambda codes: search(model, codes, features, DEPTHS, top_k=TOP_K)
     )
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"tokens": CORPUS, "seconds": seconds, "memory_mb": round(grown / 1024)}
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - max(before, held)
+    return {"tokens": sizes.corpus, "features": sizes.features, "seconds": seconds, "memory_mb": round(grown / 1024)}
 
 
 def in_its_own_process(what: str, options: argparse.Namespace) -> dict[str, Any]:
-    sizes = ["--dim", options.dim, "--quantizers", options.quantizers, "--repeats", options.repeats]
-    command = [sys.executable, __file__, "--measure", what, *map(str, sizes)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    given = {name: getattr(options, name) for name in ("dim", "quantizers", "repeats", "device")}
+    arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    command = [sys.executable, __file__, "--measure", what, *arguments]
+    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """All measurements on one device, each with its ratio to those before."""
+    sizes, full = SIZES[options.device], f"encode {options.quantizers}"
+    literal = [f"literal {rows}" for rows in sizes.literal]
+    speed: dict[str, float] = {}
+    for what in ["gemm", *literal, full, "encode 64", "codes", "search-gemm", "gather", "search"]:
+        found = in_its_own_process(what, options)
+        line: dict[str, Any] = {"what": what, "device": options.device, "tokens": found.pop("tokens")}
+        if "seconds" in found:
+            line["seconds"] = round(statistics.median(found.pop("seconds")), 4)
+            speed[what] = line["tokens"] / line["seconds"]
+            line["tokens_per_s"] = round(speed[what])
+        ratios: dict[str, str] = {}
+        if what == full:
+            ratios = {"of_gemm": "gemm", "times_literal_best": max(literal, key=speed.__getitem__)}
+            ratios |= {f"times_{one.replace(' ', '_')}": one for one in literal}
+        elif what == "encode 64":
+            ratios = {"times_full_depth": full}
+        elif what == "search":
+            ratios = {"of_gemm": "search-gemm", "times_gather": "gather"}
+        line |= {name: round(speed[what] / speed[other], 3) for name, other in ratios.items()}
+        print(json.dumps({**line, **found}), flush=True)
 
 
 def main() -> None:
@@ -155,36 +203,17 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2304)
     parser.add_argument("--quantizers", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=tuple(SIZES))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
-    full, size = f"encode {options.quantizers}", {"dim": options.dim, "quantizers": options.quantizers}
-    wanted = ["gemm", "literal 512", f"literal {TOKENS}", full, "encode 64", "codes", "gather-gemm", "gather", "search"]
-    speed: dict[str, float] = {}
-    for what in wanted:
-        found = in_its_own_process(what, options)
-        line: dict[str, Any] = {"benchmark": "rqae", "what": what, **size, "tokens": found["tokens"]}
-        if "seconds" in found:
-            line["seconds"] = round(statistics.median(found.pop("seconds")), 4)
-            speed[what] = found["tokens"] / line["seconds"]
-            line["tokens_per_s"] = round(speed[what])
-        for name, other in (
-            ("of_gemm", "gemm"),
-            ("times_literal", f"literal {TOKENS}"),
-            ("times_literal_512", "literal 512"),
-        ):
-            if what == full:
-                line[name] = round(speed[what] / speed[other], 3)
-        if what == "encode 64":
-            line["times_full_depth"] = round(speed[what] / speed[full], 2)
-        if what == "search":
-            line |= {
-                "of_gemm": round(speed[what] / speed["gather-gemm"], 3),
-                "times_gather": round(speed[what] / speed["gather"], 1),
-            }
-        print(json.dumps({**line, **found}), flush=True)
+    for device in [options.device] if options.device else list(SIZES):
+        if device == "cuda" and not torch.cuda.is_available():
+            print(json.dumps({"what": "all of the above", "device": "cuda", "seconds": "not measured: no GPU here"}))
+            continue
+        compare(argparse.Namespace(**{**vars(options), "device": device}))
 
 
 if __name__ == "__main__":

@@ -215,6 +215,8 @@ def test_bad_rows_and_options():
     broken[:, 3] = torch.nan
     with pytest.raises(RqaeError, match="expected finite numbers"):
         train_rqae(broken, SMALL)
+    with pytest.raises(RqaeError, match=r"'nested_depths': expected depths from 1 to 12; seen \[4, 13\]"):
+        train_rqae(TRAIN, replace(SMALL, nested_depths=(4, 13)))
     with pytest.raises(RqaeError, match="'batch_tokens': expected at least 1; seen 0"):
         train_rqae(TRAIN, replace(SMALL, batch_tokens=0))
 

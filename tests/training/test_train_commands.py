@@ -91,7 +91,7 @@ def test_rqae_from_a_stream_keeps_no_training_states(
     folder = train(
         capsys, monkeypatch, "rqae", *options(tiny_llama, texts, tmp_path / "work"), "--out", tmp_path / "my-rqae",
         "--quantizers", 16, "--steps", 30, "--init-tokens", 4000, "--batch-tokens", 512, "--dtype", "float32", "--stream",
-        "--precision", "bfloat16",
+        "--precision", "bfloat16", "--nested-depths", "4,8",
     )  # fmt: skip
     card = json.loads((folder / "card.json").read_text())
     assert 0 < card["fvu"] < 0.6 and card["n_tokens"] == 4000 + 30 * 512

@@ -13,8 +13,9 @@ or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rqae import fused, kernels
-from rqae.codebook import sorted_patterns
+from rqae.codebook import TIE, SortedGrid
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
 from rqae.literal import choose_codes
@@ -39,7 +40,6 @@ __all__ = [
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
-_TIE = 4e-7  # relative; a few units in the last place of float32
 # tokens at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
 _CHUNK, _DEVICE_CHUNK = 512, 8192
 
@@ -65,23 +65,18 @@ class GridQuantiser(Quantiser):
     """Uses the symmetry of the normalised grid: sorts |p| and compares with its few sorted patterns."""
 
     def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor) -> None:
-        device, levels, dim = codebook.device, config.codebook_size, config.codebook_dim
         self._codebook, self._canonical = codebook[0], canonical
-        steps = torch.tensor(sorted_patterns(levels, dim), dtype=torch.float64)  # (S, c)
-        self._patterns = (steps / steps.norm(dim=-1, keepdim=True)).to(device, torch.float32)
-        self._steps = (steps if levels % 2 else steps / 2).to(device, torch.float32)  # even grids step by two
-        self._place = torch.tensor([float(levels ** (dim - 1 - a)) for a in range(dim)], device=device)
-        self._centre = (levels**dim - 1) / 2
-        self._zero_is_a_level = levels % 2 == 1
+        self._grid = SortedGrid.of(config, codebook.device)
+        self._zero_is_a_level = config.codebook_size % 2 == 1
 
     def __call__(self, p: Tensor, quantizer: int) -> Tensor:
         magnitudes, order = p.abs().sort(dim=-1, descending=True)  # (N, c)
-        cosines = self._patterns @ magnitudes.T  # (S, N), each times |p|
+        cosines = self._grid.patterns @ magnitudes.T  # (S, N), each times |p|
         best, pattern = cosines.max(dim=0)
-        signed_place = torch.copysign(self._place, p).gather(1, order)
-        index = (self._steps.index_select(0, pattern) * signed_place).sum(dim=-1).add_(self._centre)
+        signed_place = torch.copysign(self._grid.places, p).gather(1, order)
+        index = (self._grid.steps.index_select(0, pattern) * signed_place).sum(dim=-1).add_(self._grid.centre)
         codes = self._canonical.index_select(0, index.long())
-        close = cosines >= best * (1 - _TIE)  # the best itself, and what ties with it to rounding
+        close = cosines >= best * (1 - TIE)  # the best itself, and what ties with it to rounding
         equal = magnitudes[:, 1:] == magnitudes[:, :-1]
         if int(torch.count_nonzero(close)) > len(p) or bool(equal.any()) or not self._zero_is_a_level:
             tied = (close.sum(dim=0) > 1) | equal.any(dim=-1) | (magnitudes[:, -1] == 0)
@@ -91,7 +86,7 @@ class GridQuantiser(Quantiser):
 
 def quantiser_for(config: RqaeConfig, codebook: Tensor, canonical: Tensor) -> Quantiser:
     """The quickest exact quantiser of a codebook (n_q, K, c)."""
-    if config.quantization_method == "round_fsq" and config.codebook_size > 1 and config.codebook_dim > 1:
+    if SortedGrid.serves(config):
         return GridQuantiser(config, codebook, canonical)
     return TableQuantiser(codebook, canonical)
 
@@ -148,8 +143,9 @@ class BlockedEncoder:
         weight = w_in.reshape(count * width, dim).contiguous()  # (m, d)
         before = torch.zeros_like(b_out)
         before[1:] = b_out[:-1].cumsum(dim=0)
-        bias = b_in - torch.einsum("nd,ncd->nc", before, w_in)
-        gram = weight @ w_out.transpose(1, 2).reshape(count * width, dim).T
+        with full_precision():
+            bias = b_in - torch.einsum("nd,ncd->nc", before, w_in)
+            gram = weight @ w_out.transpose(1, 2).reshape(count * width, dim).T
         block: Block
         if fused.is_available(config, weight.device):
             block = fused.FusedGridBlock(config, codebook, canonical, gram)
@@ -205,13 +201,9 @@ class BlockedEncoder:
         if on_cpu:
             one_thread_each(work, starts)
             return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # TF32 would choose other codes
-        try:
+        with full_precision():
             for start in starts:
                 work(start)
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1, whose p already lacks everything left of ``low``."""
@@ -238,6 +230,17 @@ def _refuse(x: Tensor, start: int) -> None:
         seen=f"numbers up to {float(largest[row]):.1e}" if bool(sound.all()) else "NaN or infinity",
         fix="drop that token, or compute the subject model in float32",
     )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in float32 proper while open: TF32, where a process has allowed it, would choose other codes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def one_thread_each(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:

@@ -137,6 +137,7 @@ def write_checkpoint(folder: Path, config: RqaeConfig, tensors: dict[str, Tensor
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in flat.items()}, weights, metadata={"format": "pt"}
         )
+        weights.chmod(0o644)  # the library that writes it lets nobody else read it
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         weights.replace(folder / WEIGHTS_FILE)
         settings.replace(folder / CONFIG_FILE)

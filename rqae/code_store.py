@@ -27,7 +27,7 @@ from rqae.progress import SILENT, Progress
 __all__ = ["CodeStore", "StoredCodes"]
 
 RECORD, CODES, PLACES = "codes.json", "codes.u16", "places.i32"
-_FLUSH_TOKENS = 20_000  # so many are lost at most when the process dies
+_FLUSH_TOKENS = 20_000  # so many, and a batch, are lost at most when the process dies
 Batch = TypeVar("Batch")
 
 
@@ -133,8 +133,15 @@ def _fill(
     progress.advance(task, record.rows)
     with (folder / CODES).open("ab") as codes, (folder / PLACES).open("ab") as places:
         kept = record.rows
-        codes.truncate(record.rows * record.depth * 2)
-        places.truncate(record.rows * 8)
+        for stream, size in ((codes, record.rows * record.depth * 2), (places, record.rows * 8)):
+            if os.fstat(stream.fileno()).st_size < size:
+                raise RqaeError(
+                    stream.name,
+                    expected=f"{size} bytes of {record.rows} stored tokens",
+                    seen=f"{os.fstat(stream.fileno()).st_size} bytes",
+                    fix="delete the folder and build it again",
+                )
+            stream.truncate(size)
         for batch in islice(batches, record.batches, None):
             rows, where = hidden(batch)
             found = model.encode(rows, record.depth, torch.uint16).cpu()

@@ -5,6 +5,7 @@ Knows nothing of models, files or training. Source: H. Kamath, Residual Quantiza
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, product
 from math import gcd
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from rqae.config import RqaeConfig
 
-__all__ = ["canonical_indices", "distinct_codes", "grid_codebook", "normalised", "sorted_patterns"]
+__all__ = ["TIE", "SortedGrid", "canonical_indices", "distinct_codes", "grid_codebook", "normalised", "sorted_patterns"]
+
+TIE = 4e-7  # relative difference of cosines that rounding may turn: a few units in the last place of float32
 
 
 def grid_codebook(levels: int, dim: int, *, rounded: bool) -> Tensor:
@@ -84,3 +87,35 @@ def sorted_patterns(levels: int, dim: int) -> tuple[tuple[int, ...], ...]:
         if any(point)
     }
     return tuple(sorted(patterns, reverse=True))
+
+
+@dataclass(frozen=True, slots=True)
+class SortedGrid:
+    """What a normalised grid is searched with: sort |p|, find the best pattern, undo the sort and the signs.
+
+    ``patterns`` (S, c) are of length 1 and descending; ``steps`` (S, c) the same in steps of the grid; ``places`` (c,) what
+    a step along each axis adds to the index of a code, ``centre`` the index of zero. float32.
+    """
+
+    patterns: Tensor
+    steps: Tensor
+    places: Tensor
+    centre: float
+
+    @staticmethod
+    def serves(config: RqaeConfig) -> bool:
+        """Whether a codebook has this symmetry, and more than one level and axis to use it on."""
+        return config.quantization_method == "round_fsq" and config.codebook_size > 1 and config.codebook_dim > 1
+
+    @classmethod
+    def of(cls, config: RqaeConfig, device: torch.device) -> SortedGrid:
+        """For a codebook that it serves."""
+        levels, dim = config.codebook_size, config.codebook_dim
+        steps = torch.tensor(sorted_patterns(levels, dim), dtype=torch.float64)
+        places = torch.tensor([float(levels ** (dim - 1 - axis)) for axis in range(dim)])
+        return cls(
+            (steps / steps.norm(dim=-1, keepdim=True)).to(device, torch.float32),
+            (steps if levels % 2 else steps / 2).to(device, torch.float32),  # even grids step by two
+            places.to(device),
+            (levels**dim - 1) / 2,
+        )

@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from rqae.codebook import sorted_patterns
+from rqae.codebook import TIE, SortedGrid
 from rqae.config import RqaeConfig
 
 __all__ = ["TritonGridBlock", "is_available"]
 
-_TIE = 4e-7  # relative; a few units in the last place of float32
 _MAX_WIDTH = 8  # the components of p are sorted in registers
 _WARPS = 2
 _TILE = 32 * _WARPS  # tokens of a program: one per thread
@@ -28,9 +27,8 @@ _OLDEST_TRITON = (3, 3)  # the first with tuples
 
 def is_available(config: RqaeConfig, device: torch.device) -> bool:
     """Whether this kernel computes the codes of such a codebook on such a device."""
-    grid = config.quantization_method == "round_fsq" and config.codebook_size > 1
     there = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return grid and 1 < config.codebook_dim <= _MAX_WIDTH and there and _has_triton()
+    return SortedGrid.serves(config) and config.codebook_dim <= _MAX_WIDTH and there and _has_triton()
 
 
 def _has_triton() -> bool:
@@ -48,12 +46,8 @@ class TritonGridBlock:
     size = 16  # quantizers
 
     def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, gram: Tensor) -> None:
-        levels, dim, device = config.codebook_size, config.codebook_dim, gram.device
-        steps = torch.tensor(sorted_patterns(levels, dim), dtype=torch.float64)  # (S, c)
-        self._patterns = (steps / steps.norm(dim=-1, keepdim=True)).to(device, torch.float32)
-        self._steps = (steps if levels % 2 else steps / 2).to(device, torch.float32)  # even grids step by two
-        self._places = torch.tensor([float(levels ** (dim - 1 - axis)) for axis in range(dim)], device=device)
-        self._centre = (levels**dim - 1) / 2
+        device = gram.device
+        self._grid = SortedGrid.of(config, device)
         self._canonical = canonical.to(device, torch.int32)
         self._book = codebook[0].contiguous()  # (K, c)
         self._gram = gram.contiguous()
@@ -70,9 +64,9 @@ class TritonGridBlock:
                 codes,
                 vectors,
                 self._gram,
-                self._patterns,
-                self._steps,
-                self._places,
+                self._grid.patterns,
+                self._grid.steps,
+                self._grid.places,
                 self._canonical,
                 self._book,
                 low,
@@ -82,10 +76,10 @@ class TritonGridBlock:
                 codes.stride(0),
                 vectors.stride(0),
                 self._gram.stride(0),
-                len(self._patterns),
+                len(self._grid.patterns),
                 len(self._book),
-                self._centre,
-                _TIE,
+                self._grid.centre,
+                TIE,
                 C=width,
                 TILE=_TILE,
                 num_warps=_WARPS,

@@ -164,7 +164,9 @@ class RQAE(nn.Module):
     def encoder(self) -> BlockedEncoder:
         """The precomputed encoder, rebuilt when a weight has changed."""
         tensors = (self.w_in, self.b_in, self.w_out, self.b_out, self.codebook)
-        state: tuple[object, ...] = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)
+        state: tuple[object, ...] = tuple(
+            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.device) for tensor in tensors
+        )
         if self._encoder is None or self._encoder[0] != state:
             self._encoder = state, BlockedEncoder.build(self.config, *tensors, self.canonical)
         return self._encoder[1]

@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rqae import tiles
-from rqae.blocked import one_thread_each
+from rqae.blocked import full_precision, one_thread_each
 from rqae.codebook import normalised
 from rqae.compiled import has_compiler
 from rqae.errors import RqaeError
@@ -74,7 +73,7 @@ def search(
     """
     deepest = _checked(model, codes, features, depths, top_k)
     scorer = _Scorer.of(model, features[:, :deepest], depths)
-    if contexts is not None and (len(contexts) != len(codes) or bool((np.diff(contexts) < 0).any())):
+    if contexts is not None and (len(contexts) != len(codes) or bool((contexts[1:] < contexts[:-1]).any())):
         raise RqaeError(
             "contexts", expected=f"{len(codes)} numbers that never fall", seen="others", fix="sort tokens by context"
         )
@@ -96,7 +95,8 @@ def search(
 
     threads = torch.get_num_threads() if scorer.device.type == "cpu" else 1
     share = max(1, -(-len(bounds) // threads))
-    walked = one_thread_each(walk, [bounds[at : at + share] for at in range(0, len(bounds), share)])
+    with full_precision():
+        walked = one_thread_each(walk, [bounds[at : at + share] for at in range(0, len(bounds), share)])
     scores, rows = _merge([best.result() for best, _ in walked], len(depths), len(features), top_k)
     counted = (
         None if limits is None else sum((counts for _, counts in walked), torch.zeros_like(limits, dtype=torch.int64))
@@ -159,8 +159,10 @@ class _Scorer:
     def _decoded(self, codes: NDArray[np.integer] | Tensor, low: int, high: int) -> Tensor:
         _, size, width = self.table.shape
         if self.device.type == "cpu" and has_compiler() and isinstance(codes, np.ndarray) and codes.dtype == np.uint16:
+            from rqae.tiles import decode
+
             out = torch.empty(len(codes), (high - low) * width)
-            largest = tiles.decode()(codes, self.table[low:high].numpy(), out.numpy())
+            largest = decode(codes, self.table[low:high].numpy(), out.numpy())
             _check_codes(0, largest, size)
             return out
         if isinstance(codes, np.ndarray):
@@ -187,14 +189,18 @@ class _CompiledBest:
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         room = 2 * top_k + 64
         self._k = top_k
-        self._floors = np.full((depths, features), -inf, np.float32)
+        self._floors = np.full(
+            (depths, features), -2, np.float32
+        )  # intensities are above; compiled code knows no infinity
         self._counts = np.zeros((depths, features), np.int64)
         self._values = np.full((depths, features, room), -inf, np.float32)
         self._rows = np.full((depths, features, room), -1, np.int64)
 
     def take(self, depth: int, scores: Tensor, first: int, segments: NDArray[np.int64]) -> None:
+        from rqae.tiles import push
+
         kept = self._floors[depth], self._counts[depth], self._values[depth], self._rows[depth]
-        tiles.push()(scores.numpy(), first, segments, *kept, self._k)
+        push(scores.numpy(), first, segments, *kept, self._k)
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         beyond = np.arange(self._values.shape[2]) >= self._counts[..., None]
@@ -281,7 +287,7 @@ def _bounds(count: int, size: int, contexts: NDArray[np.integer] | None) -> list
 def _checked(
     model: RQAE, codes: NDArray[np.integer] | Tensor, features: Tensor, depths: Sequence[int], top_k: int
 ) -> int:
-    """The deepest depth. Codes are not read: a code outside the codebook is refused when the store is opened."""
+    """The deepest depth. A code outside the codebook is refused when it is read."""
     limit = min(codes.shape[1], features.shape[1], model.config.num_quantizers)
     if not depths or not all(0 < depth <= limit for depth in depths):
         raise RqaeError(

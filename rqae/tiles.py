@@ -1,74 +1,28 @@
-"""The inner steps of search on a CPU, compiled with numba: decode a tile of codes, and keep the best of its scores.
+"""The inner loops of search on a CPU as machine code: decode a tile of codes, and keep the best of its scores.
 
-Knows nothing of models and files; ``rqae.searching`` says what the numbers mean. Needs numba, which is optional.
+Imports numba, so nothing imports this file before it is needed. Knows nothing of models and files; ``rqae.searching`` says
+what the numbers mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
+
+from rqae.compiled import compiled
 
 __all__ = ["decode", "push"]
 
 _LINE = 32  # codes of two bytes in a cache line; so many codebooks stay in the second cache meanwhile
 
 
-@cache
-def decode() -> Callable[..., int]:
-    """``(codes (T, n) uint16, table (n, K, c), out (T, n · c))``: out gets the table's row of each code; the largest code.
+@compiled
+def decode(codes: Any, table: Any, out: Any) -> Any:
+    """codes (T, n) uint16, table (n, K, c): out (T, n · c) gets the table's row of each code. Returns the largest code.
 
     One beyond the table is read as its last.
     """
-    from rqae.compiled import compiled
-
-    return compiled(_decode)
-
-
-@cache
-def push() -> Callable[..., None]:
-    """``(scores (F, T), first row, segments, floors (F,), counts (F,), values (F, room), rows (F, room), k)``.
-
-    Appends what is above a feature's floor; a full list is cut to its ``k`` best, equal ones by row, and the last of
-    these becomes the floor. ``segments`` (S + 1,) are the starts of stretches of which only the best token counts, first
-    of equals; empty where every token does. Rows must come in rising order.
-    """
-    from rqae.compiled import compiled
-
-    cut = compiled(_cut)
-
-    def pushing(
-        scores: Any, first: int, segments: Any, floors: Any, counts: Any, values: Any, rows: Any, k: int
-    ) -> None:
-        room = values.shape[1]
-        for feature in range(scores.shape[0]):
-            floor, count = floors[feature], counts[feature]
-            stretches = max(len(segments) - 1, 0)
-            steps = stretches if stretches else scores.shape[1]
-            for step in range(steps):
-                token = step
-                if stretches:
-                    token = segments[step]
-                    for other in range(token + 1, segments[step + 1]):
-                        if scores[feature, other] > scores[feature, token]:
-                            token = other
-                score = scores[feature, token]
-                if score > floor:
-                    if count == room:
-                        cut(values[feature], rows[feature], k)
-                        floor, count = values[feature, k - 1], k
-                        if not score > floor:
-                            continue
-                    values[feature, count], rows[feature, count] = score, first + token
-                    count += 1
-            floors[feature], counts[feature] = floor, count
-
-    return compiled(pushing)
-
-
-def _decode(codes: Any, table: Any, out: Any) -> Any:
     count, last, width = table.shape[0], table.shape[1] - 1, table.shape[2]
     largest: Any = 0
     for start in range(0, count, _LINE):
@@ -83,8 +37,41 @@ def _decode(codes: Any, table: Any, out: Any) -> Any:
     return largest
 
 
+@compiled
 def _cut(values: Any, rows: Any, k: int) -> None:
     """Sort by falling value; rows rise already, and a stable sort leaves them so among equals."""
     order = np.argsort(-values, kind="mergesort")
     sorted_values, sorted_rows = values[order], rows[order]
     values[:k], rows[:k] = sorted_values[:k], sorted_rows[:k]
+
+
+@compiled
+def push(scores: Any, first: int, segments: Any, floors: Any, counts: Any, values: Any, rows: Any, k: int) -> None:
+    """Append what is above a feature's floor: scores (F, T) of rows ``first`` and on; floors, counts (F,), lists (F, room).
+
+    A full list is cut to its ``k`` best, equal ones by row, and the last of these becomes the floor. ``segments`` (S + 1,)
+    are the starts of stretches of which only the best token counts, first of equals; empty where every token does. Rows
+    must come in rising order.
+    """
+    room = values.shape[1]
+    for feature in range(scores.shape[0]):
+        floor, count = floors[feature], counts[feature]
+        stretches = max(len(segments) - 1, 0)
+        steps = stretches if stretches else scores.shape[1]
+        for step in range(steps):
+            token = step
+            if stretches:
+                token = segments[step]
+                for other in range(token + 1, segments[step + 1]):
+                    if scores[feature, other] > scores[feature, token]:
+                        token = other
+            score = scores[feature, token]
+            if score > floor:
+                if count == room:
+                    _cut(values[feature], rows[feature], k)
+                    floor, count = values[feature, k - 1], k
+                    if not score > floor:
+                        continue
+                values[feature, count], rows[feature, count] = score, first + token
+                count += 1
+        floors[feature], counts[feature] = floor, count

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rqae.blocked import BlockedEncoder
+from rqae.blocked import BlockedEncoder, full_precision
 from rqae.codebook import canonical_indices
 from rqae.gradients import loss_and_gradients
 from rqae.model import RQAE
@@ -39,6 +39,7 @@ class Trainer:
         self.canonical = canonical_indices(config.model).to(device)
         self.losses: list[tuple[int, float]] = []
         self.curve: list[tuple[int, float]] = []
+        self.start: list[tuple[int, float]] = []  # held-out FVU by depth before the first step
         sizes = {name: layers[name].square().mean(dim=(1, 2)).sqrt() for name in ("w_in", "w_out")}  # (n_q,)
         self.scale = {
             "w_in": sizes["w_in"][:, None, None],
@@ -57,7 +58,7 @@ class Trainer:
         flat = {f"{group}.{name}": tensors[name] for group, tensors in groups.items() for name in LAYERS}
         history = {
             name: torch.tensor(pairs, dtype=torch.float64).view(-1, 2)
-            for name, pairs in (("losses", self.losses), ("curve", self.curve))
+            for name, pairs in (("losses", self.losses), ("curve", self.curve), ("start", self.start))
         }
         return flat | history | {"counts": self.counts, "codebook": self.codebook, "step": torch.tensor(self.step)}
 
@@ -70,7 +71,7 @@ class Trainer:
                 tensors[name] = state[f"{group}.{name}"].to(self.device, copy=True)
         self.counts, self.codebook = (state[name].to(self.device) for name in ("counts", "codebook"))
         self.step = int(state["step"])
-        for name, pairs in (("losses", self.losses), ("curve", self.curve)):
+        for name, pairs in (("losses", self.losses), ("curve", self.curve), ("start", self.start)):
             pairs[:] = [(int(step), float(value)) for step, value in state[name].tolist()]
 
     def encoder(self) -> BlockedEncoder:
@@ -81,9 +82,10 @@ class Trainer:
     def advance(self, x: Tensor) -> float:
         """One Adam step on the rows x (N, d); returns the batch's FVU."""
         x = x.to(self.device)
-        squared, gradients, codes = loss_and_gradients(
-            x, self.layers, self.encoder(), self.config.precision, self.config.nested_depths
-        )
+        with full_precision():
+            squared, gradients, codes = loss_and_gradients(
+                x, self.layers, self.encoder(), self.config.precision, self.config.nested_depths
+            )
         gradients = {name: gradient * self.scale[name] for name, gradient in gradients.items()}
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
         shrink = min(1.0, self.config.clip_norm / max(norm, 1e-30))

@@ -1,12 +1,13 @@
 """Training: all quantizers together, straight through each quantizer, the residual detached between them.
 
 Reads rows of final-normed hidden states (masked tokens already dropped) and, if asked, writes and resumes from one
-checkpoint file, which holds tensors only and is loaded with ``weights_only``. Knows nothing of language models or text.
-The same activations, configuration and seed give the same RQAE on one machine, resumed or not.
+checkpoint file, which is loaded with ``weights_only``. Knows nothing of language models or text. The same activations,
+configuration and seed give the same RQAE on one machine, resumed or not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,9 @@ from rqae.trainer import LAYERS, Trainer
 from rqae.training_checkpoint import resume, save
 
 __all__ = ["RqaeTrainingConfig", "TrainingReport", "held_out_fvu", "train_rqae"]
+
+
+_DIGEST_ROWS = 256  # by which a checkpoint knows its activations again
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,10 @@ def held_out_fvu(
     return {depth: error / variance if variance > 0 else math.nan for depth, error in errors.items()}
 
 
+def _digest(rows: Tensor) -> str:
+    return hashlib.blake2b(rows.numpy().tobytes(), digest_size=16).hexdigest()
+
+
 def _start(config: RqaeTrainingConfig, batches: Batches, device: torch.device, progress: Progress) -> Trainer:
     generator = torch.Generator().manual_seed(int(derived_generator(config.seed, "weights").integers(2**62)))
     codebook = initial_codebook(config.model, generator)
@@ -167,9 +175,9 @@ def train_rqae(
     _check(config)
     began = time.monotonic()
     batches = batches_of(activations, config.dim, config.seed, max(config.init_tokens, config.batch_tokens))
-    path = config.checkpoint
+    path, data = config.checkpoint, _digest(batches.sample(_DIGEST_ROWS))
     if path is not None and path.is_file():
-        saved = resume(path, config)
+        saved = resume(path, config, data)
         layers = {name: saved[f"layer.{name}"] for name in LAYERS}
         trainer = Trainer(config, layers, saved["codebook"], torch.device(device))
         trainer.load(saved)
@@ -178,9 +186,9 @@ def train_rqae(
     else:
         trainer = _start(config, batches, torch.device(device), progress)
     count = config.num_quantizers
-    before = {} if held_out is None or trainer.step else held_out_fvu(trainer.model(), held_out)
-    if before:
-        trainer.curve.append((0, before[count]))
+    if held_out is not None and not trainer.step:
+        trainer.start = list(held_out_fvu(trainer.model(), held_out).items())
+        trainer.curve.append((0, dict(trainer.start)[count]))
     every = config.evaluate_every or max(1, config.steps // 10)
     task = progress.start("training all quantizers", config.steps, "steps")
     progress.advance(task, trainer.step)
@@ -192,11 +200,11 @@ def train_rqae(
         if held_out is not None and trainer.step % every == 0 and trainer.step < config.steps:
             trainer.curve.append((trainer.step, held_out_fvu(trainer.model(), held_out, (count,))[count]))
         if path is not None and (trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps):
-            save(path, config, trainer.state())
+            save(path, config, data, trainer.state())
         progress.advance(task)
     progress.finish(task)
     model = trainer.model()
     after = {} if held_out is None else held_out_fvu(model, held_out)
     curve = (*trainer.curve, (trainer.step, after[count])) if after else tuple(trainer.curve)
     seconds, losses, dead = time.monotonic() - began, tuple(trainer.losses), trainer.dead_share()
-    return model.cpu(), TrainingReport(trainer.step, tokens, seconds, before, after, losses, curve, dead)
+    return model.cpu(), TrainingReport(trainer.step, tokens, seconds, dict(trainer.start), after, losses, curve, dead)

@@ -103,7 +103,7 @@ class Sender:
     def _start(self) -> None:
         said = tempfile.TemporaryFile()  # noqa: SIM115 (the thread that listens closes it)
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "evalkit.clients.sender_process"],
+            [sys.executable, "-P", "-m", "evalkit.clients.sender_process"],  # -P: nothing from the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,

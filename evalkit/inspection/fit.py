@@ -1,7 +1,7 @@
 """How well an RQAE reconstructs hidden states, in raw and in final-normed units, by depth.
 
-The one place where an RQAE's FVU is computed; training writes it on the card, ``evalkit inspect`` prints it. Knows tensors
-and the subject model's final norm; nothing of corpora or files.
+Training writes it on the card, ``evalkit inspect`` prints it; ``rqae.held_out_fvu``, which training watches, knows no raw
+units. Knows tensors and the subject model's final norm; nothing of corpora or files.
 """
 
 from __future__ import annotations

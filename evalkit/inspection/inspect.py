@@ -5,6 +5,7 @@ The only module that knows the order of the parts and what decides each. Writes 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -86,7 +87,8 @@ def _measures(
     latents: tuple[str, Chosen] | None = None
     if other is not None and "sae" in missing:
         candidates = _candidates(settings, other)
-        latents = f"{digest(_weights(other))[:12]}-{settings.seed}-{len(candidates)}", Chosen(other, candidates)
+        chosen = hashlib.blake2b(" ".join(candidates).encode(), digest_size=6).hexdigest()
+        latents = f"{digest(_weights(other))[:12]}-{chosen}", Chosen(other, candidates)
     material = Material(settings, source, folder, progress, whole="fit" in missing, latents=latents)
     model = source.encoder.model
     known: dict[str, Callable[[], compute.Measured]] = {

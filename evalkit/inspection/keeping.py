@@ -77,7 +77,8 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
             fix="use another --out, or delete the folder to start over",
         )
     if found is not None:  # nothing was encoded: a first try with a mistake in it
-        shutil.rmtree(folder / "corpus", ignore_errors=True)
+        for name in ("corpus", "latents"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "norm_limit.json").unlink(missing_ok=True)
     write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
 

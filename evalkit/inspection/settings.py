@@ -1,6 +1,6 @@
 """What an inspection is asked to do: the options that decide its numbers, checked where they enter.
 
-Knows names and numbers only; opens no file. The device changes speed but no number and is no part of the identity.
+Knows names and numbers only; opens no file. The device changes numbers by rounding alone and is no part of the identity.
 """
 
 from __future__ import annotations

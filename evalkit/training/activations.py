@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from evalkit.calibration import SINK_RATIO
 from evalkit.errors import BadConfig, BadFile, BadShape, CorpusError, MissingFile
 from evalkit.files import storage_errors, write_bytes
 from evalkit.progress import SILENT
@@ -28,11 +30,10 @@ from evalkit.protocols import Progress
 from evalkit.records import Site, TokenBatch
 from evalkit.seeds import derive
 
-__all__ = ["ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
+__all__ = ["SINK_RATIO", "ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
 
 Hidden = Callable[[TokenBatch], Tensor]
 FLUSH_BATCHES = 50
-SINK_RATIO = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,15 @@ class ActivationStore:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "hidden.bf16").open("ab") as stream:
-                stream.truncate(record.rows * d_model * 2)
+                size, expected = os.fstat(stream.fileno()).st_size, record.rows * d_model * 2
+                if size < expected:
+                    raise BadFile(
+                        stream.name,
+                        expected=f"{expected} bytes of {record.rows} stored rows",
+                        seen=f"{size} bytes",
+                        fix="delete the folder and build it again",
+                    )
+                stream.truncate(expected)
         task = progress.start(f"activations at {site.path}", max_tokens, "token")
         progress.advance(task, record.rows)
         _collect(corpus, hidden, folder, record, progress, task)
@@ -175,7 +184,10 @@ def _collect(
             progress.advance(task, len(rows))
             if record.batches % FLUSH_BATCHES == 0:
                 stream.flush()
+                os.fsync(stream.fileno())
                 _write_record(folder, record)
+        stream.flush()
+        os.fsync(stream.fileno())
     if record.rows == 0:
         raise CorpusError(record.corpus, expected="at least one valid token", seen="none", fix="give a longer corpus")
     _write_record(folder, replace(record, complete=True))

@@ -63,7 +63,7 @@ class Card:
     def to_json(self) -> str:
         """The card as JSON, figures rounded to four digits, ``further`` merged in."""
         values = {key: _rounded(value) for key, value in asdict(self).items() if key != "further" and value is not None}
-        return json.dumps({**values, **self.further}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps({**values, **self.further}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sae_folder(root: Path, site: Site, width: int, l0: float) -> Path:

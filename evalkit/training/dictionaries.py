@@ -5,6 +5,7 @@ Takes hidden states from ``text``; writes the dictionary's folder last, whole or
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evalkit.errors import BadConfig
+from evalkit.files import storage_errors
 from evalkit.final_norm import denormalise, normalise
 from evalkit.inspection.fit import measure_rqae_fit
 from evalkit.inspection.language_model import LanguageModel
@@ -23,7 +25,7 @@ from evalkit.protocols import Progress
 from evalkit.seeds import derive
 from evalkit.sources.gemma_scope import read_weights
 from evalkit.sources.sae import measure_fit
-from evalkit.training.activations import ActivationStore
+from evalkit.training.activations import SINK_RATIO, ActivationStore
 from evalkit.training.cards import Card, write_card, write_sae
 from evalkit.training.curves import write_curves
 from evalkit.training.sae import SaeTrainingConfig, train_sae
@@ -80,7 +82,9 @@ def train_sae_dictionary(
 
 def _left_out(train: ActivationStore | ActivationStream) -> dict[str, Any]:
     rows, sinks = (train.rows, train.sinks) if isinstance(train, ActivationStream) else (len(train), train.record.sinks)
-    rule = "the first token of each context, and tokens whose hidden state is over 10 times the median norm"
+    rule = (
+        f"the first token of each context, and tokens whose hidden state is over {SINK_RATIO:g} times the median norm"
+    )
     return {"left_out": {"rule": rule, "attention_sinks": sinks, "of_tokens": sinks + rows}}
 
 
@@ -103,9 +107,10 @@ def train_rqae_dictionary(
     rows = (normalise(batch, text.info) for batch in text.train.batches(config.batch_tokens, seed=config.seed))
     sample = normalise(text.held_out.sample(_CURVE_ROWS, derive(config.seed, "curve")), text.info)
     model, report = train_rqae(rows, config, held_out=sample, device=device, progress=progress)
-    model.save_pretrained(out, dtype=torch.float16)
+    partial = out.with_name(f".{out.name}.partial")
+    model.save_pretrained(partial, dtype=torch.float16)
     seconds = time.monotonic() - started
-    stored = RQAE.from_pretrained(out)
+    stored = RQAE.from_pretrained(partial)
     depths = sorted({*(depth for depth in RQAE_DEPTHS if depth < config.num_quantizers), config.num_quantizers})
     fit = measure_rqae_fit(stored, text.held_out.chunks(), text.info, depths)
     site = text.train.site
@@ -137,9 +142,20 @@ def train_rqae_dictionary(
             "seconds": round(seconds),
         },
     )
-    write_curves(out, report, card.name)
-    write_card(out, card)
+    write_curves(partial, report, card.name)
+    write_card(partial, card)
+    _put_in_place(partial, out)
     return out
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Move a finished folder to where it is wanted. An older card goes first and the new one comes last: none is wrong."""
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "card.json").unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "card.json"):
+            path.replace(out / path.name)
+        partial.rmdir()
 
 
 def _loss_change(
@@ -164,7 +180,12 @@ def _loss_change(
     )
     changes = {name: found.change(name) for name in found.replaced}
     return {
-        "loss_change_by_depth": {name: round(change.mean, 4) for name, change in changes.items()},
-        "loss_change_se_by_depth": {name: round(change.se, 4) for name, change in changes.items()},
+        "loss_change_by_depth": {name: _finite(change.mean) for name, change in changes.items()},
+        "loss_change_se_by_depth": {name: _finite(change.se) for name, change in changes.items()},
         "loss_tokens": len(found.clean),
     }
+
+
+def _finite(value: float) -> float | None:
+    """Rounded; None for an SE that one document cannot have."""
+    return round(value, 4) if math.isfinite(value) else None

@@ -109,8 +109,6 @@ def train_sae(
     weights = trainer.fold(store.sample(SAMPLE_ROWS, derive(config.seed, "sae-threshold")))
     progress.finish(task)
     fit = measure_fit(weights, held_out.chunks())
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     n_tokens = config.steps * config.batch_size
     return weights, TrainingReport(fit, n_tokens, min(n_tokens, len(store)), time.monotonic() - started)
 

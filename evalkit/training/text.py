@@ -27,7 +27,7 @@ from evalkit.training.activations import ActivationStore
 from evalkit.training.cards import CorpusPart
 from evalkit.training.streaming import ActivationStream
 
-__all__ = ["LossText", "TextSpec", "TrainingText", "collect", "corpus_parts", "full_contexts", "open_text"]
+__all__ = ["LossText", "TextSpec", "TrainingText", "corpus_parts", "full_contexts", "open_text"]
 
 _BATCH = 16  # contexts per forward
 
@@ -90,11 +90,10 @@ def open_text(spec: TextSpec, progress: Progress = SILENT) -> TrainingText:
             subject.info.d_model,
         )
     else:
-        train = collect(corpus, full_contexts(corpus), subject, site, spec.corpus, spec.work / "train", progress)
+        train = _collect(spec, corpus, subject, site, spec.corpus, spec.work / "train", progress)
     text = _contexts(spec, subject, "held-out", spec.held_out, spec.held_out_tokens, progress)
-    contexts = full_contexts(text)
-    held_out = collect(text, contexts, subject, site, spec.held_out, spec.work / "held-out", progress)
-    losses = LossText(model, text, contexts, spec.dtype, spec.device)
+    held_out = _collect(spec, text, subject, site, spec.held_out, spec.work / "held-out", progress)
+    losses = LossText(model, text, full_contexts(text), spec.dtype, spec.device)
     return TrainingText(train, held_out, subject.info, corpus_parts(spec.corpus), losses)
 
 
@@ -124,16 +123,11 @@ def full_contexts(corpus: Corpus, limit: int | None = None) -> NDArray[np.int64]
     return np.flatnonzero(corpus.lengths == corpus.context_length)[:limit]
 
 
-def collect(
-    corpus: Corpus,
-    contexts: NDArray[np.int64],
-    subject: Subject,
-    site: Site,
-    source: str,
-    folder: Path,
-    progress: Progress = SILENT,
+def _collect(
+    spec: TextSpec, corpus: Corpus, subject: Subject, site: Site, source: str, folder: Path, progress: Progress
 ) -> ActivationStore:
-    """The hidden states of some contexts, computed or opened below ``folder``. Raises EvalkitError."""
+    """The hidden states of all full contexts, computed or opened below ``folder``."""
+    contexts = full_contexts(corpus)
 
     def batches() -> Iterator[TokenBatch]:
         for first in range(0, len(contexts), _BATCH):
@@ -144,7 +138,7 @@ def collect(
         lambda batch: subject.hidden(batch.token_ids)[site.path],
         site,
         folder / "activations",
-        corpus_name=f"{Path(source).name} {corpus.settings.digest}",
+        corpus_name=f"{Path(source).name} {corpus.settings.digest}, model in {spec.dtype}",
         d_model=subject.info.d_model,
         max_tokens=len(contexts) * (corpus.context_length - 1),
         progress=progress,
@@ -157,7 +151,7 @@ def corpus_parts(source: str) -> tuple[CorpusPart, ...]:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for line in lines:
+            for line in filter(str.strip, lines):
                 document = json.loads(line)
                 counts[str(document.get("source", path.name)), str(document.get("license", "unknown"))] += 1
     counts = counts or collections.Counter({(path.name, "unknown"): 1})

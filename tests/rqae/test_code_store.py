@@ -73,6 +73,17 @@ def test_an_interrupted_build_goes_on(model: RQAE, tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(store.contexts, np.repeat(range(5), SIZES))
 
 
+def test_a_build_whose_rows_are_gone_does_not_go_on(
+    model: RQAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_store, "_FLUSH_TOKENS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, model, Corpus(breaks_at=3))
+    (tmp_path / "codes.u16").unlink()
+    with pytest.raises(RqaeError, match=r"codes.u16: expected 324 bytes of 18 stored tokens; seen 0 bytes"):
+        build(tmp_path, model, Corpus())
+
+
 def test_a_shallower_store_is_a_prefix(model: RQAE, tmp_path: Path) -> None:
     store = build(tmp_path, model, Corpus(), depth=4)
     np.testing.assert_array_equal(store.codes, model.encode(TEXT)[:, :4].numpy())

@@ -206,6 +206,8 @@ def test_encodes_in_every_mode_of_torch(mode):
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(7))
     with mode():
         codes = model.encode(x)
+        made_here = random_rqae(RqaeConfig(16, num_quantizers=4))
+        assert torch.equal(made_here.encode(x), codes)
     assert torch.equal(codes, model.encode(x)) and torch.equal(codes, model.encode(x.clone().requires_grad_()))
 
 

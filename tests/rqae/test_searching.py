@@ -160,6 +160,8 @@ def test_what_cannot_be_searched_is_named(model: RQAE, path: str) -> None:
         search(model, codes, features, (4,), top_k=0)
     with pytest.raises(RqaeError, match="contexts: expected 20 numbers that never fall"):
         search(model, codes, features, (4,), contexts=np.arange(20)[::-1])
+    with pytest.raises(RqaeError, match="contexts"):
+        search(model, codes, features, (4,), contexts=np.array([5] * 10 + [3] * 10, np.uint32))
     codes[7, 3] = 625
     with pytest.raises(RqaeError, match=r"RQAE codes: expected 0 to 624; seen [01] to 625"):
         search(model, codes, features, (4,))

@@ -181,8 +181,12 @@ def test_resumed_training_ends_the_same(tmp_path, stream):
     assert same(whole, resumed)
     assert [step for step, _ in report.losses] == list(range(1, 31)) and report.losses == uninterrupted.losses
     assert report.tokens == 20 * 256 and report.steps == 30  # steps 10 to 29 were done again
-    with pytest.raises(RqaeError, match="expected a checkpoint of this training configuration; seen another"):
+    with pytest.raises(
+        RqaeError, match="expected a checkpoint of this training configuration and these activations; seen another"
+    ):
         train_rqae(source(), replace(config, learning_rate=1.0))
+    with pytest.raises(RqaeError, match="or other activations"):
+        train_rqae(HELD_OUT, config)
 
 
 def test_a_hostile_checkpoint_runs_nothing(tmp_path):
@@ -207,7 +211,7 @@ def test_progress_is_told_of_both_stages():
 
 
 def test_bad_rows_and_options():
-    with pytest.raises(RqaeError, match=r"training activations: expected rows of 24 numbers; seen shape \[2000, 23\]"):
+    with pytest.raises(RqaeError, match=r"training activations: expected rows of 24 numbers; seen shape \[256, 23\]"):
         train_rqae(TRAIN[:, :23], SMALL)
     with pytest.raises(RqaeError, match="expected at least one row; seen none"):
         train_rqae(iter([]), SMALL)

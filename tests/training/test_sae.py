@@ -108,7 +108,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(stores: Stores, tmp
     resumed, _ = train_sae(train, config, held_out=held_out, checkpoint=checkpoint, progress=SILENT)
     for name in ("w_enc", "b_enc", "w_dec", "b_dec", "threshold"):
         assert torch.equal(getattr(resumed, name), getattr(whole, name))
-    assert not checkpoint.exists()
+    assert checkpoint.exists()  # whoever writes the weights may delete it then
 
 
 def test_foreign_checkpoints_stores_and_settings_are_refused(stores: Stores, tmp_path: Path) -> None:

@@ -85,9 +85,10 @@ def search(
     def walk(tile_bounds: Sequence[tuple[int, int]]) -> tuple[_Best, Tensor]:
         best: _Best = kind(len(depths), len(features), top_k)
         counts = torch.zeros(len(depths), len(features), dtype=torch.int64, device=scorer.device)
+        scratch: dict[int, Tensor] = {}
         for low, high in tile_bounds:
             segments = np.empty(0, np.int64) if contexts is None else _segments(contexts[low:high])
-            for index, scores in scorer.scores(codes[low:high]):
+            for index, scores in scorer.scores(codes[low:high], scratch):
                 best.take(index, scores, low, segments)
                 if limits is not None:
                     counts[index] += (scores > limits[index][:, None]).sum(dim=1)
@@ -144,26 +145,27 @@ class _Scorer:
     def device(self) -> torch.device:
         return self.table.device
 
-    def scores(self, codes: NDArray[np.integer] | Tensor) -> Iterator[tuple[int, Tensor]]:
-        """codes (T, K) → for each depth its place among the depths asked, and scores (F, T)."""
-        running: Tensor | None = None
-        width = self.table.shape[2]
+    def scores(self, codes: NDArray[np.integer] | Tensor, scratch: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """codes (T, K) → for each depth its place among the depths asked, and scores (F, T), which the next ones replace.
+
+        ``scratch``: what a thread keeps from tile to tile, empty at first.
+        """
+        width, shape = self.table.shape[2], (len(self.right), len(codes))
+        running, scores = (_reused(scratch, name, shape, self.right) for name in (0, 1))
         for low, high, places in self.steps:
-            left = self._decoded(codes[:, low:high], low, high)  # (T, (high - low) · c)
-            right = self.right[:, low * width : high * width]
-            running = right @ left.T if running is None else torch.addmm(running, right, left.T)
-            scores = (running / self.totals[high - 1]).clamp_(-1, 1)
+            left = self._decoded(codes[:, low:high], low, high, scratch)  # (T, (high - low) · c)
+            torch.addmm(running, self.right[:, low * width : high * width], left.T, beta=int(low > 0), out=running)
+            torch.div(running, self.totals[high - 1], out=scores).clamp_(-1, 1)
             for place in places:
                 yield place, scores
 
-    def _decoded(self, codes: NDArray[np.integer] | Tensor, low: int, high: int) -> Tensor:
+    def _decoded(self, codes: NDArray[np.integer] | Tensor, low: int, high: int, scratch: dict[int, Tensor]) -> Tensor:
         _, size, width = self.table.shape
         if self.device.type == "cpu" and has_compiler() and isinstance(codes, np.ndarray) and codes.dtype == np.uint16:
             from rqae.tiles import decode
 
-            out = torch.empty(len(codes), (high - low) * width)
-            largest = decode(codes, self.table[low:high].numpy(), out.numpy())
-            _check_codes(0, largest, size)
+            out = _reused(scratch, high, (len(codes), (high - low) * width), self.right)
+            _check_codes(0, decode(codes, self.table[low:high].numpy(), out.numpy()), size)
             return out
         if isinstance(codes, np.ndarray):
             codes = torch.from_numpy(codes.astype(np.int64))
@@ -171,6 +173,14 @@ class _Scorer:
         if indices.numel():
             _check_codes(int(indices.min()), int(indices.max()), size)
         return self.table[torch.arange(low, high, device=self.device), indices].flatten(1)
+
+
+def _reused(scratch: dict[int, Tensor], name: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """A tensor of this shape, the one of the last tile where it fits: fresh memory costs more than what is done in it."""
+    found = scratch.get(name)
+    if found is None or found.shape != shape:
+        found = scratch[name] = like.new_empty(shape)
+    return found
 
 
 def _check_codes(low: int, high: int, size: int) -> None:

@@ -17,23 +17,43 @@ __all__ = ["decode", "push"]
 _LINE = 32  # codes of two bytes in a cache line; so many codebooks stay in the second cache meanwhile
 
 
-@compiled
-def decode(codes: Any, table: Any, out: Any) -> Any:
+def decode(codes: Any, table: Any, out: Any) -> int:
     """codes (T, n) uint16, table (n, K, c): out (T, n · c) gets the table's row of each code. Returns the largest code.
 
-    One beyond the table is read as its last.
+    One beyond the table is read as its last. Arrays are float32 and ``table`` and ``out`` contiguous.
     """
-    count, last, width = table.shape[0], table.shape[1] - 1, table.shape[2]
-    largest: Any = 0
-    for start in range(0, count, _LINE):
-        end = min(start + _LINE, count)
+    count, size, width = table.shape
+    if width == 4:  # sixteen bytes, copied as one number
+        return int(_look_up(codes, table.view(np.complex128).reshape(-1), out.view(np.complex128), size))
+    return int(_look_up_rows(codes, table.reshape(count * size, width), out, size))
+
+
+@compiled
+def _look_up(codes: Any, table: Any, out: Any, size: int) -> Any:
+    last, largest = np.uint32(size - 1), np.uint32(0)
+    for start in range(0, codes.shape[1], _LINE):
+        end = min(start + _LINE, codes.shape[1])
+        for token in range(codes.shape[0]):
+            mine, row = codes[token], out[token]
+            for quantizer in range(start, end):
+                code = np.uint32(mine[quantizer])
+                largest = max(largest, code)
+                row[quantizer] = table[quantizer * size + min(code, last)]
+    return largest
+
+
+@compiled
+def _look_up_rows(codes: Any, table: Any, out: Any, size: int) -> Any:
+    width, last, largest = table.shape[1], np.uint32(size - 1), np.uint32(0)
+    for start in range(0, codes.shape[1], _LINE):
+        end = min(start + _LINE, codes.shape[1])
         for token in range(codes.shape[0]):
             for quantizer in range(start, end):
-                code = np.int64(codes[token, quantizer])
+                code = np.uint32(codes[token, quantizer])
                 largest = max(largest, code)
-                code = min(code, last)
+                place = quantizer * size + min(code, last)
                 for axis in range(width):
-                    out[token, quantizer * width + axis] = table[quantizer, code, axis]
+                    out[token, quantizer * width + axis] = table[place, axis]
     return largest
 
 

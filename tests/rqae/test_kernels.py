@@ -19,7 +19,10 @@ from tests.rqae.models import random_rqae
 from tests.rqae.test_encoding import identity_rqae, in_float64
 
 # importing Triton here would be too early for the process that imports this file
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.slow,  # the interpreter is
+]
 
 FAMILIES = [(5, 4, 23), (7, 3, 18), (4, 4, 9), (9, 2, 9), (2, 4, 9), (2, 8, 3)]  # levels, dimensions, quantizers
 ROUNDING = 1e-5  # a margin above it is no matter of rounding

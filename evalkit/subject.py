@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Dtype", "Subject", "denormalise", "normalise", "usable_device"]
+__all__ = ["Dtype", "Subject", "denormalise", "normalise", "torch_dtype", "usable_device"]
 
 Dtype: TypeAlias = Literal["bfloat16", "float32"]
 
@@ -101,15 +101,12 @@ class Subject:
         ``dtype`` is that of the computation; hidden states come back in float32. ``device`` "auto" takes CUDA if there
         is one. Raises MissingFile, BadFile (not a model), BadConfig (no such site, unknown dtype or device).
         """
-        if dtype not in ("bfloat16", "float32"):
-            raise BadConfig(
-                f"dtype {dtype!r}", expected="bfloat16 or float32", seen=repr(dtype), fix="use one of these"
-            )
+        computed_in = torch_dtype(dtype)
         if isinstance(sites, str):
             sites = (sites,)
         device = usable_device(device)
         name, decoder, tokenizer = load_model(
-            model, dtype=getattr(torch, dtype), revision=revision, gguf_file=gguf_file, check=_depth_check(sites)
+            model, dtype=computed_in, revision=revision, gguf_file=gguf_file, check=_depth_check(sites)
         )
         return cls(decoder, tokenizer, name=name, sites=sites, device=device)
 
@@ -242,6 +239,14 @@ class Subject:
         ) is not None:
             return found
         raise _no_site(site, self.info, len(self._blocks))
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype of a model's computation. Raises BadConfig for any other name than bfloat16 and float32."""
+    if dtype not in ("bfloat16", "float32"):
+        raise BadConfig(f"dtype {dtype!r}", expected="bfloat16 or float32", seen=repr(dtype), fix="use one of these")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def usable_device(device: str) -> str:

@@ -199,9 +199,8 @@ class _CompiledBest:
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         room = 2 * top_k + 64
         self._k = top_k
-        self._floors = np.full(
-            (depths, features), -2, np.float32
-        )  # intensities are above; compiled code knows no infinity
+        # intensities are above -2; compiled code knows no infinity
+        self._floors = np.full((depths, features), -2, np.float32)
         self._counts = np.zeros((depths, features), np.int64)
         self._values = np.full((depths, features, room), -inf, np.float32)
         self._rows = np.full((depths, features, room), -1, np.int64)

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from evalkit.errors import BadConfig
-from evalkit.subject import Dtype, Subject, usable_device
+from evalkit.subject import Dtype, Subject, torch_dtype, usable_device
 from evalkit.subject_files import load_whole
 
 if TYPE_CHECKING:
@@ -48,12 +47,9 @@ class LanguageModel:
         revision: str | None = None,
     ) -> LanguageModel:
         """Load a model as ``Subject.load`` does, with all its blocks and its head. Raises what that raises."""
-        if dtype not in ("bfloat16", "float32"):
-            raise BadConfig(
-                f"dtype {dtype!r}", expected="bfloat16 or float32", seen=repr(dtype), fix="use one of these"
-            )
+        computed_in = torch_dtype(dtype)
         device = usable_device(device)
-        whole, tokenizer = load_whole(model, dtype=getattr(torch, dtype), revision=revision)
+        whole, tokenizer = load_whole(model, dtype=computed_in, revision=revision)
         whole.eval().requires_grad_(False).to(device)
         decoder = whole.get_decoder()
         name = Path(str(model)).name

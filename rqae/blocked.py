@@ -27,6 +27,7 @@ from rqae.codebook import TIE, SortedGrid
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError
 from rqae.literal import choose_codes
+from rqae.products import added_product, product
 
 __all__ = [
     "Block",
@@ -97,7 +98,7 @@ class Block(Protocol):
     size: int  # at most so many quantizers
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """Fix codes (n_q, N) int32 and vectors (m, N) of quantizers low..high-1 from p (m, N)."""
+        """Fix codes (n_q, N) int32 and vectors (m, N) of quantizers low..high-1 from their p ((high - low) · c, N)."""
 
 
 class SingleBlock:
@@ -112,7 +113,7 @@ class SingleBlock:
         """As the protocol says, with high = low + 1."""
         width = self._codebook.shape[-1]
         mine = slice(low * width, high * width)
-        chosen = self._quantise(p[mine].T.contiguous(), low)
+        chosen = self._quantise(p.T.contiguous(), low)
         codes[low] = chosen
         vectors[mine] = self._codebook[low].index_select(0, chosen).T
 
@@ -123,7 +124,9 @@ class BlockedEncoder:
 
     weight: Tensor  # (m, d): weight @ xᵀ + bias gives every p for r₁ = x
     bias: Tensor  # (m, 1)
-    gram: Tensor  # (m, m): row i·c + a, column j·c + b holds (W_in,i W_out,j)[a, b]; only j < i is used
+    below: dict[
+        tuple[int, int], Tensor
+    ]  # (low, middle): minus the rows and columns of G by which a half reaches the next
     width: int  # c
     block: Block
 
@@ -147,13 +150,19 @@ class BlockedEncoder:
             bias = b_in - torch.einsum("nd,ncd->nc", before, w_in)
             gram = weight @ w_out.transpose(1, 2).reshape(count * width, dim).T
         block: Block
-        if fused.is_available(config, weight.device):
-            block = fused.FusedGridBlock(config, codebook, canonical, gram)
-        elif kernels.is_available(config, weight.device):
-            block = kernels.TritonGridBlock(config, codebook, canonical, gram)
+        if kernels.is_available(config, weight.device):
+            diagonal = diagonal_of(gram, kernels.TritonGridBlock.size * width)
+            block = kernels.TritonGridBlock(config, codebook, canonical, diagonal)
+        elif fused.is_available(config, weight.device):
+            diagonal = diagonal_of(gram, fused.FusedGridBlock.size * width)
+            block = fused.FusedGridBlock(config, codebook, canonical, diagonal)
         else:
             block = SingleBlock(quantiser_for(config, codebook, canonical), codebook)
-        return cls(weight, bias.reshape(-1, 1), gram, width, block)
+        below = {
+            (low, middle): -gram[middle * width : high * width, low * width : middle * width]
+            for low, middle, high in _halvings(0, count, block.size)
+        }
+        return cls(weight, bias.reshape(-1, 1), below, width, block)
 
     def encode(self, x: Tensor, depth: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """x (N, d) of any floating type → codes (N, depth) of an integer type that holds them.
@@ -190,12 +199,16 @@ class BlockedEncoder:
 
         def work(start: int) -> None:
             rows = slice(start, min(start + size, len(x)))
-            p = torch.addmm(self.bias[:end], self.weight[:end], x[rows].to(self.weight).T)  # (depth · c, rows)
+            given = x[rows].to(self.weight)
+            if len(given) == 1:  # a product with one column is summed in another order
+                given = given.expand(2, -1)
+            p = product(self.weight[:end], given.T).add_(self.bias[:end])  # (depth · c, rows)
             if not bool(p[: self.width].isfinite().all()):  # NaN and infinity survive a product with anything
                 _refuse(x[rows], start)
             codes, vectors = p.new_empty(depth, p.shape[1], dtype=torch.int32), torch.empty_like(p)
             self._solve(p, codes, vectors, 0, depth)
-            keep(rows, codes, vectors)
+            count = rows.stop - rows.start
+            keep(rows, codes[:, :count], vectors[:, :count])
 
         starts = range(0, len(x), size)
         if on_cpu:
@@ -206,17 +219,40 @@ class BlockedEncoder:
                 work(start)
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """Fix the codes of quantizers low..high-1, whose p already lacks everything left of ``low``."""
+        """Fix the codes of quantizers low..high-1 from their p, which already lacks everything left of ``low``."""
         if high - low <= self.block.size:
             self.block.solve(p, codes, vectors, low, high)
             return
-        width = self.width
-        # a power of two: a shorter depth takes the same steps
-        middle = low + (1 << ((high - low - 1).bit_length() - 1))
-        self._solve(p, codes, vectors, low, middle)
-        left, right = slice(low * width, middle * width), slice(middle * width, high * width)
-        p[right].addmm_(self.gram[right, left], vectors[left], alpha=-1)
+        middle, width = _middle(low, high), self.width
+        left = (middle - low) * width
+        self._solve(p[:left], codes, vectors, low, middle)
+        reach = self.below[low, middle][: (high - middle) * width]
+        p = added_product(p[left:], reach, vectors[low * width : middle * width])
         self._solve(p, codes, vectors, middle, high)
+
+
+def _middle(low: int, high: int) -> int:
+    """Where a stretch of quantizers is halved: a power of two from its start, so a shorter depth takes the same steps."""
+    return low + (1 << ((high - low - 1).bit_length() - 1))
+
+
+def _halvings(low: int, high: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Start, middle and end of each halving down to stretches of ``size``."""
+    if high - low > size:
+        middle = _middle(low, high)
+        yield low, middle, high
+        yield from _halvings(low, middle, size)
+        yield from _halvings(middle, high, size)
+
+
+def diagonal_of(gram: Tensor, size: int) -> Tensor:
+    """The square blocks along the diagonal of (m, m), one above the other: (m, size), short ones filled with zeros."""
+    count = len(gram)
+    diagonal = gram.new_zeros(count, size)
+    for low in range(0, count, size):
+        high = min(low + size, count)
+        diagonal[low:high, : high - low] = gram[low:high, low:high]
+    return diagonal
 
 
 def _refuse(x: Tensor, start: int) -> None:

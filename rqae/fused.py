@@ -27,14 +27,14 @@ class FusedGridBlock:
 
     size = 16  # quantizers: larger ones leave less to the matrix products, smaller ones call more of them
 
-    def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, gram: Tensor) -> None:
-        self._grid = SortedGrid.of(config, gram.device)
+    def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
+        self._grid = SortedGrid.of(config, diagonal.device)
         self._canonical = canonical.numpy().astype(np.int32)
         self._book = np.ascontiguousarray(codebook[0].numpy().T)  # (c, K)
-        self._gram = gram.numpy()
+        self._diagonal = diagonal.numpy()  # (m, size · c): rows of G, each in its own block
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """Fix the codes of quantizers low..high-1; p (m, N), codes (n_q, N) int32, vectors (m, N), all rows of a chunk."""
+        """Fix the codes of quantizers low..high-1; p ((high - low) · c, N), codes (n_q, N) int32, vectors (m, N)."""
         from rqae.fused_kernel import solve_block
 
         solve_block(
@@ -43,7 +43,7 @@ class FusedGridBlock:
             vectors.numpy(),
             low,
             high,
-            self._gram,
+            self._diagonal,
             self._grid.patterns.numpy(),
             self._grid.steps.numpy(),
             self._grid.places.numpy(),

@@ -104,7 +104,7 @@ def _literal(p: Any, row: int, book: Any) -> int:
 
 @compiled
 def solve_block(
-    p: Any, codes: Any, vectors: Any, low: int, high: int, gram: Any, patterns: Any, steps: Any, place: Any,
+    p: Any, codes: Any, vectors: Any, low: int, high: int, diagonal: Any, patterns: Any, steps: Any, place: Any,
     centre: Any, canonical: Any, book: Any, tie: Any,
 ) -> None:  # fmt: skip
     """Codes, vectors and what is left of p for quantizers low..high-1 of a chunk; see ``fused.FusedGridBlock``."""
@@ -115,8 +115,8 @@ def solve_block(
     decided = np.empty(count, np.int32)
     scratch = np.empty((5, count), np.float32)
     for quantizer in range(low, high):
-        first = width * quantizer
-        mine = p[first : first + width]
+        first, here = width * quantizer, width * (quantizer - low)
+        mine = p[here : here + width]
         _sort(mine, place, magnitudes, places)
         _match(magnitudes, places, patterns, steps, centre, tie, indices, decided, scratch)
         for row in range(count):
@@ -127,5 +127,6 @@ def solve_block(
             codes[quantizer, row] = code
             for axis in range(width):
                 vectors[first + axis, row] = book[axis, code]
-        for later in range(first + width, width * high):
-            _subtract(p[later], gram[later, first : first + width], vectors[first : first + width])
+        for later in range(here + width, width * (high - low)):
+            factors = diagonal[width * low + later, here : here + width]
+            _subtract(p[later], factors, vectors[first : first + width])

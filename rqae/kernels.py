@@ -45,15 +45,15 @@ class TritonGridBlock:
 
     size = 16  # quantizers
 
-    def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, gram: Tensor) -> None:
-        device = gram.device
+    def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
+        device = diagonal.device
         self._grid = SortedGrid.of(config, device)
         self._canonical = canonical.to(device, torch.int32)
         self._book = codebook[0].contiguous()  # (K, c)
-        self._gram = gram.contiguous()
+        self._diagonal = diagonal.contiguous()  # (m, size · c): rows of G, each in its own block
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """Fix the codes of quantizers low..high-1; p (m, N), codes (n_q, N) int32, vectors (m, N), tokens side by side."""
+        """Fix the codes of quantizers low..high-1; p ((high - low) · c, N), codes (n_q, N) int32, vectors (m, N)."""
         from rqae.triton_kernels import solve_tile
 
         tokens, width = p.shape[1], self._book.shape[1]
@@ -63,7 +63,7 @@ class TritonGridBlock:
                 p,
                 codes,
                 vectors,
-                self._gram,
+                self._diagonal,
                 self._grid.patterns,
                 self._grid.steps,
                 self._grid.places,
@@ -75,7 +75,7 @@ class TritonGridBlock:
                 p.stride(0),
                 codes.stride(0),
                 vectors.stride(0),
-                self._gram.stride(0),
+                self._diagonal.stride(0),
                 len(self._grid.patterns),
                 len(self._book),
                 self._grid.centre,

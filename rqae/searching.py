@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from rqae.compiled import has_compiler
 from rqae.errors import RqaeError
 from rqae.features import layer_weights, scaled_vectors
 from rqae.model import RQAE
+from rqae.products import added_product, product
 
 __all__ = ["Hits", "activity_thresholds", "search"]
 
@@ -46,13 +47,16 @@ class Hits:
     counts: NDArray[np.int64] | None = None
 
 
+_Found: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
 class _Best(Protocol):
     """Keeps the best of what it is shown, tiles in rising order of rows."""
 
-    def take(self, depth: int, scores: Tensor, first: int, segments: NDArray[np.int64]) -> None:
-        """Scores (F, T) of the ``depth``-th depth; the first token's row; where stretches start, empty for none."""
+    def take(self, depth: int, sums: Tensor, total: float, first: int, segments: NDArray[np.int64]) -> None:
+        """Sums (F, T) of the ``depth``-th depth, scores times ``total``; the first token's row; where stretches start."""
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def result(self) -> _Found:
         """(D, F, k) scores and rows."""
 
 
@@ -82,23 +86,23 @@ def search(
     limits = None if thresholds is None else torch.as_tensor(thresholds, dtype=torch.float32, device=scorer.device)
     kind = _CompiledBest if compiled else _KeyedBest
 
-    def walk(tile_bounds: Sequence[tuple[int, int]]) -> tuple[_Best, Tensor]:
+    def walk(tile_bounds: Sequence[tuple[int, int]]) -> tuple[_Found, Tensor]:
         best: _Best = kind(len(depths), len(features), top_k)
         counts = torch.zeros(len(depths), len(features), dtype=torch.int64, device=scorer.device)
         scratch: dict[int, Tensor] = {}
         for low, high in tile_bounds:
             segments = np.empty(0, np.int64) if contexts is None else _segments(contexts[low:high])
-            for index, scores in scorer.scores(codes[low:high], scratch):
-                best.take(index, scores, low, segments)
+            for index, sums, total in scorer.sums(codes[low:high], scratch):
+                best.take(index, sums, total, low, segments)
                 if limits is not None:
-                    counts[index] += (scores > limits[index][:, None]).sum(dim=1)
-        return best, counts
+                    counts[index] += (_scores(sums, total) > limits[index][:, None]).sum(dim=1)
+        return best.result(), counts
 
     threads = torch.get_num_threads() if scorer.device.type == "cpu" else 1
     share = max(1, -(-len(bounds) // threads))
     with full_precision():
         walked = one_thread_each(walk, [bounds[at : at + share] for at in range(0, len(bounds), share)])
-    scores, rows = _merge([best.result() for best, _ in walked], len(depths), len(features), top_k)
+    scores, rows = _merge([best for best, _ in walked], len(depths), len(features), top_k)
     counted = (
         None if limits is None else sum((counts for _, counts in walked), torch.zeros_like(limits, dtype=torch.int64))
     )
@@ -128,9 +132,9 @@ class _Scorer:
     """Scores of all features on a tile of codes, depth after depth."""
 
     table: Tensor  # (n_q, K, c): scaled code vectors
-    right: Tensor  # (F, k · c): those of the features
+    right: tuple[Tensor, ...]  # (F, (high - low) · c) of each step: those of the features
     steps: tuple[tuple[int, int, tuple[int, ...]], ...]  # quantizers from, to; the depths asked that end there
-    totals: Tensor  # (n_q,): sums of layer weights
+    totals: tuple[float, ...]  # (n_q,): sums of layer weights
 
     @classmethod
     def of(cls, model: RQAE, features: Tensor, depths: Sequence[int]) -> _Scorer:
@@ -139,32 +143,34 @@ class _Scorer:
         table = normalised(model.codebook[:deepest]) * weights[:deepest, None, None].sqrt()
         places = {depth: tuple(i for i, each in enumerate(depths) if each == depth) for depth in sorted(set(depths))}
         steps = tuple((low, high, places[high]) for low, high in pairwise([0, *places]))
-        return cls(table, scaled_vectors(model, features.to(table.device)), steps, weights.cumsum(dim=0))
+        vectors, width = scaled_vectors(model, features.to(table.device)), table.shape[2]  # (F, k · c)
+        right = tuple(vectors[:, low * width : high * width].contiguous() for low, high, _ in steps)
+        return cls(table, right, steps, tuple(weights.cumsum(dim=0).tolist()))
 
     @property
     def device(self) -> torch.device:
         return self.table.device
 
-    def scores(self, codes: NDArray[np.integer] | Tensor, scratch: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """codes (T, K) → for each depth its place among the depths asked, and scores (F, T), which the next ones replace.
+    def sums(
+        self, codes: NDArray[np.integer] | Tensor, scratch: dict[int, Tensor]
+    ) -> Iterator[tuple[int, Tensor, float]]:
+        """codes (T, K) → for each depth its place among the depths asked, sums (F, T), and what divides them to scores.
 
         ``scratch``: what a thread keeps from tile to tile, empty at first.
         """
-        width, shape = self.table.shape[2], (len(self.right), len(codes))
-        running, scores = (_reused(scratch, name, shape, self.right) for name in (0, 1))
-        for low, high, places in self.steps:
-            left = self._decoded(codes[:, low:high], low, high, scratch)  # (T, (high - low) · c)
-            torch.addmm(running, self.right[:, low * width : high * width], left.T, beta=int(low > 0), out=running)
-            torch.div(running, self.totals[high - 1], out=scores).clamp_(-1, 1)
+        running: Tensor | None = None
+        for (low, high, places), right in zip(self.steps, self.right, strict=True):
+            left = self._decoded(codes[:, low:high], low, high, scratch).T  # ((high - low) · c, T)
+            running = product(right, left) if running is None else added_product(running, right, left)
             for place in places:
-                yield place, scores
+                yield place, running, self.totals[high - 1]
 
     def _decoded(self, codes: NDArray[np.integer] | Tensor, low: int, high: int, scratch: dict[int, Tensor]) -> Tensor:
         _, size, width = self.table.shape
         if self.device.type == "cpu" and has_compiler() and isinstance(codes, np.ndarray) and codes.dtype == np.uint16:
             from rqae.tiles import decode
 
-            out = _reused(scratch, high, (len(codes), (high - low) * width), self.right)
+            out = _reused(scratch, high - low, (len(codes), (high - low) * width), self.table)
             _check_codes(0, decode(codes, self.table[low:high].numpy(), out.numpy()), size)
             return out
         if isinstance(codes, np.ndarray):
@@ -181,6 +187,11 @@ def _reused(scratch: dict[int, Tensor], name: int, shape: tuple[int, int], like:
     if found is None or found.shape != shape:
         found = scratch[name] = like.new_empty(shape)
     return found
+
+
+def _scores(sums: Tensor, total: float) -> Tensor:
+    """Intensities: sums over the sum of layer weights, which rounding may carry past 1."""
+    return (sums / total).clamp_(-1, 1)
 
 
 def _check_codes(low: int, high: int, size: int) -> None:
@@ -205,13 +216,13 @@ class _CompiledBest:
         self._values = np.full((depths, features, room), -inf, np.float32)
         self._rows = np.full((depths, features, room), -1, np.int64)
 
-    def take(self, depth: int, scores: Tensor, first: int, segments: NDArray[np.int64]) -> None:
+    def take(self, depth: int, sums: Tensor, total: float, first: int, segments: NDArray[np.int64]) -> None:
         from rqae.tiles import push
 
         kept = self._floors[depth], self._counts[depth], self._values[depth], self._rows[depth]
-        push(scores.numpy(), first, segments, *kept, self._k)
+        push(sums.numpy(), np.float32(total), first, segments, *kept, self._k)
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def result(self) -> _Found:
         beyond = np.arange(self._values.shape[2]) >= self._counts[..., None]
         values, rows = np.where(beyond, np.float32(-inf), self._values), np.where(beyond, -1, self._rows)
         order = np.argsort(-values, axis=2, kind="stable")[..., : self._k]
@@ -225,7 +236,8 @@ class _KeyedBest:
         self._k = top_k
         self._keys: list[Tensor | None] = [None] * depths
 
-    def take(self, depth: int, scores: Tensor, first: int, segments: NDArray[np.int64]) -> None:
+    def take(self, depth: int, sums: Tensor, total: float, first: int, segments: NDArray[np.int64]) -> None:
+        scores = _scores(sums, total)
         rows = torch.arange(first, first + scores.shape[1], device=scores.device)
         keys = _keys(scores, rows)
         if len(segments):
@@ -237,7 +249,7 @@ class _KeyedBest:
         keys = keys if kept is None else torch.cat([kept, keys], dim=1)
         self._keys[depth] = keys.topk(min(self._k, keys.shape[1]), dim=1, sorted=False).values
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def result(self) -> _Found:
         pairs = [
             _scores_and_rows(keys.sort(dim=1, descending=True).values, self._k)
             for keys in self._keys
@@ -256,7 +268,7 @@ def _keys(scores: Tensor, rows: Tensor) -> Tensor:
     return (ordered << 32) | (_ROWS - rows)
 
 
-def _scores_and_rows(keys: Tensor, top_k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _scores_and_rows(keys: Tensor, top_k: int) -> _Found:
     ordered = (keys >> 32).to(torch.int32)
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32).cpu().numpy()
     rows = (_ROWS - (keys & _ROWS)).cpu().numpy()
@@ -264,9 +276,7 @@ def _scores_and_rows(keys: Tensor, top_k: int) -> tuple[NDArray[np.float32], NDA
     return np.pad(scores, missing, constant_values=-inf), np.pad(rows, missing, constant_values=-1)
 
 
-def _merge(
-    parts: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]], depths: int, features: int, top_k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _merge(parts: Sequence[_Found], depths: int, features: int, top_k: int) -> _Found:
     """The best of several stretches of the corpus, which come in the order of their rows."""
     if not parts:
         shape = depths, features, top_k

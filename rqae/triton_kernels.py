@@ -15,10 +15,12 @@ import triton.language as tl
 __all__ = ["solve_tile"]
 
 
-@triton.jit(do_not_specialize=["low", "high", "tokens", "p_stride", "codes_stride", "vectors_stride", "gram_stride"])
+@triton.jit(
+    do_not_specialize=["low", "high", "tokens", "p_stride", "codes_stride", "vectors_stride", "diagonal_stride"]
+)
 def solve_tile(
-    p, codes, vectors, gram, patterns, steps, places, canonical, book,
-    low, high, tokens, p_stride, codes_stride, vectors_stride, gram_stride, pattern_count, code_count, centre, tie,
+    p, codes, vectors, diagonal, patterns, steps, places, canonical, book,
+    low, high, tokens, p_stride, codes_stride, vectors_stride, diagonal_stride, pattern_count, code_count, centre, tie,
     C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Codes and vectors of quantizers low..high-1, one after the other, for TILE tokens of one thread each.
@@ -33,12 +35,15 @@ def solve_tile(
     p_stride = p_stride.to(tl.int64)
     codes_stride = codes_stride.to(tl.int64)
     vectors_stride = vectors_stride.to(tl.int64)
-    gram_stride = gram_stride.to(tl.int64)
+    diagonal_stride = diagonal_stride.to(tl.int64)
+    diagonal += low * C * diagonal_stride
     for quantizer in range(low, high):
-        mine = _load_rows(p + quantizer * C * p_stride, p_stride, inside, C)
+        here = (quantizer - low) * C
+        mine = _load_rows(p + here * p_stride, p_stride, inside, C)
         for earlier in range(low, quantizer):
             chosen = _load_rows(vectors + earlier * C * vectors_stride, vectors_stride, inside, C)
-            mine = _subtract(mine, gram + quantizer * C * gram_stride + earlier * C, gram_stride, chosen, C)
+            factors = diagonal + here * diagonal_stride + (earlier - low) * C
+            mine = _subtract(mine, factors, diagonal_stride, chosen, C)
         index, clear = _match(mine, patterns, steps, places, pattern_count, centre, tie, C)
         unclear = inside & (clear == 0)
         if tl.max(unclear.to(tl.int32), axis=0) > 0:

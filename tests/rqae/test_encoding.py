@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqae import RQAE, RqaeConfig, RqaeError
+from rqae import RQAE, RqaeConfig, RqaeError, products
 from rqae.blocked import GridQuantiser, TableQuantiser
 from rqae.codebook import canonical_indices, grid_codebook
 from rqae.literal import encode_literal
@@ -118,8 +118,17 @@ def test_codes_of_a_context_do_not_depend_on_the_batch():
     model = random_rqae(RqaeConfig(576, num_quantizers=64))
     x = torch.randn(2304, 576, generator=torch.Generator().manual_seed(4))
     whole = model.encode(x)
-    for size in (128, 384, 1024):
+    # MKL sums small products in another order than large ones, oneDNN none but those of one column
+    sizes = (1, 7, 513, 1024) if products.has_wide_products() else (128, 384, 1024)
+    for size in sizes:
         assert torch.equal(torch.cat([model.encode(part) for part in x.split(size)]), whole)
+
+
+def test_codes_without_wide_products(monkeypatch):
+    model = random_rqae(RqaeConfig(576, num_quantizers=64))
+    x = torch.randn(600, 576, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(products, "has_wide_products", lambda: False)
+    assert float((model.encode(x) == encode_literal(model, x)).float().mean()) > 0.9995
 
 
 def identity_rqae(levels: int = 5, width: int = 4) -> RQAE:

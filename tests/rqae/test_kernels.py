@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import get_context
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from rqae import RQAE, RqaeConfig
-from rqae.blocked import BlockedEncoder
 from rqae.kernels import TritonGridBlock, is_available
 from rqae.literal import choose_codes, encode_literal
 from tests.rqae.models import random_rqae
@@ -48,24 +46,23 @@ def compiler() -> Iterator[Executor]:
     yield from in_a_process("0")
 
 
-def block_of(model: RQAE, gram: torch.Tensor) -> TritonGridBlock:
-    return TritonGridBlock(model.config, model.codebook, model.canonical, gram)
+def block_of(model: RQAE, diagonal: torch.Tensor) -> TritonGridBlock:
+    return TritonGridBlock(model.config, model.codebook, model.canonical, diagonal)
 
 
 def kernel_codes(config: RqaeConfig, x: np.ndarray, depth: int) -> np.ndarray:
     """Codes (N, depth) of a random RQAE whose encoder solves its blocks with the kernel."""
-    model = random_rqae(config)
-    encoder: BlockedEncoder = model.encoder()
-    return replace(encoder, block=block_of(model, encoder.gram)).encode(torch.from_numpy(x), depth).numpy()
+    encoder = random_rqae(config).encoder()
+    assert isinstance(encoder.block, TritonGridBlock)
+    return encoder.encode(torch.from_numpy(x), depth).numpy()
 
 
 def solved(levels: int, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The codes and vectors that the block kernel gives the rows of p (N, c), as the second of three quantizers."""
     count, width = p.shape
     model = identity_rqae(levels, width)
-    rows, vectors = torch.zeros(3 * width, count), torch.full((3 * width, count), 9.0)
+    rows, vectors = torch.from_numpy(p.T.copy()), torch.full((3 * width, count), 9.0)
     codes = torch.full((3, count), -1, dtype=torch.int32)
-    rows[width : 2 * width] = torch.from_numpy(p.T)
     block_of(model, torch.zeros(3 * width, 3 * width)).solve(rows, codes, vectors, 1, 2)
     assert (codes[[0, 2]] == -1).all() and (vectors[:width] == 9).all() and (vectors[2 * width :] == 9).all()
     return codes[1].numpy(), vectors[width : 2 * width].T.numpy()
@@ -151,10 +148,10 @@ def compiled(signature: dict[str, str], sizes: dict[str, int], warps: int, cache
 
 def test_it_compiles_without_tensor_cores(compiler, tmp_path):
     """What the interpreter runs is not all that the compiler takes; and no product is a TF32 one."""
-    block = dict.fromkeys(("p", "vectors", "gram", "patterns", "steps", "places", "book"), "*fp32")
+    block = dict.fromkeys(("p", "vectors", "diagonal", "patterns", "steps", "places", "book"), "*fp32")
     block |= dict.fromkeys(("codes", "canonical"), "*i32") | {"centre": "fp32", "tie": "fp32"}
     block |= dict.fromkeys(("low", "high", "tokens", "pattern_count", "code_count"), "i32")
-    block |= dict.fromkeys(("p_stride", "codes_stride", "vectors_stride", "gram_stride"), "i32")
+    block |= dict.fromkeys(("p_stride", "codes_stride", "vectors_stride", "diagonal_stride"), "i32")
     for width in (4, 7):
         ptx = compiler.submit(compiled, block, {"C": width, "TILE": 64}, 2, str(tmp_path)).result()
         assert "fma.rn.f32" in ptx and "tf32" not in ptx and "mma" not in ptx

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rqae import RQAE, RqaeConfig, RqaeError
+from rqae.compiled import has_compiler
 from rqae.features import intensity_literal
 from rqae.searching import Hits, _keys, _scores_and_rows, activity_thresholds, search
 from tests.rqae.models import random_rqae
@@ -165,3 +166,17 @@ def test_what_cannot_be_searched_is_named(model: RQAE, path: str) -> None:
     codes[7, 3] = 625
     with pytest.raises(RqaeError, match=r"RQAE codes: expected 0 to 624; seen [01] to 625"):
         search(model, codes, features, (4,))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs numba")
+@given(st.lists(st.sampled_from([-1, -0.5, -0.0, 0.0, 1e-7, 0.25, 0.25000003, 1]), min_size=1, max_size=80), st.data())
+def test_a_cut_keeps_the_best_and_of_equal_ones_the_earlier(values: list[float], data: st.DataObject) -> None:
+    from rqae.tiles import _cut
+
+    k = data.draw(st.integers(1, len(values)))
+    kept, rows = np.array(values, np.float32), np.arange(len(values), dtype=np.int64) * 7
+    expected = np.sort(np.argsort(-kept, kind="stable")[:k])
+    best = kept[expected]
+    assert _cut(kept, rows, k, np.empty(len(values), np.int32)) == best.min()
+    np.testing.assert_array_equal(kept[:k], best)
+    np.testing.assert_array_equal(rows[:k], expected * 7)

@@ -1,8 +1,9 @@
 """Speed of RQAE encoding and search, against the literal algorithms and bare matrix products of the same arithmetic.
 
 Each measurement runs in a process of its own, with fresh inputs at every repetition, and prints one JSON line: the median
-of its seconds, tokens per second, and its ratio to the others. Weights are random; time does not depend on them. On a GPU,
-where there is one, with sizes for it.
+of its seconds, tokens per second, and its ratio to the others. Weights are random; time does not depend on them. The
+published algorithms run twice: with malloc told to keep its memory, which they gain most from, and untuned. On a GPU, where
+there is one, with sizes for it.
 Run: ``python tests/benchmarks/bench_rqae.py [--dim 2304] [--quantizers 1024] [--repeats 5] [--device cpu]``.
 """
 
@@ -32,6 +33,8 @@ from rqae.literal import encode_literal
 from rqae.searching import search
 
 DEPTHS, TOP_K = (16, 64, 256), 100
+UNTUNED = " untuned"  # a baseline with the allocator's defaults, as whoever runs the published code has them
+KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000")
 GATHERED = 2  # features that the gathering search is timed on; its time is proportional to them
 
 
@@ -106,7 +109,7 @@ def measure(what: str, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement: ``tokens``, ``seconds`` and whatever else it found."""
     dim, quantizers, repeats, device = options.dim, options.quantizers, options.repeats, options.device
     sizes, width = SIZES[device], 4 * options.quantizers
-    kind, _, size = what.partition(" ")
+    kind, _, size = what.removesuffix(UNTUNED).partition(" ")
     if kind == "gemm":
         left, right = torch.randn(dim, width, device=device), torch.randn(width, width // 2, device=device)
 
@@ -173,8 +176,8 @@ def in_its_own_process(what: str, options: argparse.Namespace) -> dict[str, Any]
     given = {name: getattr(options, name) for name in ("dim", "quantizers", "repeats", "device")}
     arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     command = [sys.executable, __file__, "--measure", what, *arguments]
-    # else a literal algorithm on many rows spends most of its time on fresh pages for each of its residuals
-    kept = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000")
+    # else the published algorithms spend much of their time on fresh pages for each of their intermediate results
+    kept = {} if what.endswith(UNTUNED) else KEEP_MEMORY
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**kept, **os.environ})
     return dict(json.loads(done.stdout))
 
@@ -183,8 +186,9 @@ def compare(options: argparse.Namespace) -> None:
     """All measurements on one device, each with its ratio to those before."""
     sizes, full = SIZES[options.device], f"encode {options.quantizers}"
     literal = [f"literal {rows}" for rows in sizes.literal]
+    untuned = [f"literal {sizes.literal[0]}{UNTUNED}", f"gather{UNTUNED}"] if options.device == "cpu" else []
     speed: dict[str, float] = {}
-    for what in ["gemm", *literal, full, "encode 64", "codes", "search-gemm", "gather", "search"]:
+    for what in ["gemm", *literal, *untuned, full, "encode 64", "codes", "search-gemm", "gather", "search"]:
         found = in_its_own_process(what, options)
         line: dict[str, Any] = {"what": what, "device": options.device, "tokens": found.pop("tokens")}
         if "seconds" in found:
@@ -194,11 +198,12 @@ def compare(options: argparse.Namespace) -> None:
         ratios: dict[str, str] = {}
         if what == full:
             ratios = {"of_gemm": "gemm", "times_literal_best": max(literal, key=speed.__getitem__)}
-            ratios |= {f"times_{one.replace(' ', '_')}": one for one in literal}
+            ratios |= {f"times_{one.replace(' ', '_')}": one for one in [*literal, *untuned[:1]]}
         elif what == "encode 64":
             ratios = {"times_full_depth": full}
         elif what == "search":
             ratios = {"of_gemm": "search-gemm", "times_gather": "gather"}
+            ratios |= {f"times_{one.replace(' ', '_')}": one for one in untuned[1:]}
         line |= {name: round(speed[what] / speed[other], 3) for name, other in ratios.items()}
         print(json.dumps({**line, **found}), flush=True)
 

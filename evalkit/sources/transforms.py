@@ -1,0 +1,129 @@
+"""What happens to a hidden state before a dictionary's encoder sees it, and what undoes it on the reconstruction.
+
+Every step is declared by the dictionary or the user, works token by token and knows how to go back. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Centre", "LayerNorm", "RmsNorm", "Scale", "Step", "Undo", "UnitNorm", "describe", "transformed"]
+
+Undo: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+class Step(Protocol):
+    """One transform of hidden states (…, d)."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        """x → what the next step sees, and what brings a reconstruction of that back to the units of x."""
+
+    def __str__(self) -> str:
+        """A word or two for tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Times a constant, such as √d over the average norm of the training data, or √d for embeddings."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        return x * self.factor, lambda y: y / self.factor
+
+    def __str__(self) -> str:
+        return f"scale {self.factor:.4g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Centre:
+    """Minus each token's own mean over the dimensions; TransformerLens centres what writes to the residual stream so.
+
+    The reconstruction stays centred by default, as such dictionaries are compared there; ``restore`` adds the mean again.
+    """
+
+    restore: bool = True
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        mean = x.mean(dim=-1, keepdim=True)
+        return x - mean, lambda y: y + mean if self.restore else y
+
+    def __str__(self) -> str:
+        return "centre"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitNorm:
+    """Each token to one norm: √d where ``norm`` is None. Source: SAELens, ``constant_norm_rescale``."""
+
+    norm: float | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        target = x.shape[-1] ** 0.5 if self.norm is None else self.norm
+        factor = target / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return x * factor, lambda y: y / factor
+
+    def __str__(self) -> str:
+        return "constant norm" if self.norm is None else f"norm {self.norm:.4g}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Each token minus its mean, over its standard deviation (of n - 1) plus eps. Source: SAELens, ``layer_norm``."""
+
+    eps: float = 1e-5
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        mean = x.mean(dim=-1, keepdim=True)
+        centred = x - mean
+        deviation = centred.std(dim=-1, keepdim=True)
+        return centred / (deviation + self.eps), lambda y: y * deviation + mean
+
+    def __str__(self) -> str:
+        return "layer norm"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RmsNorm:
+    """Each token over the root of its mean square plus eps; then times ``gain`` (d,) where there is one."""
+
+    eps: float = 1e-6
+    gain: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
+        scale = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        if self.gain is None:
+            return x * scale, lambda y: y / scale
+        gain = self.gain.to(x.device)
+        inverse = torch.where(gain == 0, torch.zeros_like(gain), 1 / gain)
+        return x * scale * gain, lambda y: y * inverse / scale
+
+    def __str__(self) -> str:
+        return "RMS norm" if self.gain is None else "RMS norm with gain"
+
+
+def transformed(x: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor, Undo]:
+    """All steps one after the other, and what undoes them in the opposite order."""
+    undoing: list[Undo] = []
+    for step in steps:
+        x, undo = step(x)
+        undoing.append(undo)
+
+    def back(y: Tensor) -> Tensor:
+        for undo in reversed(undoing):
+            y = undo(y)
+        return y
+
+    return x, back
+
+
+def describe(steps: tuple[Step, ...]) -> str:
+    """``centre, scale 0.16``, or ``none``."""
+    return ", ".join(str(step) for step in steps) or "none"

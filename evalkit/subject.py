@@ -17,8 +17,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -40,8 +41,16 @@ Dtype: TypeAlias = Literal["bfloat16", "float32"]
 
 ROWS = 128  # row counts that are multiples of this give the same bits whatever the batch
 ALIGN = 32  # contexts are padded on the right to a multiple of this, so that few of them make whole ROWS
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(0|[1-9][0-9]*)(?:\.(.+))?$")
-_ALIASES = (("self_attn", "attn", "attention", "self_attention"), ("mlp", "feed_forward", "ffn", "block_sparse_moe"))
+_EMBED = "embed"
+_INPUT = ":in"  # behind a site: what goes into the module
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(0|[1-9][0-9]*)(?:\.([^:]+))?(?::in)?$")
+_ALIASES = (  # one name for what families name differently; the first that is there
+    ("self_attn", "attn", "attention", "self_attention"),
+    ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    ("o_proj", "c_proj", "out_proj", "dense"),
+    ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out"),
+)
+_PRE_MLP_NORM = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm", "post_attn_norm", "norm2")
 
 
 class _Captured(Exception):
@@ -52,7 +61,9 @@ class Subject:
     """A causal language model read at some of its module paths.
 
     ``sites`` are names such as ``layers.15`` (the residual stream after block 15), ``layers.15.mlp``,
-    ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``).
+    ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``); with ``:in`` behind them,
+    what goes into the module. ``layers.15.pre_mlp_norm`` is the norm before the MLP, whatever the family calls it; ``embed``
+    are rows of the token embedding as they are stored, without the factor that some families give them.
     """
 
     def __init__(
@@ -122,6 +133,7 @@ class Subject:
         if match is None:
             return ()
         index, rest = int(match[1]), f".{match[2]}" if match[2] else ""
+        rest += _INPUT if site.endswith(_INPUT) else ""
         return tuple(f"layers.{near}{rest}" for near in (index - 1, index + 1) if 0 <= near < self._n_layers)
 
     def hidden(
@@ -180,15 +192,19 @@ class Subject:
     def _forward(self, ids: Tensor, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
         captured: dict[str, Tensor] = {}
 
-        def hook(site: str) -> Any:
-            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                captured[site] = output[0] if isinstance(output, tuple) else output
-                if len(captured) == len(modules):
-                    raise _Captured
+        def keep(site: str, states: Tensor) -> None:
+            captured[site] = states
+            if len(captured) == len(modules):
+                raise _Captured
 
-            return keep
-
-        handles = [module.register_forward_hook(hook(site)) for site, module in modules.items()]
+        handles = []
+        for site, module in modules.items():
+            if site == _EMBED:
+                handles.append(module.register_forward_hook(_on_ids(partial(keep, site))))
+            elif site.endswith(_INPUT):
+                handles.append(module.register_forward_pre_hook(_on_input(partial(keep, site)), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(_on_output(partial(keep, site))))
         try:
             with torch.inference_mode():
                 self._decoder(input_ids=ids, use_cache=False)
@@ -229,9 +245,11 @@ class Subject:
 
     def _module(self, site: str) -> nn.Module:
         match = _BLOCK.search(site)
+        if site == _EMBED:
+            return self._embedding
         if match is None:
             names: dict[str, nn.Module] = dict(self._decoder.named_modules())
-            short = site.removeprefix(f"{self._decoder.base_model_prefix}.")
+            short = site.removesuffix(_INPUT).removeprefix(f"{self._decoder.base_model_prefix}.")
             if short and short in names:
                 return names[short]
         elif (index := int(match[1])) < len(self._blocks) and (
@@ -239,6 +257,33 @@ class Subject:
         ) is not None:
             return found
         raise _no_site(site, self.info, len(self._blocks))
+
+
+def _on_input(keep: Callable[[Tensor], None]) -> Any:
+    """A hook that hands over what a module is called with: its first argument, or the hidden states by name."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _on_ids(keep: Callable[[Tensor], None]) -> Any:
+    """A hook on an embedding that hands over the stored rows of the ids it is called with."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        keep(nn.functional.embedding(args[0], cast("nn.Embedding", module).weight))
+
+    return hook
+
+
+def _on_output(keep: Callable[[Tensor], None]) -> Any:
+    """A hook that hands over what a module returns; of several things the first."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    return hook
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -291,17 +336,16 @@ def _find_blocks(decoder: Any) -> nn.ModuleList:
 
 
 def _submodule(block: nn.Module, path: str) -> nn.Module | None:
-    """The module at ``path`` below a block; the first part may be any of its usual names."""
-    if not path:
-        return block
-    first, _, rest = path.partition(".")
-    names = next((group for group in _ALIASES if first in group), (first,))
-    for name in dict.fromkeys((first, *names)):
-        try:
-            return block.get_submodule(f"{name}.{rest}" if rest else name)
-        except AttributeError:
-            continue
-    return None
+    """The module at ``path`` below a block; every part may be any of its usual names."""
+    module = block
+    for part in path.split(".") if path else ():
+        names: tuple[str, ...] = _PRE_MLP_NORM if part == "pre_mlp_norm" else (part,)
+        names += tuple(name for group in _ALIASES if part in group for name in group)
+        found = next((child for name in names if (child := getattr(module, name, None)) is not None), None)
+        if not isinstance(found, nn.Module):
+            return None
+        module = found
+    return module
 
 
 def _list_sites(blocks: nn.ModuleList) -> Iterable[str]:

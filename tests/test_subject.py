@@ -47,6 +47,37 @@ def test_gpt2_blocks_are_layers_too(tiny_gpt2: Path) -> None:
         torch.testing.assert_close(found[name], reference(tiny_gpt2, IDS)[3], rtol=1e-5, atol=1e-5)
 
 
+def test_what_goes_into_modules(tiny_llama: Path, tiny_gemma: Path, tiny_gpt2: Path) -> None:
+    for folder in (tiny_llama, tiny_gpt2):
+        names = ("pre_mlp_norm:in", "mlp", "self_attn", "self_attn.o_proj:in", "mlp.down_proj:in")
+        sites = [f"layers.3.{name}" for name in names]
+        subject = Subject.load(
+            folder, sites=[*sites, "layers.2", "layers.3", "layers.0:in", "layers.3:in"], dtype="float32"
+        )
+        found = subject.hidden(IDS)
+        before_mlp, mlp, attention, heads, inner = (found[site] for site in sites)
+        torch.testing.assert_close(before_mlp + mlp, found["layers.3"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["layers.2"] + attention, before_mlp, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found["layers.3:in"], found["layers.2"])
+        torch.testing.assert_close(found["layers.0:in"], reference(folder, IDS)[0], rtol=1e-5, atol=1e-5)
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_decoder()
+        block = whole.layers[3] if hasattr(whole, "layers") else whole.h[3]
+        with torch.no_grad():
+            out = block.self_attn.o_proj if hasattr(block, "self_attn") else block.attn.c_proj
+            down = block.mlp.down_proj if hasattr(block.mlp, "down_proj") else block.mlp.c_proj
+            torch.testing.assert_close(out(heads), attention, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(down(inner), mlp, rtol=1e-5, atol=1e-5)
+    subject = Subject.load(tiny_gemma, sites=["embed", "layers.1.pre_mlp_norm:in"], dtype="float32")
+    found = subject.hidden(IDS)
+    scaled = found["embed"] * subject.info.d_model**0.5
+    torch.testing.assert_close(scaled, reference(tiny_gemma, IDS)[0], rtol=1e-5, atol=1e-5)
+    assert subject.layer_neighbours("layers.1.pre_mlp_norm:in") == (
+        "layers.0.pre_mlp_norm:in",
+        "layers.2.pre_mlp_norm:in",
+    )
+    assert subject.layer_neighbours("embed") == ()
+
+
 def test_submodules(tiny_llama: Path, tiny_gpt2: Path) -> None:
     subject = Subject.load(
         tiny_llama, sites=["layers.3", "layers.3.mlp", "layers.3.self_attn", "layers.2"], dtype="float32"

@@ -31,13 +31,13 @@ _LISTS = re.compile(r"^(?:layers|h|blocks)\.(\d+)(?:\.(.+))?$")
 def site_of_hook(name: str) -> str | None:
     """The site of a hook or module name, or None for one that stands for nothing known.
 
-    ``blocks.8.hook_resid_pre`` is what comes out of the block before: ``layers.7``, or ``embed`` for the first block.
+    ``blocks.8.hook_resid_pre`` is what comes out of the block before: ``layers.7``, or ``layers.0:in`` for the first block.
     """
     name = name.strip()
     if found := _BLOCK.fullmatch(name):
         layer, hook = int(found[1]), found[2]
         if hook == "hook_resid_pre":
-            return "embed" if layer == 0 else f"layers.{layer - 1}"
+            return "layers.0:in" if layer == 0 else f"layers.{layer - 1}"
         return _HOOKS[hook].format(layer=layer) if hook in _HOOKS else None
     if name in ("hook_embed", "embed"):
         return "embed"

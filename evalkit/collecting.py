@@ -1,8 +1,9 @@
 """The first stage of a run: corpus and dictionaries in, examples out.
 
 Binds what the other modules do (contexts, grid, calibration, features, activations, windows) in their order; each part
-skips what is on disk. Writes ``corpus/``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run
-folder, and the tables ``sources`` and ``features``.
+skips what is on disk. Dumps with ready examples need neither corpus nor subject model (see ``ready_examples``). Writes
+``corpus/``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run folder, and the tables
+``sources`` and ``features``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from evalkit.examples import ExampleStore, FeatureExamples, rows_of
 from evalkit.files import write_bytes
 from evalkit.grid import Grid, build_grid
 from evalkit.protocols import FeatureSource, Progress
+from evalkit.ready_examples import check_ready, gather_ready, write_ready
 from evalkit.records import FeatureId
 from evalkit.sampling import Counts, draw_windows, windows_of
 from evalkit.store import FeatureRow, RunStore
@@ -35,23 +37,34 @@ __all__ = ["collect_stage", "open_sources", "read_examples"]
 
 
 def open_sources(config: RunConfig) -> list[FeatureSource]:
-    """All dictionaries of the configuration, unbound."""
+    """All dictionaries of the configuration, unbound; or all dumps. Raises BadConfig for both in one run."""
     require("torch", "model")
-    from evalkit.sources import open_dictionary
+    from evalkit.sources import open_dictionaries
 
-    options: dict[str, Any] = {"depths": config.depths, "density": config.density, "revision": config.revision}
-    options["subject"] = PurePosixPath(config.model).name  # where a dictionary does not say whose it is
-    if config.site:
-        options["site"] = config.site
-    return [source for path in config.dictionaries for source in open_dictionary(path, **options)]
+    subject = PurePosixPath(config.model).name  # where a dictionary does not say whose it is
+    wanted = [
+        (s.path, {**s.model_dump(exclude_none=True, exclude={"path"}), "subject": subject}) for s in config.specs()
+    ]
+    sources = open_dictionaries(wanted)
+    check_ready(sources)
+    return sources
 
 
 def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
     """Corpus → examples. Nothing is loaded when the examples of every source are there."""
     if _collected(store):
         return
+    started = time.monotonic()
+    sources = open_sources(config)
+    if ready := check_ready(sources):
+        material = gather_ready(config, ready, progress)
+        _check_manifest(store.folder / "collected" / "manifest.json", material.manifest())
+        detail = write_ready(config, store, material)
+        store.write_stage("collect", time.monotonic() - started, detail)
+        return
     for module in ("torch", "transformers", "safetensors"):
         require(module, "model")
+    from evalkit.admission import admit
     from evalkit.calibration import calibrate, choose_centres
     from evalkit.collection import collect
     from evalkit.corpus import tokenize_corpus
@@ -60,11 +73,14 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
     from evalkit.protocols import CentredSource
     from evalkit.subject import Subject
 
-    started = time.monotonic()
-    sources = open_sources(config)
     sites = list(dict.fromkeys(source.site.path for source in sources))
+    outs = [source.site.out for source in sources]
     subject = Subject.load(
-        find_model(config.model), sites=sites, dtype=config.dtype, device=config.device, revision=config.revision
+        find_model(config.model),
+        sites=list(dict.fromkeys([*sites, *outs])),
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
     )
     corpus = tokenize_corpus(
         config.corpus,
@@ -78,6 +94,16 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
         revision=config.revision,
         progress=progress,
     )
+    measured = admit(
+        [source.bind(subject.info) for source in sources],
+        subject,
+        corpus,
+        store.folder / "fit.json",
+        seed=config.seed,
+        force=config.force,
+        progress=progress,
+    )
+    subject.sites = tuple(sites)  # what transcoders reconstruct was read for the check alone
     grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)
     _check_enough(config, corpus, grid)
     needs_centres = any(isinstance(source, CentredSource) for source in sources)
@@ -93,8 +119,8 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
         progress=progress,
     )
     text = _decoder(subject.tokenizer)
-    prepared = prepare(config, sources, subject.info, calibration, centres, lambda token: text((token,))[0])
-    _check_manifest(store.folder / "collected" / "manifest.json", prepared)
+    prepared = prepare(config, sources, subject.info, calibration, centres, lambda token: text((token,))[0], measured)
+    _check_manifest(store.folder / "collected" / "manifest.json", _manifest(prepared))
     store.write_sources([one.info for one in prepared], [one.measured for one in prepared])
     collection = collect(
         corpus,
@@ -109,9 +135,8 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
     store.write_stage("collect", time.monotonic() - started, detail)
 
 
-def _check_manifest(path: Path, prepared: Sequence[Prepared]) -> None:
-    """Shards made with these very dictionaries and thresholds go on; with others (a file was replaced) they must not."""
-    manifest = [
+def _manifest(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+    return [
         {
             "source": one.chosen.source.name,
             "thresholds": {f: float(f"{one.chosen.source.threshold(f):.6g}") for f in one.chosen.features},
@@ -119,6 +144,10 @@ def _check_manifest(path: Path, prepared: Sequence[Prepared]) -> None:
         }
         for one in prepared
     ]
+
+
+def _check_manifest(path: Path, manifest: list[dict[str, Any]]) -> None:
+    """Shards made with these very dictionaries and thresholds go on; with others (a file was replaced) they must not."""
     if not path.exists():
         write_bytes(path, (json.dumps(manifest, indent=1) + "\n").encode())
         return

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from evalkit.errors import BadConfig, MissingFile
 
-__all__ = ["CONTROLS", "PROTOCOL_VERSION", "RunConfig", "read_toml"]
+__all__ = ["CONTROLS", "PROTOCOL_VERSION", "DictionarySpec", "RunConfig", "read_toml"]
 
 PROTOCOL_VERSION = "1"  # raised whenever the same configuration would give other numbers
 Control: TypeAlias = Literal["shuffled", "random-directions", "planted", "permuted"]
@@ -22,30 +22,59 @@ CONTROLS: tuple[Control, ...] = ("shuffled", "random-directions", "planted", "pe
 
 _FREE = {
     *("explainers", "judges", "scorers", "client", "client_options", "batch_size", "device"),
-    *("cache", "prices", "max_calls", "max_cost"),
+    *("cache", "prices", "max_calls", "max_cost", "force"),
 }
 
 Count = Annotated[int, Field(ge=1)]
 
 
+class DictionarySpec(BaseModel):
+    """A dictionary with options of its own, which win over the run's. Each format takes of them what it knows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    site: str | None = None
+    format: str | None = None
+    transform: str | None = None
+    name: str | None = None
+    depths: tuple[Count, ...] | None = None
+    density: Annotated[float, Field(gt=0, lt=1)] | None = None
+    revision: str | None = None
+    l0: float | None = None
+    model: str | None = None
+    out: str | None = None  # what a transcoder reconstructs
+    norm: Annotated[float, Field(gt=0)] | None = None  # mean norm that a SAELens dictionary was trained with
+    centre: bool | None = None
+    folder: str | None = None  # of a SAELens release
+    tensor: str | None = None  # of a file of directions
+    bias: str | None = None
+    signed: bool | None = None
+
+
 class RunConfig(BaseModel):
     """One run. Counts are per feature and per pool unless said; lengths are in tokens.
 
-    ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns; ``judges``, ``explainers``, ``scorers`` and
+    ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns, with options of their own where they need some
+    (``DictionarySpec``); ``judges``, ``explainers``, ``scorers`` and
     ``client`` are registered names, with options where they take some (``llm:single``, ``openai:MODEL``). What records
     are keyed by (explainers, judges, scorers), what is spent (cache, prices, max_calls, max_cost in US dollars) and what
     changes speed only (batch_size, device) is not part of a run's identity: it may differ from one command to the next.
+    ``feature_ids`` and ``density_band`` choose the features (see ``feature_choice``); ``transform`` replaces the input
+    transform that dictionaries declare; ``force`` goes on where the fit check refuses one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    dictionaries: tuple[str, ...] = Field(min_length=1)
+    dictionaries: tuple[str | DictionarySpec, ...] = Field(min_length=1)
     corpus: str = "bundled:demo"
     revision: str | None = None
     text_field: str = "text"
     split: str = "train"
     site: str | None = None
+    format: str | None = None
+    transform: str | None = None
     depths: tuple[Count, ...] = (16, 64, 256)
     density: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
@@ -57,6 +86,8 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     n_features: Count = 50
+    feature_ids: tuple[str, ...] | None = None
+    density_band: tuple[float, float] | None = None
     n_explain: Count = 40
     n_positives: Annotated[int, Field(ge=2)] = 50
     n_negatives: Annotated[int, Field(ge=2)] = 50
@@ -75,6 +106,7 @@ class RunConfig(BaseModel):
 
     batch_size: Count = 16
     device: str = "auto"
+    force: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -83,6 +115,8 @@ class RunConfig(BaseModel):
                 f"window_length {self.window_length} + skip_first {self.skip_first} exceeds "
                 f"context_length {self.context_length}"
             )
+        if self.feature_ids is not None and len(self.feature_ids) != self.n_features:
+            raise ValueError(f"{len(self.feature_ids)} feature_ids and n_features {self.n_features}")
         if len(set(self.depths)) != len(self.depths):
             raise ValueError(f"depths {self.depths} repeat")
         return self
@@ -94,13 +128,23 @@ class RunConfig(BaseModel):
             return cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            option = ".".join(map(str, first["loc"])) or "options"
+            option = ".".join(str(part) for part in first["loc"] if part not in ("str", "DictionarySpec")) or "options"
             raise BadConfig(
                 option,
                 expected=first["msg"].removeprefix("Value error, "),
                 seen=repr(first.get("input"))[:80] if first["loc"] else "this combination",
                 fix="see `evalkit run --help`",
             ) from error
+
+    def specs(self) -> tuple[DictionarySpec, ...]:
+        """Every dictionary with its options, the run's where it has none of its own."""
+        common = ("site", "format", "transform", "depths", "density", "revision")
+        found = []
+        for one in self.dictionaries:
+            own = {"path": one} if isinstance(one, str) else one.model_dump(exclude_none=True)
+            run = {name: value for name in common if (value := getattr(self, name)) is not None}
+            found.append(DictionarySpec(**{**run, **own}))
+        return tuple(found)
 
     def identity(self) -> dict[str, Any]:
         """The part that decides results, as JSON types."""

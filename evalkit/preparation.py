@@ -7,17 +7,18 @@ Reads and writes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from evalkit.calibration import Calibration, Centre, measure_fit, top_share_threshold
+from evalkit.calibration import Calibration, Centre, top_share_threshold
 from evalkit.collection import Chosen, valid_tokens
 from evalkit.config import RunConfig
-from evalkit.errors import BadConfig, CorpusError
+from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.protocols import CalibratedSource, CentredSource, FeatureSource
 from evalkit.records import FeatureId, SourceInfo, SubjectInfo
 from evalkit.seeds import derive, hash_priorities
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "prepare", "reference_of"]
 
 _LOG = logging.getLogger(__name__)
-_FIT_CONTEXTS = 32  # contexts that FVU and L0 are measured on
-_FIT_RATIO = 1.5  # how far the measured L0 may be from the declared one
-_FIT_WIDTH = 1 << 17  # wider dictionaries are not encoded whole just to count L0
 _CANDIDATES = 64  # features whose aliveness is tested at a time
 
 
@@ -57,11 +55,18 @@ def prepare(
     calibration: Calibration,
     centres: Sequence[Centre],
     token_text: Callable[[int], str],
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Prepared]:
-    """Every dictionary and control of the run. Raises SiteMismatch, BadConfig (two sources of one name)."""
+    """Every dictionary and control of the run. ``measured``: what the fit check found, by source.
+
+    Raises SiteMismatch, BadConfig (two sources of one name), UnknownFeature.
+    """
     bound = [source.bind(subject) for source in sources]
     _check_names(bound)
-    prepared = [_prepare_source(config, source, calibration, centres) for source in bound]
+    found = measured or {}
+    prepared = [
+        _prepare_source(config, source, calibration, centres, dict(found.get(source.name, {}))) for source in bound
+    ]
     if reference := reference_of(prepared):
         prepared += _controls(config, reference, calibration, token_text, subject)
     return prepared
@@ -81,13 +86,21 @@ def _check_names(sources: Sequence[FeatureSource]) -> None:
 
 
 def _prepare_source(
-    config: RunConfig, source: FeatureSource, calibration: Calibration, centres: Sequence[Centre]
+    config: RunConfig,
+    source: FeatureSource,
+    calibration: Calibration,
+    centres: Sequence[Centre],
+    measured: dict[str, Any],
 ) -> Prepared:
-    measured = _measure(source, calibration)
     if isinstance(source, CentredSource):
         ids = [centre.feature for centre in centres]
         source = source.with_centres(calibration.centre_states(source.site.path, centres), ids)
         chosen: Sequence[FeatureId] = ids
+    elif config.feature_ids is not None:
+        chosen = config.feature_ids
+        _check_ids(source, chosen)
+    elif isinstance(source, CalibratedSource):
+        chosen = _in_hashed_order(source, config.seed)[: config.n_features]
     else:
         chosen, measured["alive_share"] = _choose_alive(source, config, calibration)
     if isinstance(source, CalibratedSource):
@@ -97,30 +110,66 @@ def _prepare_source(
     return Prepared(Chosen(source, tuple(chosen)), measured)
 
 
-def _choose_alive(source: FeatureSource, config: RunConfig, calibration: Calibration) -> tuple[list[FeatureId], float]:
-    """Features in hashed order, keeping those that fire on the calibration sample, until there are enough."""
+def _check_ids(source: FeatureSource, chosen: Sequence[FeatureId]) -> None:
+    known = source.features()
+    for feature in chosen:
+        if feature not in known:
+            raise UnknownFeature(
+                f"feature {feature!r} of {source.name}",
+                expected=f"one of its {len(known)} features, such as {', '.join(known[:3])}",
+                seen=repr(feature),
+                fix="name other ids in --features, or score this dictionary in a run of its own",
+            )
+
+
+def _in_hashed_order(source: FeatureSource, seed: int) -> _Ordered:
     ids = source.features()
-    order = np.argsort(hash_priorities(derive(config.seed, "features", source.name), np.arange(len(ids))))
-    alive: list[FeatureId] = []
+    return _Ordered(ids, np.argsort(hash_priorities(derive(seed, "features", source.name), np.arange(len(ids)))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """Ids in another order, without a list of millions of them."""
+
+    ids: Sequence[FeatureId]
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, part: slice) -> list[FeatureId]:
+        return [self.ids[int(index)] for index in self.order[part]]
+
+
+def _choose_alive(source: FeatureSource, config: RunConfig, calibration: Calibration) -> tuple[list[FeatureId], float]:
+    """Features in hashed order, keeping those that fire on the calibration sample, until there are enough.
+
+    With a density band, those that fire on such a share of the sample's tokens. Also returns the share of those tested.
+    """
+    ids = _in_hashed_order(source, config.seed)
+    low, high = config.density_band or (0.0, 1.0)
+    chosen: list[FeatureId] = []
     tested = 0
     for first in range(0, len(ids), _CANDIDATES):
-        candidates = [ids[index] for index in order[first : first + _CANDIDATES]]
-        fires = (_sample_values(source, candidates, calibration) > 0).any(dim=0).tolist()
-        for candidate, fired in zip(candidates, fires, strict=True):
+        candidates = ids[first : first + _CANDIDATES]
+        densities = (_sample_values(source, candidates, calibration) > 0).double().mean(dim=0).tolist()
+        for candidate, density in zip(candidates, densities, strict=True):
             tested += 1
-            if fired:
-                alive.append(candidate)
-            if len(alive) == config.n_features:
-                return alive, len(alive) / tested
-    if not alive:
+            if density > 0 and low <= density <= high:
+                chosen.append(candidate)
+            if len(chosen) == config.n_features:
+                return chosen, len(chosen) / tested
+    wanted = "fire on the corpus" if config.density_band is None else f"fire on {low:g} to {high:g} of the tokens"
+    if not chosen:
         raise CorpusError(
             source.name,
-            expected="features that fire on the corpus",
+            expected=f"features that {wanted}",
             seen=f"none of {len(ids)} on {calibration.sample.sum()} contexts",
-            fix="check the site, the layer and the subject model; or use a longer corpus",
+            fix="check the site, the layer and the subject model; or use a longer corpus"
+            + ("" if config.density_band is None else ", or another band"),
         )
-    _LOG.warning("%s: only %d of its %d features fire on the calibration sample", source.name, len(alive), len(ids))
-    return alive, len(alive) / max(1, tested)
+    _LOG.warning("%s: only %d of its %d features %s", source.name, len(chosen), len(ids), wanted)
+    return chosen, len(chosen) / max(1, tested)
 
 
 def _sample_values(
@@ -133,33 +182,6 @@ def _sample_values(
         valid = valid_tokens(hidden, batch, calibration.limits[source.site.path])
         parts.append(source.activations(hidden, features)[valid].float().cpu())
     return torch.cat(parts)
-
-
-def _measure(source: FeatureSource, calibration: Calibration) -> dict[str, Any]:
-    rows = calibration.rows[calibration.sample][:_FIT_CONTEXTS]
-    batch = calibration.corpus.batch(rows)
-    hidden = calibration.hidden(batch)[source.site.path]
-    valid = valid_tokens(hidden, batch, calibration.limits[source.site.path])
-    measured: dict[str, Any] = {"fvu_measured": measure_fit(source.reconstruct, hidden, valid)}
-    if measured["fvu_measured"] >= 1:
-        _LOG.warning(
-            "%s: reconstruction is worse than the mean (FVU %.2f); is it the right site, layer and model?",
-            source.name,
-            measured["fvu_measured"],
-        )
-    ids = () if isinstance(source, CentredSource) else source.features()
-    if 0 < len(ids) <= _FIT_WIDTH:
-        active = source.activations(hidden, ids)[valid] > 0
-        measured["l0_measured"] = float(active.sum(dim=1).float().mean())
-        declared = source.info.l0
-        if declared and not 1 / _FIT_RATIO < measured["l0_measured"] / declared < _FIT_RATIO:
-            _LOG.warning(
-                "%s: L0 is %.1f on this corpus, not %g as declared; is it the right site and normalisation?",
-                source.name,
-                measured["l0_measured"],
-                declared,
-            )
-    return measured
 
 
 def reference_of(prepared: Sequence[Prepared]) -> Prepared | None:

@@ -6,6 +6,7 @@ Imports records and errors only, and torch only for annotations, so a plug-in co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from evalkit.records import (
@@ -27,17 +28,22 @@ from evalkit.records import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from jaxtyping import Float
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = [
     "CalibratedSource",
     "CentredSource",
     "Client",
+    "ExampleSource",
     "Explainer",
     "FeatureSource",
     "Judge",
     "Progress",
+    "ReadyExamples",
+    "ReadyText",
     "Scorer",
     "SourceReader",
     "TokenSource",
@@ -104,6 +110,53 @@ class TokenSource(Protocol):
         """Activation of the chosen features at every position."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadyText:
+    """A text in which another tool saw features fire, whole and once however many features it is recorded of.
+
+    ``text`` is a 63-bit hash of its tokens. ``tokens`` are text pieces that join to the text; ``valid`` (pos,) is False on
+    BOS, EOS and padding. ``activations`` (pos,), by feature: what is recorded of the asked features, those that are
+    active in it only. ``complete``: all of these are there, so that it may serve the other asked features as a negative.
+    """
+
+    text: int
+    tokens: tuple[str, ...]
+    valid: NDArray[np.bool_]
+    activations: Mapping[FeatureId, NDArray[np.float32]]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadyExamples:
+    """Texts of the asked features and of others, each text once. ``densities``: share of tokens active, where known."""
+
+    texts: Sequence[ReadyText]
+    densities: Mapping[FeatureId, float]
+
+
+@runtime_checkable
+class ExampleSource(Protocol):
+    """Has examples ready (a dump of another tool) instead of activations: no model reads a text for it."""
+
+    @property
+    def name(self) -> str:
+        """Unique, as a FeatureSource's."""
+
+    @property
+    def site(self) -> Site:
+        """Where the features were read; a label here."""
+
+    @property
+    def info(self) -> SourceInfo:
+        """What a table prints about this source; ``declared`` says what is not verified about its examples."""
+
+    def features(self) -> Sequence[FeatureId]:
+        """Every feature with an activating text, in a fixed order. May read the whole dump."""
+
+    def examples(self, features: Sequence[FeatureId]) -> ReadyExamples:
+        """The texts of these features, and a sample of all texts to draw negatives from. Raises UnknownFeature."""
+
+
 class SourceReader(Protocol):
     """Opens dictionaries of one on-disk format. One small module per format."""
 
@@ -114,7 +167,10 @@ class SourceReader(Protocol):
         """Whether ``path`` (a file or folder) looks like this format; cheap, never raises."""
 
     def read(self, path: Path, **options: Any) -> Sequence[FeatureSource]:
-        """The feature sources of the dictionary at ``path`` (an RQAE gives one per asked depth)."""
+        """The feature sources of the dictionary at ``path`` (an RQAE gives one per asked depth).
+
+        A format of ready examples gives ExampleSources instead.
+        """
 
 
 class Explainer(Protocol):

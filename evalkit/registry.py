@@ -50,7 +50,14 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     },
     "sources": {
         "gemma-scope": "evalkit.sources.gemma_scope:GemmaScopeReader",
+        "gemma-scope-2": "evalkit.sources.gemma_scope_2:GemmaScope2Reader",
+        "dictionary-learning": "evalkit.sources.dictionary_learning:DictionaryLearningReader",
+        "nabeshima": "evalkit.sources.nabeshima:NabeshimaReader",
+        "sparsify": "evalkit.sources.sparsify:SparsifyReader",
         "rqae": "evalkit.sources.rqae:RqaeReader",
+        "saelens": "evalkit.sources.saelens:SaeLensReader",
+        "neuronpedia": "evalkit.sources.neuronpedia:NeuronpediaReader",
+        "directions": "evalkit.sources.directions:DirectionsReader",  # last: it takes what no other format claims
     },
     "clients": {
         "openai": "evalkit.clients.openai:OpenAIClient",

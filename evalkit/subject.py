@@ -61,8 +61,8 @@ class Subject:
     """A causal language model read at some of its module paths.
 
     ``sites`` are names such as ``layers.15`` (the residual stream after block 15), ``layers.15.mlp``,
-    ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``); with ``:in`` behind them,
-    what goes into the module. ``layers.15.pre_mlp_norm`` is the norm before the MLP, whatever the family calls it; ``embed``
+    ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``); with ``:in`` behind,
+    what goes into the module. ``layers.15.pre_mlp_norm`` is the norm before the MLP, whatever a family calls it; ``embed``
     are rows of the token embedding as they are stored, without the factor that some families give them.
     """
 

@@ -1,4 +1,4 @@
-"""Little dictionaries on disk, for tests of the whole pipeline."""
+"""Little random dictionaries on disk, for tests of the whole pipeline. They fit nothing: runs of them need --force."""
 
 from __future__ import annotations
 

@@ -32,8 +32,10 @@ def call(
 
 
 @pytest.fixture
-def good(tiny_llama: Path, tmp_path: Path) -> dict[str, object]:
-    """Options of a run that would work."""
+def good(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Options of a run that would work; a random dictionary fits nothing."""
+    monkeypatch.setenv("EVALKIT_RUN_FORCE", "1")
+    monkeypatch.setenv("EVALKIT_COLLECT_FORCE", "1")
     generator = np.random.default_rng(0)
     corpus = tmp_path / "text.jsonl"
     words = ["whale", "ship", "sea", "deck"]
@@ -104,7 +106,7 @@ MISTAKES = {
     "floats for tokens": ("--corpus", floats, "tokens.npy"),
     "unknown explainer": ("--explainer", "word", "fix: use 'words'"),
     "unknown control": ("--controls", "nothing", "controls"),
-    "zero features": ("--features", 0, "n_features"),
+    "zero features": ("--features", 0, "--features"),
     "bad dtype": ("--dtype", "int8", "dtype"),
     "judge without client": ("--judge", "llm", "client"),
 }

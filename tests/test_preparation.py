@@ -101,16 +101,6 @@ def test_features_are_drawn_among_the_alive_ones(calibration: Calibration) -> No
     assert set(other[0].chosen.features) != set(source.chosen.features)
 
 
-def test_the_fit_is_measured(calibration: Calibration) -> None:
-    (source, *_) = prepare(config(), [ReluSource()], SUBJECT, calibration, [], word)
-    batch = calibration.corpus.batch(calibration.rows[calibration.sample][:32])
-    truth = TableStates().table()[torch.from_numpy(batch.token_ids)][torch.from_numpy(batch.valid)]
-    expected = (0.5 * truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
-    assert source.measured["fvu_measured"] == pytest.approx(float(expected), rel=1e-4)
-    active = (ReluSource().activations(truth, ReluSource().features()) > 0).float().sum(dim=1).mean()
-    assert source.measured["l0_measured"] == pytest.approx(float(active))
-
-
 def test_controls_are_matched_to_the_middle_dictionary(calibration: Calibration) -> None:
     sources = [ReluSource(20), ReluSource(40, 2.0), ReluSource(40, 3.0), ReluSource(40, 9.0)]
     prepared = prepare(config(), sources, SUBJECT, calibration, [], word)

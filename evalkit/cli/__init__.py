@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from evalkit.cli import doctor, inspect, models, plugins, report, runs, train
+from evalkit.cli import doctor, inspect, models, plugins, report, runs, sweep, train
 from evalkit.cli.console import STDERR
 from evalkit.errors import EvalkitError
 
@@ -56,6 +56,7 @@ def _options(
 
 
 runs.register(app)
+sweep.register(app)
 report.register(app)
 inspect.register(app)
 plugins.register(app)

@@ -1,4 +1,4 @@
-"""``evalkit inspect``: tables and figures about an RQAE over a corpus."""
+"""``evalkit inspect``: tables and figures about a dictionary over a corpus."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    rqae: Annotated[str, typer.Argument(metavar="RQAE", help="Checkpoint folder, or bundled:NAME.")],
+    dictionary: Annotated[
+        str, typer.Argument(metavar="DICTIONARY", help="An RQAE, SAE or transcoder: a file, a folder, or bundled:NAME.")
+    ],
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Part: prefixes, cosines, layers, fit, ranks or sae; several with commas. Default: all.",
+            help="Part, several with commas. Of an RQAE: prefixes, cosines, layers, fit, ranks, sae. Of an SAE or "
+            "transcoder: fit, density, geometry; of an SAE also loss, which runs the whole model and must be named. "
+            "Default: all others. all: every one.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     sae: Annotated[
-        str | None, typer.Option(help="SAE of the same site, to look for its latents.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option(help="SAE of an RQAE's site, to look for its latents.", rich_help_panel=_WHAT),
     ] = None,
     model: Annotated[
         str | None,
@@ -45,12 +50,18 @@ def inspect(
     site: Annotated[
         str | None, typer.Option(help="Site to read; default: what the dictionary says.", rich_help_panel=_WHAT)
     ] = None,
+    format_name: Annotated[
+        str | None,
+        typer.Option(help="Format of the dictionary, where its files do not tell.", rich_help_panel=_WHAT),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_WHAT)
     ] = None,
     depths: Annotated[
         str | None,
-        typer.Option(help="Depths, comma-separated; default: 1,2,3,4,8,16,64,256,1024.", rich_help_panel=_WHAT),
+        typer.Option(
+            help="Depths of an RQAE, comma-separated; default: 1,2,3,4,8,16,64,256,1024.", rich_help_panel=_WHAT
+        ),
     ] = None,
     features: Annotated[
         int, typer.Option(help="Token features of `ranks`, latents of `sae`.", rich_help_panel=_WHAT)
@@ -59,7 +70,7 @@ def inspect(
     corpus: Corpus = "bundled:demo",
     max_tokens: Annotated[int, typer.Option(help="Tokens of the corpus to encode.", rich_help_panel=_TEXT)] = 100_000,
     fit_tokens: Annotated[
-        int, typer.Option(help="Tokens that FVU and losses are measured on.", rich_help_panel=_TEXT)
+        int, typer.Option(help="Tokens that FVU, densities and losses are measured on.", rich_help_panel=_TEXT)
     ] = 8192,
     text_field: TextField = "text",
     split: Split = "train",
@@ -75,8 +86,10 @@ def inspect(
     format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv or json.")] = "markdown",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Measure an RQAE over a corpus: code prefixes, cosines, layer weights, fit and loss, ranks, an SAE's latents.
+    """Measure a dictionary over a corpus.
 
+    An RQAE: code prefixes, cosines, layer weights, fit and loss, ranks, an SAE's latents. An SAE or transcoder: L0, FVU,
+    shrinkage, how often latents fire, how close decoder rows lie, and what the language model loses with an SAE in place.
     Tables go to stdout, figures to OUT/plots. Nothing is computed twice: with the same options they come from OUT.
 
     Example: `evalkit inspect bundled:rqae-256 --sae bundled:sae/layer_15/width_2k/average_l0_32`
@@ -84,18 +97,18 @@ def inspect(
     for module in ("torch", "transformers", "safetensors"):
         require(module, "model")
     from evalkit.inspection.figures import draw_parts
-    from evalkit.inspection.inspect import inspect_rqae
-    from evalkit.inspection.settings import Settings, parse_depths, parse_parts
+    from evalkit.inspection.inspect import inspect_dictionary
+    from evalkit.inspection.settings import Settings, parse_depths
     from evalkit.inspection.tables import check_format, render_inspection
 
     shown = check_format("json" if as_json else format)
-    parts = parse_parts(only or (), has_sae=sae is not None)
     settings = Settings(
-        dictionary=rqae.rstrip("/") or rqae,
+        dictionary=dictionary.rstrip("/") or dictionary,
         model=model,
         corpus=corpus,
         site=site,
         sae=sae,
+        format_name=format_name,
         max_tokens=max_tokens,
         fit_tokens=fit_tokens,
         context_length=context_length,
@@ -108,16 +121,10 @@ def inspect(
         dtype=dtype,
         device=device,
     )
-    folder = out or Path("runs") / f"inspect-{_name(rqae)}"
     with progress_bars() as progress:
-        found = inspect_rqae(settings, folder, parts, progress)
-    paths = draw_parts(found.about, found.parts, folder / "plots")
+        found = inspect_dictionary(settings, out, only or (), progress)
+    paths = draw_parts(found.about, found.parts, found.folder / "plots")
     sys.stdout.write(render_inspection(found.about, found.parts, shown))
     sys.stdout.flush()
     names = ", ".join(path.name for path in paths if path.suffix == ".png")
-    STDERR.print(f"figures in {folder / 'plots'}: {names}", highlight=False)
-
-
-def _name(rqae: str) -> str:
-    """What the default folder is called after."""
-    return Path(rqae.removeprefix("bundled:")).name or "rqae"
+    STDERR.print(f"figures in {found.folder / 'plots'}: {names}", highlight=False)

@@ -27,6 +27,8 @@ __all__ = [
     "Examples",
     "Explainers",
     "Features",
+    "Force",
+    "Format",
     "Judges",
     "MaxCalls",
     "MaxCost",
@@ -43,6 +45,7 @@ __all__ = [
     "Site",
     "Split",
     "TextField",
+    "Transform",
     "WindowLength",
     "config_of_folder",
     "config_of_run",
@@ -67,7 +70,8 @@ Dictionaries = Annotated[
     typer.Option(
         "--dictionary",
         "-d",
-        help="Dictionary: a folder or file, or bundled:NAME (globs allowed). Repeat for several.",
+        help="Dictionary: a folder or file, a hub id (OWNER/NAME/FOLDER), gemma-scope:2b/layer_12/width_16k/*, "
+        "saelens:RELEASE/ID, or bundled:NAME; globs allowed. Repeat for several.",
         rich_help_panel=_SCORED,
     ),
 ]
@@ -129,7 +133,31 @@ Density = Annotated[
     float, typer.Option(help="Share of tokens on which an RQAE feature counts as active.", rich_help_panel=_SCORED)
 ]
 Features = Annotated[
-    int, typer.Option(help="Features per dictionary, random among alive ones.", rich_help_panel=_SCORED)
+    str,
+    typer.Option(
+        help="Features per dictionary: 50 (at random among those that fire), ids:0-99,512, file:IDS.txt, or "
+        "density:1e-4..1e-2:50.",
+        rich_help_panel=_SCORED,
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the dictionaries (see `evalkit plugins`); default: told by the files.", rich_help_panel=_SCORED
+    ),
+]
+Transform = Annotated[
+    str | None,
+    typer.Option(
+        help="Input transform instead of the declared one: none, centre, scale:0.16, unit-norm, layer-norm, rms-norm.",
+        rich_help_panel=_SCORED,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Go on where the fit check refuses a dictionary; results are marked.", rich_help_panel=_SPEED
+    ),
 ]
 Corpus = Annotated[
     str,
@@ -171,7 +199,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.",
 
 _FIELDS = {
     "dictionary": "dictionaries",
-    "features": "n_features",
     "examples": "n_explain",
     "positives": "n_positives",
     "negatives": "n_negatives",
@@ -184,9 +211,11 @@ _FIELDS = {
 def config_of_run(options: dict[str, Any]) -> Any:
     """The configuration that the options of ``run`` or ``collect`` say. Raises BadConfig."""
     from evalkit.config import RunConfig
+    from evalkit.feature_choice import parse_features
 
     wanted = _fields({key: value for key, value in options.items() if key not in ("out", "dry_run", "as_json")})
     wanted["dictionaries"] = [path.rstrip("/") or path for path in wanted["dictionaries"]]
+    wanted |= parse_features(wanted.pop("features")).fields()
     wanted["depths"] = tuple(part for part in wanted["depths"].split(",") if part)
     wanted["controls"] = tuple(part.strip() for part in wanted["controls"].split(",") if part.strip())
     return RunConfig.create(**wanted)

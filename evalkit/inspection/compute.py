@@ -23,13 +23,13 @@ from evalkit.inspection.ranks import rank_agreement
 from evalkit.inspection.sae_match import choose_examples, match_latents, summarise
 from evalkit.inspection.settings import Settings
 from evalkit.protocols import Progress
-from evalkit.records import SubjectInfo
 from evalkit.sources.rqae_encoder import rqae_errors
 from evalkit.sources.sae import SaeSource
+from evalkit.sources.stored import take
 from rqae import RQAE, layer_weights
 from rqae.feature_sets import FeatureSet
 
-__all__ = ["CANDIDATES", "Measured", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
+__all__ = ["CANDIDATES", "Measured", "ablations", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
 
 Rows: TypeAlias = list[dict[str, Any]]
 CANDIDATES = 4  # latents recorded for each one wanted: some fire too rarely to have examples
@@ -89,7 +89,7 @@ def fit(material: Material, settings: Settings, depths: Sequence[int], progress:
     source, info = material.source, material.subject.info
     found = measure_rqae_fit(material.rqae, material.hidden(contexts), info, depths)
     replacements = {str(depth): replace(source, depth=depth).reconstruct for depth in depths}
-    replacements |= _ablations(found.mean.float(), info)
+    replacements |= ablations(found.mean.float(), info.d_model)
     losses = measure_losses(
         material.language, material.corpus, contexts, material.site, material.limit, replacements, progress
     )
@@ -108,9 +108,11 @@ def fit(material: Material, settings: Settings, depths: Sequence[int], progress:
     return Measured(rows, _about(losses, found.n_tokens), _fit_notes(losses, found.n_tokens))
 
 
-def _ablations(mean: torch.Tensor, info: SubjectInfo) -> dict[str, Replacement]:
+def ablations(mean: torch.Tensor, d_model: int) -> dict[str, Replacement]:
+    """The states zeroed, or all at their mean."""
+
     def at_mean(hidden: torch.Tensor) -> torch.Tensor:
-        return mean.to(hidden.device).expand(*hidden.shape[:-1], info.d_model)
+        return mean.to(hidden.device).expand(*hidden.shape[:-1], d_model)
 
     return {"zero": torch.zeros_like, "mean": at_mean}
 
@@ -176,7 +178,7 @@ def sae(
             fix="raise --max-tokens",
         )
     ids = [candidates[one.latent] for one in chosen]
-    columns = other.weights.w_enc[:, [int(name) for name in ids]].T.contiguous()
+    columns = take(other.weights.w_enc, np.array([int(name) for name in ids]), 1).T.contiguous()
     with rqae_errors(CorpusError):
         made = FeatureSet.from_vectors(material.rqae, columns, torch.from_numpy(material.subject.info.norm_gain))
     values = match_latents(

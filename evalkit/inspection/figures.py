@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evalkit.inspection.keeping import Part
 from evalkit.inspection.panels import DRAW
+from evalkit.inspection.sae_panels import DRAW as DRAW_SAE
 from evalkit.report import style
 
 __all__ = ["draw_parts", "part_figure"]
@@ -35,6 +36,7 @@ def part_figure(about: Mapping[str, Any], part: Part) -> Figure:
     """The figure of one part: its panels side by side, a caption below."""
     engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04)
     figure = Figure(figsize=_SIZE, layout=engine)
-    caption = DRAW[part.name](figure, part)
+    draw = DRAW if about["kind"] == "rqae" else DRAW_SAE
+    caption = draw[part.name](figure, part)
     style.caption(figure, f"{about['name']}. {caption}")
     return figure

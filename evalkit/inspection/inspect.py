@@ -1,58 +1,99 @@
-"""An inspection from its settings: opens the RQAE, takes the parts that are kept, computes the others, keeps them.
+"""An inspection from its settings: opens the dictionary, takes the parts that are kept, computes the others, keeps them.
 
-The only module that knows the order of the parts and what decides each. Writes the inspection's folder; draws nothing.
+Knows no kind of dictionary: a plan of its kind says what decides each part and how it is measured. Writes the inspection's
+folder; draws nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from evalkit.collection import Chosen
 from evalkit.errors import BadConfig
 from evalkit.files import storage_errors
-from evalkit.inspection import compute
-from evalkit.inspection.keeping import Part, bind, digest, keep, kept
-from evalkit.inspection.material import Material
-from evalkit.inspection.settings import Settings
+from evalkit.inspection.compute import Measured
+from evalkit.inspection.keeping import Part, bind, keep, kept
+from evalkit.inspection.rqae_plan import RqaePlan
+from evalkit.inspection.sae_plan import SaePlan
+from evalkit.inspection.settings import PARTS_OF, Settings, parse_parts
 from evalkit.progress import SILENT
 from evalkit.protocols import FeatureSource, Progress
 from evalkit.run_folder import acquire
-from evalkit.seeds import derive, hash_priorities
-from evalkit.sources import open_dictionary
+from evalkit.sources import load_source
 from evalkit.sources.rqae import RqaeSource
 from evalkit.sources.sae import SaeSource
 
-__all__ = ["Inspection", "inspect_rqae"]
-
-_NEEDS_TEXT = ("prefixes", "fit", "ranks", "sae")
+__all__ = ["Inspection", "inspect_dictionary"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """``about``: name, format, kind, width, site, l0 and fvu of the RQAE; ``parts`` in the order of tables."""
+    """``about``: name, format, kind, width, site, l0 and fvu of the dictionary, for SAEs more; ``parts`` in the order of
+    tables; ``folder`` is where they are kept.
+    """
 
     about: dict[str, Any]
     parts: list[Part]
+    folder: Path
 
 
-def inspect_rqae(settings: Settings, folder: Path, parts: Sequence[str], progress: Progress = SILENT) -> Inspection:
-    """The parts of an inspection, computed where they are not kept in ``folder``.
+class Plan(Protocol):
+    """How one kind of dictionary is inspected. ``text``: whose tokens the folder holds, which ``needs_text`` parts need."""
 
-    Raises MissingFile, BadFile, BadConfig (no RQAE, no such depth), SiteMismatch, CorpusError, RunMismatch (the folder
+    @property
+    def needs_text(self) -> tuple[str, ...]: ...
+
+    @property
+    def text(self) -> dict[str, Any]: ...
+
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """What decides the numbers of each part."""
+
+    def measures(
+        self, folder: Path, missing: Sequence[str], progress: Progress
+    ) -> Mapping[str, Callable[[], Measured]]:
+        """What computes each missing part, in order."""
+
+    def about(self, fit: Part | None) -> dict[str, Any]:
+        """What is said of the dictionary as a whole."""
+
+
+def inspect_dictionary(
+    settings: Settings, folder: Path | None = None, only: Sequence[str] = (), progress: Progress = SILENT
+) -> Inspection:
+    """The parts of an inspection, computed where they are not kept in ``folder``, by default ``runs/inspect-NAME``.
+
+    ``only`` names parts, some with commas; none: all that need not be asked for. Raises MissingFile, BadFile, BadConfig (no
+    such part or depth, several dictionaries, a kind that has no parts), SiteMismatch, CorpusError, RunMismatch (the folder
     holds the codes of another text or model), RunLocked, StorageError.
     """
-    source = _open_rqae(settings)
-    other = _open_sae(settings, settings.sae, source) if settings.sae is not None and "sae" in parts else None
-    depths = settings.depths_of(source.depth)
-    arguments = _arguments(settings, source, other, depths)
+    source = _open(settings)
+    if source.info.kind not in PARTS_OF or not isinstance(source, RqaeSource | SaeSource):
+        raise BadConfig(
+            settings.dictionary,
+            expected=f"a dictionary of kind {', '.join(PARTS_OF)}: of these fit, density and geometry can be measured",
+            seen=f"one of kind {source.info.kind}",
+            fix="name another dictionary, or score this one with `evalkit run`",
+        )
+    parts = parse_parts(only, has_sae=settings.sae is not None, kind=source.kind)
+    plan: Plan
+    match source:
+        case RqaeSource():
+            plan = RqaePlan(settings, source, parts)
+        case SaeSource():
+            plan = SaePlan(settings, source, parts)
+    folder = folder or _folder(settings, source)
+    found = _parts(plan, parts, folder, progress)
+    return Inspection(plan.about(found.get("fit")), [found[name] for name in parts], folder)
+
+
+def _parts(plan: Plan, parts: Sequence[str], folder: Path, progress: Progress) -> dict[str, Part]:
+    arguments = plan.arguments()
     found = {name: part for name in parts if (part := kept(folder, name, arguments[name])) is not None}
     missing = [name for name in parts if name not in found]
     if missing:
@@ -60,9 +101,9 @@ def inspect_rqae(settings: Settings, folder: Path, parts: Sequence[str], progres
             folder.mkdir(parents=True, exist_ok=True)
         lock = acquire(folder / "inspect.lock")
         try:
-            if set(missing) & set(_NEEDS_TEXT):
-                bind(folder, arguments["prefixes"]["of"])
-            for name, measure in _measures(settings, source, other, depths, folder, missing, progress).items():
+            if set(missing) & set(plan.needs_text):
+                bind(folder, plan.text)
+            for name, measure in plan.measures(folder, missing, progress).items():
                 started = time.monotonic()
                 result = measure()
                 seconds = round(time.monotonic() - started, 1)
@@ -70,122 +111,24 @@ def inspect_rqae(settings: Settings, folder: Path, parts: Sequence[str], progres
                 found[name] = keep(folder, part)
         finally:
             os.close(lock)
-    ordered = [found[name] for name in parts]
-    return Inspection(_about(source, found.get("fit")), ordered)
+    return found
 
 
-def _measures(
-    settings: Settings,
-    source: RqaeSource,
-    other: SaeSource | None,
-    depths: Sequence[int],
-    folder: Path,
-    missing: Sequence[str],
-    progress: Progress,
-) -> dict[str, Callable[[], compute.Measured]]:
-    """What computes each missing part. The material is loaded when one of them first asks for it."""
-    latents: tuple[str, Chosen] | None = None
-    if other is not None and "sae" in missing:
-        candidates = _candidates(settings, other)
-        chosen = hashlib.blake2b(" ".join(candidates).encode(), digest_size=6).hexdigest()
-        latents = f"{digest(_weights(other))[:12]}-{chosen}", Chosen(other, candidates)
-    material = Material(settings, source, folder, progress, whole="fit" in missing, latents=latents)
-    model = source.encoder.model
-    known: dict[str, Callable[[], compute.Measured]] = {
-        "prefixes": lambda: compute.prefixes(material, depths, progress),
-        "cosines": lambda: compute.cosines(model, settings),
-        "layers": lambda: compute.layers(model),
-        "fit": lambda: compute.fit(material, settings, depths, progress),
-        "ranks": lambda: compute.ranks(material, settings, depths),
+def _open(settings: Settings) -> FeatureSource:
+    """The one dictionary at the path; an RQAE at its full depth."""
+    options: dict[str, Any] = {
+        "site": settings.site,
+        "subject": Path(settings.model).name if settings.model else None,
+        "format": settings.format_name,
     }
-    if other is not None and latents is not None:
-        sae, features = other, latents[1].features
-        known["sae"] = lambda: compute.sae(material, settings, sae, features, depths)
-    return {name: known[name] for name in missing}
-
-
-def _arguments(
-    settings: Settings, source: RqaeSource, other: SaeSource | None, depths: Sequence[int]
-) -> dict[str, dict[str, Any]]:
-    """What decides the numbers of each part."""
-    weights = digest(_weights(source))
-    text = {**settings.text(), "model": settings.model or source.site.model, "site": source.site.path}
-    of: dict[str, Any] = {"dictionary": weights, **text}
-    at = {"of": of, "depths": list(depths)}
-    arguments: dict[str, dict[str, Any]] = {
-        "prefixes": at,
-        "cosines": {"of": weights, "pairs": settings.pairs, "seed": settings.seed},
-        "layers": {"of": weights},
-        "fit": {**at, "fit_tokens": settings.fit_tokens, "seed": settings.seed},
-        "ranks": {**at, "features": settings.features, "top": settings.top, "seed": settings.seed},
-    }
-    if other is not None:
-        counts = {"features": settings.features, "examples": settings.examples, "seed": settings.seed}
-        arguments["sae"] = {**at, "sae": digest(_weights(other)), **counts}
-    return arguments
-
-
-def _weights(source: FeatureSource) -> Sequence[Any]:
+    source = load_source(settings.dictionary, depths=(1,), **options)
     if isinstance(source, RqaeSource):
-        model = source.encoder.model
-        return model.w_in, model.b_in, model.w_out, model.b_out, model.codebook
-    if isinstance(source, SaeSource):
-        weights = source.weights
-        return weights.w_enc, weights.b_enc, weights.w_dec, weights.b_dec, weights.threshold
-    return ()
+        return load_source(settings.dictionary, depths=(source.encoder.model.config.num_quantizers,), **options)
+    return source
 
 
-def _open_rqae(settings: Settings) -> RqaeSource:
-    """The RQAE at its full depth. Raises BadConfig for another kind of dictionary, or several."""
-    options = {"site": settings.site, "subject": Path(settings.model).name if settings.model else None}
-    shallow = _only(settings.dictionary, open_dictionary(settings.dictionary, depths=(1,), **options), RqaeSource)
-    quantizers = shallow.encoder.model.config.num_quantizers
-    whole: RqaeSource = _only(
-        settings.dictionary, open_dictionary(settings.dictionary, depths=(quantizers,), **options), RqaeSource
-    )
-    return whole
-
-
-def _open_sae(settings: Settings, path: str, rqae: RqaeSource) -> SaeSource:
-    """The dictionary to compare with. Raises BadConfig for another kind, site or width."""
-    options: dict[str, Any] = {"site": settings.site, "subject": rqae.site.model, "depths": (1,)}
-    other: SaeSource = _only(path, open_dictionary(path, **options), SaeSource)
-    read, wanted = (other.site.path, other.weights.d_model), (rqae.site.path, rqae.encoder.model.config.dim)
-    if read != wanted:
-        raise BadConfig(
-            path,
-            expected=f"a dictionary of {wanted[0]} with d_model {wanted[1]}, where {rqae.label} reads",
-            seen=f"{read[0]}, d_model {read[1]}",
-            fix="name one of the same site; if this one is, say so with --site",
-        )
-    return other
-
-
-def _only(path: str, sources: Sequence[FeatureSource], kind: type[Any]) -> Any:
-    wanted = "an RQAE checkpoint" if kind is RqaeSource else "an SAE"
-    if len(sources) != 1 or not isinstance(sources[0], kind):
-        seen = f"{len(sources)} dictionaries" if len(sources) != 1 else f"one of kind {sources[0].info.kind}"
-        raise BadConfig(path, expected=f"one dictionary, {wanted}", seen=seen, fix=f"name the folder of {wanted}")
-    return sources[0]
-
-
-def _candidates(settings: Settings, other: SaeSource) -> tuple[str, ...]:
-    """Latents to record, drawn by hash: some more than are wanted."""
-    ids = other.features()
-    order = np.argsort(hash_priorities(derive(settings.seed, "latents", other.name), np.arange(len(ids))))
-    return tuple(ids[place] for place in order[: compute.CANDIDATES * settings.features])
-
-
-def _about(source: RqaeSource, fit: Part | None) -> dict[str, Any]:
-    """``fvu`` is the measured one at full depth where the fit was measured, else the card's."""
-    info = source.info
-    measured = {row["depth"]: row["fvu"] for row in fit.rows} if fit else {}
-    return {
-        "name": source.label,
-        "format": "rqae",
-        "kind": info.kind,
-        "width": info.width,
-        "site": str(source.site),
-        "l0": info.l0,
-        "fvu": measured.get(source.depth, info.declared.get("fvu")),
-    }
+def _folder(settings: Settings, source: RqaeSource | SaeSource) -> Path:
+    """After an RQAE's folder; after an SAE's name, as their folders are called after the L0 or the trainer alone."""
+    path = Path(settings.dictionary.removeprefix("bundled:"))
+    called = source.name if isinstance(source, SaeSource) else path.name or "rqae"
+    return Path("runs") / f"inspect-{re.sub(r'[^A-Za-z0-9._-]+', '-', called).strip('-.')}"

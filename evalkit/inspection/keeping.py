@@ -10,16 +10,16 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evalkit.errors import BadFile, RunMismatch
+import torch
+
+from evalkit.errors import BadFile, MissingFile, RunMismatch
 from evalkit.files import write_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from evalkit.sources.stored import Stored
 
 __all__ = ["Part", "bind", "digest", "keep", "kept"]
 
@@ -79,18 +79,53 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
     if found is not None:  # nothing was encoded: a first try with a mistake in it
         for name in ("corpus", "latents"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "norm_limit.json").unlink(missing_ok=True)
+        for limit in folder.glob("norm_limit*.json"):
+            limit.unlink(missing_ok=True)
     write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
 
 
-def digest(tensors: Iterable[Tensor | None]) -> str:
-    """A name for weights: the same values in the same order give the same one, wherever they are stored."""
+def digest(parts: Iterable[Any]) -> str:
+    """A name for what decides a dictionary: the same parts in the same order give the same one.
+
+    Tensors count by shape and values, wherever they are stored; tensors on disk, which may have gigabytes, by their place,
+    size and time of change; dataclasses by their fields, anything else by its repr. None is left out.
+    """
     total = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        if tensor is not None:
-            total.update(str(tuple(tensor.shape)).encode())
-            total.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    for part in parts:
+        for piece in _pieces(part):
+            total.update(piece)
     return total.hexdigest()
+
+
+def _pieces(part: Any) -> Iterator[Any]:
+    """The bytes that stand for a value."""
+    if part is None:
+        return
+    if isinstance(part, torch.Tensor):
+        yield str(tuple(part.shape)).encode()
+        yield part.detach().float().cpu().contiguous().numpy().data
+    elif isinstance(part, Stored):
+        try:
+            state = part.path.stat()
+        except OSError as error:
+            raise MissingFile(
+                str(part.path), expected="a file of weights", seen=error.strerror or str(error), fix="check the path"
+            ) from error
+        place = (str(part.path.resolve()), state.st_size, state.st_mtime_ns, part.what.rsplit(": ", 1)[-1])
+        yield repr((*place, part.offset, part.dtype, tuple(part.shape), part.transposed)).encode()
+    elif is_dataclass(part) and not isinstance(part, type):
+        yield type(part).__name__.encode()
+        for one in fields(part):
+            value = getattr(part, one.name)
+            if value is not None:
+                yield one.name.encode()
+                yield from _pieces(value)
+    elif isinstance(part, tuple):
+        yield str(len(part)).encode()
+        for value in part:
+            yield from _pieces(value)
+    else:
+        yield repr(part).encode()
 
 
 def _plain(value: Any) -> Any:

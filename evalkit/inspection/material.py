@@ -1,8 +1,9 @@
 """What the parts of an inspection work on, each made when it is first asked for: subject model, contexts, codes, latents.
 
-One pass over the corpus encodes every token and, where an SAE is compared, records where its latents fire; it goes on where
-it was interrupted, and what is on disk is not computed again. Hidden states are never kept: parts that need some ask for
-their contexts again. Writes ``corpus/``, ``codes/``, ``latents/`` and ``norm_limit.json`` under the inspection's folder.
+``States`` serves every dictionary, ``Material`` adds what an RQAE's parts need: one pass over the corpus encodes all tokens
+and, where an SAE is compared, records where its latents fire; it goes on where it was interrupted, and what is on disk is
+not computed again. Hidden states are never kept: parts that need some ask for their contexts again. Writes ``corpus/``,
+``codes/``, ``latents/`` and ``norm_limit.json`` (``norm_limit_out.json`` for a transcoder) under the inspection's folder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from evalkit.inspection.language_model import LanguageModel
 from evalkit.inspection.settings import Settings
 from evalkit.models import find_model
 from evalkit.protocols import Progress
-from evalkit.records import Activations, TokenBatch
+from evalkit.records import Activations, Site, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.rqae import RqaeSource
 from evalkit.sources.rqae_encoder import rqae_errors
@@ -38,33 +39,27 @@ from rqae.code_store import CodeStore
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Material"]
+__all__ = ["Material", "States"]
 
 Ints = NDArray[np.int64]
 _FORWARD = 16  # contexts per forward
 _LIMIT_CONTEXTS = 32  # that the norm of an attention sink is measured on
 
 
-class Material:
-    """``source`` is the RQAE at its deepest; ``latents`` the latents of an SAE to record, with a name for them.
+class States:
+    """The subject model at a dictionary's site, the corpus, and hidden states of it.
 
     ``whole``: whether losses will be asked for, so that the model is loaded once and whole.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        source: RqaeSource,
-        folder: Path,
-        progress: Progress,
-        *,
-        whole: bool,
-        latents: tuple[str, Chosen] | None = None,
+        self, settings: Settings, site: Site, folder: Path, progress: Progress, *, whole: bool = False
     ) -> None:
-        self._settings, self._source, self._folder, self._progress = settings, source, folder, progress
+        self._settings, self._folder, self._progress = settings, folder, progress
         self._whole = whole
-        self._latents = latents
-        self.site = source.site.path
+        self._model_name = site.model
+        self.site = site.path
+        self.out = site.out
 
     @cached_property
     def language(self) -> LanguageModel:
@@ -72,7 +67,7 @@ class Material:
         settings = self._settings
         return LanguageModel.load(
             self._model,
-            sites=(self.site,),
+            sites=self._sites,
             dtype=cast("Dtype", settings.dtype),
             device=settings.device,
             revision=settings.revision,
@@ -80,34 +75,25 @@ class Material:
 
     @cached_property
     def subject(self) -> Subject:
-        """The subject model, read at the site; the RQAE is on its device."""
+        """The subject model, read at the site and, of a transcoder, at the one it reconstructs."""
         settings = self._settings
         if self._whole:
-            subject = self.language.subject
-        else:
-            subject = Subject.load(
-                self._model,
-                sites=(self.site,),
-                dtype=cast("Dtype", settings.dtype),
-                device=settings.device,
-                revision=settings.revision,
-            )
-        self._source.encoder.model.to(subject.device)
-        return subject
+            return self.language.subject
+        return Subject.load(
+            self._model,
+            sites=self._sites,
+            dtype=cast("Dtype", settings.dtype),
+            device=settings.device,
+            revision=settings.revision,
+        )
 
     @property
     def _model(self) -> str:
-        return find_model(self._settings.model or self._source.site.model)
-
-    @cached_property
-    def source(self) -> RqaeSource:
-        """The RQAE bound to the subject model. Raises SiteMismatch, BadConfig."""
-        return self._source.bind(self.subject.info)
+        return find_model(self._settings.model or self._model_name)
 
     @property
-    def rqae(self) -> RQAE:
-        """The RQAE itself."""
-        return self._source.encoder.model
+    def _sites(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.site, self.out)))
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -128,7 +114,10 @@ class Material:
     @cached_property
     def limit(self) -> float:
         """The norm above which a state is an attention sink's: ten times the median of some contexts' tokens."""
-        path = self._folder / "norm_limit.json"
+        return self._limit_at(self.site, "norm_limit.json")
+
+    def _limit_at(self, site: str, file: str) -> float:
+        path = self._folder / file
         if path.exists():
             try:
                 return float(json.loads(path.read_text("utf-8")))
@@ -136,7 +125,8 @@ class Material:
                 raise BadFile(str(path), expected="a number", seen=str(error), fix="delete the folder") from error
         norms = []
         for batch in self._batches(self.sample("norm limit", _LIMIT_CONTEXTS * self.corpus.context_length)):
-            norms.append(self._hidden(batch)[torch.from_numpy(batch.valid)].norm(dim=-1).cpu())
+            states = self.subject.hidden(batch.token_ids)[site]
+            norms.append(states[torch.from_numpy(batch.valid)].norm(dim=-1).cpu())
         found = torch.cat(norms)
         if not len(found):
             raise CorpusError(
@@ -152,6 +142,60 @@ class Material:
         order = np.argsort(hash_priorities(derive(seed, purpose), np.arange(corpus.n_contexts)), kind="stable")
         before = np.cumsum(corpus.lengths[order]) - corpus.lengths[order]
         return np.sort(order[before < tokens])
+
+    def hidden(self, contexts: Ints) -> Iterator[Tensor]:
+        """Raw hidden states (n, d_model) of the valid tokens of some contexts, sinks left out, by and by."""
+        for batch in self._batches(contexts):
+            states = self._hidden(batch)
+            yield states[valid_tokens(states, batch, self.limit)]
+
+    def pairs(self, contexts: Ints) -> Iterator[tuple[Tensor, Tensor]]:
+        """States (n, d_in) at the site and (n, d_out) at the one reconstructed, of valid tokens, sinks at either out."""
+        out_limit = self.limit if self.out == self.site else self._limit_at(self.out, "norm_limit_out.json")
+        for batch in self._batches(contexts):
+            states = self.subject.hidden(batch.token_ids)
+            read, wanted = states[self.site], states[self.out]
+            valid = valid_tokens(read, batch, self.limit) & valid_tokens(wanted, batch, out_limit)
+            yield read[valid], wanted[valid]
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        return self.subject.hidden(batch.token_ids)[self.site]
+
+    def _batches(self, contexts: Ints) -> Iterator[TokenBatch]:
+        for start in range(0, len(contexts), _FORWARD):
+            yield self.corpus.batch(contexts[start : start + _FORWARD])
+
+
+class Material(States):
+    """What the parts of an RQAE's inspection work on. ``source`` is the RQAE at its deepest.
+
+    ``latents``: the latents of an SAE to record, with a name for them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: RqaeSource,
+        folder: Path,
+        progress: Progress,
+        *,
+        whole: bool,
+        latents: tuple[str, Chosen] | None = None,
+    ) -> None:
+        super().__init__(settings, source.site, folder, progress, whole=whole)
+        self._source = source
+        self._latents = latents
+
+    @cached_property
+    def source(self) -> RqaeSource:
+        """The RQAE bound to the subject model, on its device. Raises SiteMismatch, BadConfig."""
+        self._source.encoder.model.to(self.subject.device)
+        return self._source.bind(self.subject.info)
+
+    @property
+    def rqae(self) -> RQAE:
+        """The RQAE itself."""
+        return self.source.encoder.model
 
     @cached_property
     def codes(self) -> CodeStore:
@@ -187,12 +231,6 @@ class Material:
                 self._progress.advance(task)
             self._progress.finish(task)
         return self._shards.read(0)
-
-    def hidden(self, contexts: Ints) -> Iterator[Tensor]:
-        """Raw hidden states (n, d_model) of the valid tokens of some contexts, sinks left out, by and by."""
-        for batch in self._batches(contexts):
-            states = self._hidden(batch)
-            yield states[valid_tokens(states, batch, self.limit)]
 
     def normed(self, rows: Ints) -> Iterator[tuple[Ints, Tensor]]:
         """For rising rows of the code store, final-normed states (n, d_model) by and by, and their places in ``rows``."""
@@ -233,10 +271,3 @@ class Material:
         arrays = {"0.token": tokens, "0.feature": features.astype(np.uint32), "0.value": values}
         with atomic_path(self._shards.path(shard)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, n_tokens=np.array([count], np.int64), **arrays)
-
-    def _hidden(self, batch: TokenBatch) -> Tensor:
-        return self.subject.hidden(batch.token_ids)[self.site]
-
-    def _batches(self, contexts: Ints) -> Iterator[TokenBatch]:
-        for start in range(0, len(contexts), _FORWARD):
-            yield self.corpus.batch(contexts[start : start + _FORWARD])

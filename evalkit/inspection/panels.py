@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from evalkit.inspection.keeping import Part
 from evalkit.report import style
 
-__all__ = ["DRAW"]
+__all__ = ["DASHES", "DOTS", "DRAW", "head", "panels", "percent", "say"]
 
-_DOTS = (0, (1, 2))
-_DASHES = (0, (4, 2))
+DOTS = (0, (1, 2))
+DASHES = (0, (4, 2))
 _MARK: dict[str, Any] = {"linewidth": 1.4, "marker": "D", "markersize": 5, "zorder": 4}
 
 
@@ -30,18 +30,18 @@ def _prefixes(figure: Figure, part: Part) -> str:
     depths = [row["depth"] for row in rows]
     left, right = _pair(figure, "different prefixes", "tokens whose prefix is theirs alone")
     left.plot(depths, [row["prefixes"] for row in rows], color=style.VERMILION, **_MARK)
-    left.axhline(total, color=style.GREY, linewidth=0.8, linestyle=_DOTS)
-    _say(left, depths[0], total, f"{total:,} tokens", above=True)
+    left.axhline(total, color=style.GREY, linewidth=0.8, linestyle=DOTS)
+    say(left, depths[0], total, f"{total:,} tokens", above=True)
     left.set_yscale("log")
     left.set_ylim(rows[0]["prefixes"] / 3, total * 4)
     for row in rows[:4]:
         if row["tokens_per_prefix"] > 1.1:
             text = f"{row['tokens_per_prefix']:,.1f} tokens each"
-            _say(left, row["depth"], row["prefixes"], text, above=False, indent=8)
+            say(left, row["depth"], row["prefixes"], text, above=False, indent=8)
     right.plot(depths, [row["alone"] for row in rows], color=style.VERMILION, clip_on=False, **_MARK)
     right.fill_between(depths, [row["alone"] for row in rows], color=style.VERMILION, alpha=0.12, linewidth=0)
     right.set_ylim(0, 1.03)
-    _percent(right)
+    percent(right)
     for axes in (left, right):
         _depth_axis(axes, depths)
     return "A prefix is a token's codes in the first quantizers, as many as the depth says."
@@ -51,16 +51,16 @@ def _cosines(figure: Figure, part: Part) -> str:
     histograms, random, spaces = (part.further[name] for name in ("histograms", "random", "spaces"))
     kinds = [kind for kind in ("across quantizers", "within a quantizer") if kind in histograms]
     small = {row["kind"]: row["small"] for row in part.rows}
-    for letter, axes, kind in zip("ab", _axes(figure, len(kinds)), kinds, strict=False):
+    for letter, axes, kind in zip("ab", panels(figure, len(kinds)), kinds, strict=False):
         density = histograms[kind] if kind.startswith("across") else _coarser(histograms[kind], 4)
         edges = np.linspace(-1, 1, len(density) + 1)
-        _head(axes, letter, f"pairs {kind}")
+        head(axes, letter, f"pairs {kind}")
         axes.axvspan(-0.2, 0.2, color="#F6F6F6", zorder=0)
         axes.stairs(density, edges, color=style.VERMILION, fill=True, alpha=0.28, zorder=2)
         axes.stairs(density, edges, color=style.VERMILION, linewidth=1.1, zorder=3)
         if kind in random:
             middles = (np.arange(len(random[kind])) + 0.5) * 2 / len(random[kind]) - 1
-            axes.plot(middles, random[kind], color=style.INK, linewidth=0.9, linestyle=_DASHES, zorder=4)
+            axes.plot(middles, random[kind], color=style.INK, linewidth=0.9, linestyle=DASHES, zorder=4)
         share = f"{small[kind]:.1%} below 0.2"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         axes.text(0.98, 0.96, share, transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=white)
@@ -102,7 +102,7 @@ def _layers(figure: Figure, part: Part) -> str:
     for depth in (16, 64, 256):
         if depth < len(numbers):
             right.plot([depth], [cumulative[depth - 1]], color=style.VERMILION, marker="D", markersize=5)
-            _say(
+            say(
                 right,
                 depth,
                 cumulative[depth - 1],
@@ -111,7 +111,7 @@ def _layers(figure: Figure, part: Part) -> str:
                 indent=8,
             )
     right.set_ylim(0, 1.03)
-    _percent(right)
+    percent(right)
     for axes in (left, right):
         axes.set_xlim(0, len(numbers) * 1.02)
         axes.set_xlabel("quantizer")
@@ -137,9 +137,9 @@ def _fit(figure: Figure, part: Part) -> str:
         right.set_yscale("symlog", linthresh=1e-3)
     ablated = {name: part.further["ablated"][name]["mean"] for name in ("zero", "mean")}
     for name, text in (("zero", "zeros in its place"), ("mean", "the mean state in its place")):
-        right.axhline(ablated[name], color=style.GREY, linewidth=0.8, linestyle=_DOTS)
+        right.axhline(ablated[name], color=style.GREY, linewidth=0.8, linestyle=DOTS)
         above = ablated[name] == max(ablated.values())
-        _say(right, depths[-1], ablated[name], text, above=above, align="right")
+        say(right, depths[-1], ablated[name], text, above=above, align="right")
     right.set_ylim(top=max(*ablated.values(), *costs) * 3)
     for axes in (left, right):
         _depth_axis(axes, depths)
@@ -151,9 +151,9 @@ def _fit(figure: Figure, part: Part) -> str:
 
 
 def _ranks(figure: Figure, part: Part) -> str:
-    axes = _axes(figure, 1)[0]
+    axes = panels(figure, 1)[0]
     values = np.array(part.further["values"], dtype=np.float64)  # (depth, feature)
-    axes.axhline(0, color=style.GREY, linewidth=0.8, linestyle=_DOTS, zorder=1)
+    axes.axhline(0, color=style.GREY, linewidth=0.8, linestyle=DOTS, zorder=1)
     for place, (row, line) in enumerate(zip(part.rows, values, strict=True)):
         known = line[~np.isnan(line)]
         spread = np.linspace(-0.28, 0.28, len(known))[_shuffled(len(known))] if len(known) else known
@@ -188,9 +188,9 @@ def _ranks(figure: Figure, part: Part) -> str:
 def _sae(figure: Figure, part: Part) -> str:
     values = np.array(part.further["values"], dtype=np.float64)  # (made from, example set, depth, latent)
     looks = (("encoder column", style.BLUE, "o"), ("top example", style.VERMILION, "D"))
-    line, depths = _axes(figure, 2, share=True), sorted({row["depth"] for row in part.rows})
+    line, depths = panels(figure, 2, share=True), sorted({row["depth"] for row in part.rows})
     for place, (axes, name) in enumerate(zip(line, ("top", "median"), strict=True)):
-        _head(axes, "ab"[place], {"top": "strongest contexts", "median": "contexts of median strength"}[name])
+        head(axes, "ab"[place], {"top": "strongest contexts", "median": "contexts of median strength"}[name])
         for way, (made_from, colour, marker) in enumerate(looks):
             rows = [row for row in part.rows if row["made_from"] == made_from and row["examples"] == name]
             low, high = np.array([_quartiles(line) for line in values[way, place]]).T
@@ -200,7 +200,7 @@ def _sae(figure: Figure, part: Part) -> str:
                 depths, means, yerr=errors, color=colour, marker=marker, markersize=5, linewidth=1.4, elinewidth=1.1,
                 label=f"made from its {made_from}", zorder=4,
             )  # fmt: skip
-        axes.axhline(0, color=style.GREY, linewidth=0.8, linestyle=_DOTS)
+        axes.axhline(0, color=style.GREY, linewidth=0.8, linestyle=DOTS)
         _depth_axis(axes, depths)
     line[0].set_ylabel("Pearson's correlation")
     line[0].legend(loc="best", frameon=False)
@@ -221,7 +221,8 @@ DRAW: dict[str, Callable[[Figure, Part], str]] = {
 }
 
 
-def _axes(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
+def panels(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
+    """So many panels side by side, tidied."""
     found: list[Axes] = list(figure.subplots(1, max(count, 1), squeeze=False, sharey=share)[0])
     for axes in found:
         style.tidy(axes)
@@ -231,13 +232,14 @@ def _axes(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
 
 def _pair(figure: Figure, left: str, right: str) -> list[Axes]:
     """Two panels with these titles."""
-    found = _axes(figure, 2)
+    found = panels(figure, 2)
     for letter, axes, title in zip("ab", found, (left, right), strict=True):
-        _head(axes, letter, title)
+        head(axes, letter, title)
     return found
 
 
-def _head(axes: Axes, letter: str, title: str) -> None:
+def head(axes: Axes, letter: str, title: str) -> None:
+    """The letter and title above a panel."""
     for text, indent, weight in ((letter, 0, "bold"), (title, 12, "normal")):
         axes.annotate(
             text, xy=(0, 1), xycoords="axes fraction", xytext=(indent, 6), textcoords="offset points", fontsize=9,
@@ -253,11 +255,12 @@ def _depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xlabel("depth (quantizers)")
 
 
-def _percent(axes: Axes) -> None:
+def percent(axes: Axes) -> None:
+    """Shares on the value axis as percentages."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
-def _say(axes: Axes, x: float, y: float, text: str, *, above: bool, indent: float = 0, align: str = "left") -> None:
+def say(axes: Axes, x: float, y: float, text: str, *, above: bool, indent: float = 0, align: str = "left") -> None:
     """A small grey remark beside a point."""
     axes.annotate(
         text, (x, y), xytext=(indent, 3 if above else -3), textcoords="offset points", ha=align,

@@ -11,20 +11,24 @@ from typing import Any
 
 from evalkit.errors import BadConfig
 
-__all__ = ["PARTS", "Settings", "parse_depths", "parse_parts"]
+__all__ = ["PARTS", "PARTS_OF", "Settings", "parse_depths", "parse_parts"]
 
 # in the order of tables; "sae" only with another dictionary to hold the RQAE against
 PARTS = ("prefixes", "cosines", "layers", "fit", "ranks", "sae")
+# of other kinds; "loss" needs the whole model, so it is measured only where it is named
+_SAE_PARTS = ("fit", "density", "geometry", "loss")
+PARTS_OF = {"rqae": PARTS, "sae": _SAE_PARTS, "transcoder": _SAE_PARTS}
+_ON_REQUEST = ("loss",)
 _DEPTHS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One inspection. ``max_tokens`` bounds the corpus, ``fit_tokens`` the sample for FVU and losses.
+    """One inspection. ``max_tokens`` bounds the corpus, ``fit_tokens`` the sample for FVU, firing counts and losses.
 
-    ``model`` None is the one that the dictionary names; ``depths`` None the usual ones. ``sae`` is another dictionary of
-    the same site. Counts are in features (``features``), tokens (``top``), contexts (``examples``) and pairs (``pairs``).
-    Raises BadConfig.
+    ``model`` None is the one that the dictionary names, ``format_name`` None the format that its files show, ``depths``
+    None the usual ones. ``sae`` is another dictionary of the same site. Counts are in features (``features``), tokens
+    (``top``), contexts (``examples``) and pairs (``pairs``). Raises BadConfig.
     """
 
     dictionary: str
@@ -32,6 +36,7 @@ class Settings:
     corpus: str = "bundled:demo"
     site: str | None = None
     sae: str | None = None
+    format_name: str | None = None
     max_tokens: int = 100_000
     fit_tokens: int = 8192
     context_length: int = 128
@@ -85,13 +90,21 @@ def parse_depths(text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
-def parse_parts(only: Sequence[str], *, has_sae: bool) -> tuple[str, ...]:
-    """The parts asked for, each given by name or several with commas; all that can be had where none is. BadConfig."""
+def parse_parts(only: Sequence[str], *, has_sae: bool, kind: str = "rqae") -> tuple[str, ...]:
+    """The parts asked for, each given by name or several with commas, of a dictionary of some kind. Raises BadConfig.
+
+    Where none is: all that can be had but for those on request; ``all`` has these too.
+    """
+    known = PARTS_OF[kind]
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in PARTS:
-            raise BadConfig("--only", expected=f"some of {', '.join(PARTS)}", seen=repr(name), fix="name one of these")
+        if name not in (*known, "all"):
+            whose = "" if kind == "rqae" else f", the parts of a dictionary of kind {kind}"
+            raise BadConfig(
+                "--only", expected=f"some of {', '.join(known)}{whose}", seen=repr(name), fix="name one of these"
+            )
         if name == "sae" and not has_sae:
             raise BadConfig("--only sae", expected="a dictionary to compare with", seen="none", fix="add --sae DICT")
-    wanted = names or [name for name in PARTS if name != "sae" or has_sae]
-    return tuple(name for name in PARTS if name in wanted)
+    possible = [name for name in known if name != "sae" or has_sae]
+    wanted = names or [name for name in possible if name not in _ON_REQUEST]
+    return tuple(name for name in known if name in (possible if "all" in wanted else wanted))

@@ -6,12 +6,13 @@ Knows the columns of the parts and how numbers are written; nothing of how they 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pandas as pd
 
 from evalkit.errors import BadConfig
+from evalkit.inspection import sae_tables
 from evalkit.inspection.keeping import Part
 from evalkit.report.render import render
 
@@ -42,15 +43,25 @@ def render_inspection(about: Mapping[str, Any], parts: list[Part], format: str =
 
     Markdown rounds, leaves most quantizers of the layer weights out and carries notes; csv is one table whose first column
     names the part, with the columns of all; json has ``about`` and the rows of each part under ``parts``. Both keep
-    full precision and hold every row.
+    full precision and hold every row. What is said of an SAE as a whole is a table of its own, in csv the part ``about``.
     """
+    is_sae = about["kind"] != "rqae"
     match check_format(format):
         case "csv":
-            frames = [pd.DataFrame([{"part": part.name, **row} for row in part.rows]) for part in parts]
+            named: list[tuple[str, list[dict[str, Any]]]] = [("about", [dict(about)])] if is_sae else []
+            named += [(part.name, part.rows) for part in parts]
+            frames = [pd.DataFrame([{"part": name, **row} for row in rows]) for name, rows in named]
             return str(render(pd.concat(frames, ignore_index=True), "csv"))
         case "json":
             whole = {**about, "parts": {part.name: part.rows for part in parts}}
             return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        case _ if is_sae:
+            first = _table(sae_tables.about_lines(about))
+            blocks = [
+                f"## {sae_tables.TITLES[part.name]}\n\n{_table(sae_tables.LINES[part.name](part.rows), part.notes)}"
+                for part in parts
+            ]
+            return "\n".join([f"# {about['name']}\n", first, *blocks])
         case _:
             blocks = [f"## {TITLES[part.name]}\n\n{_markdown(part)}" for part in parts]
             return "\n".join([f"# {about['name']}\n", *blocks])
@@ -62,7 +73,11 @@ def _markdown(part: Part) -> str:
     else:
         rows = [row for row in part.rows if part.name != "layers" or _shown(row["quantizer"], len(part.rows))]
         lines = [{title: write(row) for title, write in _COLUMNS[part.name].items()} for row in rows]
-    return str(render(pd.DataFrame(lines, dtype=str), "markdown", part.notes))
+    return _table(lines, part.notes)
+
+
+def _table(lines: list[dict[str, str]], notes: Sequence[str] = ()) -> str:
+    return str(render(pd.DataFrame(lines, dtype=str), "markdown", notes))
 
 
 def _matches(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ _SAME_L0 = 1.5  # two dictionaries are at "one L0" when theirs differ by less th
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """``by_l0`` share ``width``; ``by_width`` have an L0 near ``l0``; ``left_out`` are in no panel."""
+    """``by_l0`` share ``width``; ``by_width`` are near ``l0``; ``others`` lack one of both; ``left_out`` are in none."""
 
     width: int | None
     l0: float | None
@@ -23,6 +23,7 @@ class Panels:
     by_width: tuple[Source, ...]
     rqae: tuple[Source, ...]
     controls: tuple[Source, ...]
+    others: tuple[Source, ...]
     left_out: tuple[Source, ...]
 
 
@@ -34,9 +35,10 @@ def arrange(sources: Sequence[Source]) -> Panels:
     width = _best_width(sized)
     l0, by_width = _best_l0(sized)
     by_l0 = tuple(sorted((s for s in sized if s.width == width), key=lambda s: (s.l0 or 0, s.name)))
-    shown = {source.name for source in (*by_l0, *by_width, *rqae, *controls)}
+    others = tuple(s for s in sources if not s.is_null and not s.is_rqae and not (s.width and s.l0))
+    shown = {source.name for source in (*by_l0, *by_width, *rqae, *controls, *others)}
     left_out = tuple(source for source in sources if source.name not in shown)
-    return Panels(width, l0, by_l0, by_width, rqae, controls, left_out)
+    return Panels(width, l0, by_l0, by_width, rqae, controls, others, left_out)
 
 
 def _best_width(sized: Sequence[Source]) -> int | None:

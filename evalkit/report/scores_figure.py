@@ -23,7 +23,7 @@ from evalkit.stats import Estimate, macro_mean
 
 __all__ = ["scores_figure", "setup_title"]
 
-_STRIPS = {"L0": 3.0, "width": 3.0, "rqae": 1.5, "controls": 1.7}  # relative widths
+_STRIPS = {"L0": 3.0, "width": 3.0, "others": 1.7, "rqae": 1.5, "controls": 1.7}  # relative widths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ def scores_figure(rows: Sequence[Row], metric: str) -> Figure:
     for line, setup in zip(grid, setups, strict=True):
         line[0].set_ylabel(f"{setup_title(setup, setups)}\n{style.METRIC_TITLES[metric]}")
         _draw_row(line, strips, panels, points[setup], metric, is_last=setup == setups[-1])
-    for letter, axes, name in zip("abcd", grid[0], strips, strict=False):
+    for letter, axes, name in zip("abcde", grid[0], strips, strict=False):
         _head(axes, letter, _title(panels, name))
     _legend(figure, panels, colours, metric)
     style.caption(figure, _caption(rows, panels, metric))
@@ -84,7 +84,8 @@ def setup_title(setup: Setup, setups: Sequence[Setup]) -> str:
 
 
 def _members(panels: Panels, strip: str) -> tuple[Source, ...]:
-    return {"L0": panels.by_l0, "width": panels.by_width, "rqae": panels.rqae, "controls": panels.controls}[strip]
+    found = {"L0": panels.by_l0, "width": panels.by_width, "others": panels.others}
+    return {**found, "rqae": panels.rqae, "controls": panels.controls}[strip]
 
 
 def _title(panels: Panels, strip: str) -> str:
@@ -92,6 +93,7 @@ def _title(panels: Panels, strip: str) -> str:
         return f"{_who(panels.by_l0)}width {style.short_number(panels.width or 0)}"
     return {
         "width": f"{_who(panels.by_width)}L0 ≈ {style.short_number(panels.l0 or 0)}",
+        "others": "of no known L0",
         "rqae": "RQAE",
         "controls": "controls",
     }[strip]
@@ -198,21 +200,32 @@ def _draw_rqae(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: b
         axes.tick_params(labelbottom=False)
 
 
-def _draw_controls(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: bool) -> None:
-    def name(source: Source) -> str:
-        return source.kind.removeprefix("null-").replace("-", "\n")
+def _draw_others(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: bool) -> None:
+    names = {source.name: source.name.rsplit("/", 1)[-1] for source in panels.others}
+    _draw_strip(axes, members, list(dict.fromkeys(names.values())), lambda source: names[source.name])
+    _tilt(axes, is_last)
 
-    _draw_strip(axes, members, list(dict.fromkeys(name(source) for source in panels.controls)), name)
-    axes.set_facecolor("#F6F6F6")
+
+def _tilt(axes: Axes, is_last: bool) -> None:
     for label in axes.get_xticklabels():
         label.set(fontsize=7, rotation=45, ha="right", rotation_mode="anchor", linespacing=0.9)
     if not is_last:
         axes.tick_params(labelbottom=False)
 
 
+def _draw_controls(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: bool) -> None:
+    def name(source: Source) -> str:
+        return source.kind.removeprefix("null-").replace("-", "\n")
+
+    _draw_strip(axes, members, list(dict.fromkeys(name(source) for source in panels.controls)), name)
+    axes.set_facecolor("#F6F6F6")
+    _tilt(axes, is_last)
+
+
 _DRAW: dict[str, Callable[[Axes, Sequence[_Point], Panels, bool], None]] = {
     "L0": _draw_by_l0,
     "width": _draw_by_width,
+    "others": _draw_others,
     "rqae": _draw_rqae,
     "controls": _draw_controls,
 }
@@ -269,7 +282,7 @@ def _marker(source: Source) -> str:
 
 
 def _legend(figure: Figure, panels: Panels, colours: Mapping[str, str], metric: str) -> None:
-    kinds = {source.kind: source for source in (*panels.by_l0, *panels.by_width, *panels.rqae)}
+    kinds = {source.kind: source for source in (*panels.by_l0, *panels.by_width, *panels.others, *panels.rqae)}
     handles = [
         _sample(style.kind_label(kind), color=colours[kind], marker=_marker(source), markersize=5.5)
         for kind, source in kinds.items()

@@ -1,72 +1,67 @@
-"""Reads SAEs in Gemma Scope's on-disk layout: ``layer_12/width_16k/average_l0_82/params.npz``.
+"""Reads SAEs and transcoders in Gemma Scope's on-disk layout: ``layer_12/width_16k/average_l0_82/params.npz``.
 
-Each file holds W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,). A folder above several SAEs gives
-all of them, sorted by layer, width and L0. The site, width and L0 come from the path, from an optional ``card.json``
-beside the file (``model``, ``site``, ``fvu``, ``l0``), or from the options ``model``, ``site``, ``l0`` and ``name``.
-Knows nothing of the hub. Reads .npz with ``allow_pickle=False``: a hostile file cannot run code.
-Layout: Gemma Scope, arXiv 2408.05147, https://huggingface.co/google/gemma-scope-2b-pt-res.
+Each file holds W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,). A folder above several gives all of
+them, sorted by layer, width and L0. The site comes from the repository's name (``-res``, ``-att``, ``-mlp``,
+``-transcoders``) or from a folder ``embedding``, the width and L0 from the path; an optional ``card.json`` beside the file
+(``model``, ``site``, ``fvu``, ``l0``) and the options come before both. Matrices stay on disk; no file can run code. Knows
+nothing of the hub.
+
+Layout and sites: Gemma Scope, arXiv 2408.05147, sections 3 and 4, and the cards of google/gemma-scope-2b-pt-res and
+google/gemma-scope-2b-pt-transcoders. From the descriptions, not verified with the published weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile
 from evalkit.records import Site
-from evalkit.sources.sae import SaeSource, SaeWeights
+from evalkit.sources.hooks import site_of_hook
+from evalkit.sources.reading import COMMON, check_options, read_card
+from evalkit.sources.sae import SaeSource
+from evalkit.sources.sae_weights import SaeWeights
+from evalkit.sources.stored import Stored, open_npz, whole
+from evalkit.sources.transforms import RmsNorm
 
-__all__ = ["GemmaScopeReader", "read_weights"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GemmaScopeReader", "jumprelu", "read_weights"]
 
 PARAMS = "params.npz"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-Arrays: TypeAlias = dict[str, NDArray[Any]]
-_UNREADABLE = (  # what numpy and zipfile raise on torn and hostile archives
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_EPS = 1e-6  # of every RMSNorm in Gemma 2
+_SIZES = {"": 1, "k": 2**10, "m": 2**20}
+_DEEPEST = 3  # folders between one that is asked about and its params.npz
 
 
 class GemmaScopeReader:
     """Opens a ``params.npz``, its folder, or a folder above several of them."""
 
     format = "gemma-scope"
-    options = frozenset({"model", "site", "l0", "name", "subject"})
+    options = COMMON | {"out"}
 
     def matches(self, path: Path) -> bool:
         """Whether there is a ``params.npz`` at or (up to three folders) below ``path``."""
         try:
             if path.name == PARAMS:
                 return path.is_file()
-            return any(any(path.glob("/".join([*"*" * depth, PARAMS]))) for depth in range(4))
+            return any(any(path.glob("/".join([*"*" * depth, PARAMS]))) for depth in range(_DEEPEST + 1))
         except OSError:
             return False
 
     def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
         """Every SAE at or below ``path``.
 
-        ``options``: ``model`` and ``site`` (where the path and card do not say), ``l0``, ``name`` (one SAE only).
-        Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig (an unknown option, no site, a
-        shared name). ``subject`` is the model's name where nothing else says it.
+        ``options``: ``model``, ``site`` and ``out`` (what it reads and, for a transcoder, reconstructs) instead of what
+        path and card say; ``l0`` and ``name`` (one SAE only); ``subject``, the model's name where nothing else says it.
+        Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig (an unknown option, no site).
         """
-        _check_options(path, options)
+        check_options(path, options, self.options)
         files = sorted(_find(path), key=_sort_key)
         if not files:
             raise MissingFile(
@@ -82,86 +77,89 @@ class GemmaScopeReader:
                 seen=f"{len(files)} SAEs",
                 fix="name one folder",
             )
-        sources = [_source(file, options) for file in files]
-        _check_names(path, sources)
-        return sources
+        return [_source(file, options) for file in files]
 
 
 def read_weights(file: Path) -> SaeWeights:
-    """The weights in one ``params.npz``, checked, in float32. Raises MissingFile, BadFile, BadShape."""
-    arrays = _load(file)
-    missing = [name for name in TENSORS if name not in arrays]
+    """The weights of an SAE in one ``params.npz``, all in memory, float32. Raises MissingFile, BadFile, BadShape."""
+    weights = jumprelu(file, open_npz(file))
+    return replace(weights, w_enc=whole(weights.w_enc), w_dec=whole(weights.w_dec))
+
+
+def jumprelu(
+    file: Path,
+    tensors: Mapping[str, Stored],
+    names: Sequence[str] = TENSORS,
+    *,
+    transcoder: bool = False,
+) -> SaeWeights:
+    """The record of the five tensors, which are called ``names``; vectors are read, matrices stay where they are.
+
+    Shapes: (d_in, n), (n,), (n, d_out), (d_out,), (n,), with d_out = d_in but for a ``transcoder``.
+    Raises BadFile (one missing, not finite), BadShape.
+    """
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise BadFile(
             f"{file}: {missing[0]}",
-            expected=f"the tensors {', '.join(TENSORS)}",
-            seen=f"only {', '.join(sorted(arrays)) or 'an empty file'}",
+            expected=f"the tensors {', '.join(names)}",
+            seen=f"only {', '.join(sorted(tensors)) or 'an empty file'}"[:300],
             fix="download or save the dictionary again",
         )
-    if arrays["W_enc"].ndim != 2 or 0 in arrays["W_enc"].shape:
-        raise _wrong_shape(file, "W_enc", "a matrix (d_model, width)", arrays["W_enc"].shape)
-    d_model, width = arrays["W_enc"].shape
-    shapes = {"W_enc": (d_model, width), "b_enc": (width,), "W_dec": (width, d_model), "b_dec": (d_model,)}
-    tensors = {}
-    for name, shape in {**shapes, "threshold": (width,)}.items():
-        array = arrays[name]
-        if array.shape != shape:
-            raise _wrong_shape(file, name, f"shape {shape}, as W_enc is {(d_model, width)}", array.shape)
-        tensors[name] = _tensor(file, name, array)
-    return SaeWeights(tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], tensors["threshold"])
+    w_enc, b_enc, w_dec, b_dec, threshold = names
+    shape = tensors[w_enc].shape
+    if len(shape) != 2 or 0 in shape:
+        raise _wrong_shape(file, w_enc, "a matrix (d_model, width)", shape)
+    out = tensors[w_dec].shape
+    d_out = out[1] if transcoder and len(out) == 2 and out[1] else shape[0]
+    expected = {b_enc: (shape[1],), w_dec: (shape[1], d_out), b_dec: (d_out,), threshold: (shape[1],)}
+    for name, wanted in expected.items():
+        if tensors[name].shape != wanted:
+            raise _wrong_shape(file, name, f"shape {wanted}, as {w_enc} is {shape}", tensors[name].shape)
+    for name in names:
+        tensors[name].check_dtype()
+    read: dict[str, Tensor] = {name: tensors[name].read() for name in (b_enc, b_dec, threshold)}
+    return SaeWeights(tensors[w_enc], read[b_enc], tensors[w_dec], read[b_dec], read[threshold])
 
 
-def _tensor(file: Path, name: str, array: NDArray[Any]) -> torch.Tensor:
-    if array.dtype not in (np.float16, np.float32, np.float64):
-        raise BadShape(
-            f"{file}: {name}",
-            expected="float16, float32 or float64",
-            seen=str(array.dtype),
-            fix="save the dictionary again in floating point",
-        )
-    with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(array, dtype=np.float32)
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise BadFile(
-            f"{file}: {name}",
-            expected="finite numbers",
-            seen=f"{bad} of {values.size} are NaN or infinite",
-            fix="download or train the dictionary again",
-        )
-    return torch.from_numpy(values)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where SAEs of one repository read, what they reconstruct, and how their input is prepared."""
+
+    site: str
+    out: str | None = None
+    normed: bool = False  # by the root mean square, without a gain
 
 
-def _load(file: Path) -> Arrays:
-    try:
-        found = np.load(file, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            raise ValueError("a single array instead of an archive of arrays")
-        with found as archive:
-            return {name: archive[name] for name in archive.files if name in TENSORS}
-    except FileNotFoundError as error:
-        raise MissingFile(str(file), expected="a params.npz", seen="no such file", fix="check the path") from error
-    except _UNREADABLE as error:
-        reason = "pickled objects" if "pickle" in str(error).lower() else str(error) or type(error).__name__
-        raise BadFile(
-            str(file),
-            expected="an .npz archive of plain arrays",
-            seen=reason.splitlines()[0][:200],
-            fix="download or save the dictionary again",
-        ) from error
+_PLACES = {
+    "res": _Place("layers.{layer}"),
+    "att": _Place("layers.{layer}.self_attn.o_proj:in"),  # the heads' outputs side by side, before W_O
+    "mlp": _Place("layers.{layer}.post_feedforward_layernorm"),  # as it is added to the residual stream
+    "transcoders": _Place(  # the pre-MLP norm's gain is folded into the MLP, so the input has the norm without it
+        "layers.{layer}.pre_mlp_norm:in", "layers.{layer}.post_feedforward_layernorm", normed=True
+    ),
+    "embedding": _Place("embed"),  # rows of the embedding matrix, before Gemma multiplies them by √d
+}
 
 
-def _source(file: Path, options: dict[str, Any]) -> SaeSource:
-    weights = read_weights(file)
-    card = _card(file.parent / "card.json")
+def _source(file: Path, options: Mapping[str, Any]) -> SaeSource:
+    card = read_card(file.parent)
+    place = _place_of(file, card, options)
+    weights = jumprelu(file, open_npz(file), transcoder=place.out is not None)
+    _check_width(file, weights.width)
     l0 = options.get("l0", _l0_of(file))
     if l0 is None and isinstance(card.get("l0"), int | float):
         l0 = round(card["l0"])
-    _check_width(file, weights.width)
     declared = {key: card[key] for key in ("fvu", "l0", "alive_share") if isinstance(card.get(key), int | float)}
-    path = _site_of(file, card, options)
-    site = Site(_model_of(file, card, options), path)
-    return SaeSource(weights, site, None if l0 is None else float(l0), declared, options.get("name"))
+    return SaeSource(
+        weights,
+        Site(_model_of(file, card, options), place.site, place.out),
+        None if l0 is None else float(l0),
+        declared,
+        options.get("name"),
+        (RmsNorm(_EPS),) if place.normed else (),
+        GemmaScopeReader.format,
+    )
 
 
 def _find(path: Path) -> Iterator[Path]:
@@ -181,10 +179,15 @@ def _part(file: Path, pattern: str) -> re.Match[str] | None:
     return next((found for name in reversed(file.parts[:-1]) if (found := re.fullmatch(pattern, name))), None)
 
 
+def _repository(file: Path) -> re.Match[str] | None:
+    """The repository's name, which is a folder of its own or, in a cache of the hub, the end of one."""
+    return _part(file, r"(?:.*--)?gemma-scope-(2b|9b|27b)-(pt|it)-(\w+).*")
+
+
 def _width_of(file: Path) -> int | None:
     """1k is 1,024; 1m is 1,048,576."""
     found = _part(file, r"width_(\d+)([km]?)")
-    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]] if found else None
+    return int(found[1]) * _SIZES[found[2]] if found else None
 
 
 def _l0_of(file: Path) -> float | None:
@@ -192,27 +195,34 @@ def _l0_of(file: Path) -> float | None:
     return float(found[1]) if found else None
 
 
-def _site_of(file: Path, card: dict[str, Any], options: dict[str, Any]) -> str:
-    site = options.get("site", card.get("site"))
-    if site:
-        return str(site).split("/")[-1]
-    layer = _part(file, r"layer_(\d+)")
-    if layer and not re.search(r"-(?:mlp|att)(?=[/-])", file.as_posix()):
-        return f"layers.{int(layer[1])}"
-    raise BadConfig(
-        str(file),
-        expected="a folder layer_N of a residual-stream SAE, a card.json with a site, or the option site=",
-        seen="none of these",
-        fix="name the module path it reads, such as site=layers.12",
-    )
+def _place_of(file: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -> _Place:
+    repository, layer = _repository(file), _part(file, r"layer_(\d+)")
+    kind = "embedding" if _part(file, "embedding") else repository[3] if repository else "res"
+    known = _PLACES.get(kind) if kind == "embedding" or layer else None
+    number = int(layer[1]) if layer else 0
+    given = options.get("site") or card.get("site")
+    if given:
+        text = str(given).split("/")[-1]
+        site = site_of_hook(text) or text
+    elif known:
+        site = known.site.format(layer=number)
+    else:
+        raise BadConfig(
+            str(file),
+            expected="a folder layer_N or embedding of Gemma Scope, a card.json with a site, or the option site=",
+            seen=f"a repository of kind {kind!r}" if layer else "none of these",
+            fix="name the module path it reads, such as site=layers.12",
+        )
+    out = known.out.format(layer=number) if known and known.out else None
+    if options.get("out"):
+        out = site_of_hook(str(options["out"])) or str(options["out"])
+    return _Place(site, None if out == site else out, bool(known and known.normed))
 
 
-def _model_of(file: Path, card: dict[str, Any], options: dict[str, Any]) -> str:
-    model = options.get("model", card.get("model"))
-    if model:
+def _model_of(file: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    if model := options.get("model") or card.get("model"):
         return str(model)
-    found = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-", file.as_posix())
-    if found:
+    if found := _repository(file):
         return f"gemma-2-{found[1]}{'-it' if found[2] == 'it' else ''}"
     if options.get("subject"):
         return str(options["subject"])
@@ -224,14 +234,6 @@ def _model_of(file: Path, card: dict[str, Any], options: dict[str, Any]) -> str:
     )
 
 
-def _check_options(path: Path, options: dict[str, Any]) -> None:
-    unknown = sorted(options.keys() - GemmaScopeReader.options)
-    if unknown:
-        raise BadConfig(
-            str(path), expected="the options model, site, l0, name", seen=unknown[0], fix="remove or rename that option"
-        )
-
-
 def _check_width(file: Path, width: int) -> None:
     named = _width_of(file)
     if named is not None and not 0.9 * named <= width <= 1.1 * named:
@@ -241,31 +243,6 @@ def _check_width(file: Path, width: int) -> None:
             seen=str(width),
             fix="check the path",
         )
-
-
-def _check_names(path: Path, sources: Sequence[SaeSource]) -> None:
-    seen: set[str] = set()
-    for source in sources:
-        if source.name in seen:
-            raise BadConfig(
-                str(path),
-                expected="SAEs that differ in site, width or L0",
-                seen=f"two named {source.name}",
-                fix="open them one by one with the option name=",
-            )
-        seen.add(source.name)
-
-
-def _card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise BadFile(
-            str(path), expected="a JSON card", seen=str(error)[:200], fix="delete or repair the card"
-        ) from error
-    return card if isinstance(card, dict) else {}
 
 
 def _wrong_shape(file: Path, name: str, expected: str, seen: tuple[int, ...]) -> BadShape:

@@ -25,6 +25,7 @@ _HOOKS = {
     "mlp.hook_post": "layers.{layer}.mlp.down_proj:in",
 }
 _PREFIXES = re.compile(r"^(?:model|transformer|gpt_neox|backbone|language_model|decoder)\.")
+_ATTENTION = re.compile(r"^(?:attn|attention|self_attention)(?=\.|$)")
 _LISTS = re.compile(r"^(?:layers|h|blocks)\.(\d+)(?:\.(.+))?$")
 
 
@@ -46,7 +47,7 @@ def site_of_hook(name: str) -> str | None:
     while (shorter := _PREFIXES.sub("", bare)) != bare:
         bare = shorter
     if found := _LISTS.match(bare):
-        rest = "" if found[2] is None else f".{found[2]}"
+        rest = "" if found[2] is None else f".{_ATTENTION.sub('self_attn', found[2])}"
         return f"layers.{int(found[1])}{rest}{suffix}"
     if bare in ("embed_tokens", "wte", "embed_in"):
         return "embed"

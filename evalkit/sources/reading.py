@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMMON",
+    "bad_key",
     "check_one",
     "check_options",
     "find_beside",
+    "is_number",
     "matrix",
+    "positive",
     "read_card",
     "read_json",
     "site_from",
@@ -162,3 +165,27 @@ def site_from(
         )
     target = None if out is None else site_of_hook(out) or out
     return Site(str(owner), path, None if target == path else target)
+
+
+def positive(where: Path, key: str, number: Any) -> float:
+    """An option or config value that must be above 0. Raises BadConfig."""
+    if not is_number(number) or number <= 0:
+        raise BadConfig(
+            f"{where}: {key}", expected="a number above 0", seen=repr(number)[:80], fix="correct that number"
+        )
+    return float(number)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def bad_key(where: Path, key: str, expected: str, seen: Any) -> BadFile:
+    """The error for a key of a config."""
+    return BadFile(
+        f"{where}: {key}",
+        expected=expected,
+        seen=repr(seen)[:200],
+        fix="check that the config belongs to these weights",
+    )

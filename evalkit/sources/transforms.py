@@ -5,16 +5,30 @@ Every step is declared by the dictionary or the user, works token by token and k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
+from evalkit.errors import BadConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Centre", "LayerNorm", "RmsNorm", "Scale", "Step", "Undo", "UnitNorm", "describe", "transformed"]
+__all__ = [
+    "Centre",
+    "LayerNorm",
+    "RmsNorm",
+    "Scale",
+    "Step",
+    "Undo",
+    "UnitNorm",
+    "describe",
+    "parse_transform",
+    "transformed",
+]
 
 Undo: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -127,3 +141,37 @@ def transformed(x: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor, Undo]:
 def describe(steps: tuple[Step, ...]) -> str:
     """``centre, scale 0.16``, or ``none``."""
     return ", ".join(str(step) for step in steps) or "none"
+
+
+_FORMS = "none, or some of centre, scale:NUMBER, unit-norm, unit-norm:NUMBER, layer-norm, rms-norm, with commas"
+
+
+def parse_transform(text: str) -> tuple[Step, ...]:
+    """``centre,scale:0.16`` as steps, in their order; ``none`` for no step. Raises BadConfig."""
+    steps: list[Step] = []
+    for part in (part.strip() for part in text.split(",")):
+        name, _, value = part.partition(":")
+        number = _number(value) if value else None
+        if name == "none" and not value and text.strip() == "none":
+            return ()
+        if name == "scale" and number is not None:
+            steps.append(Scale(number))
+        elif name == "unit-norm" and (number is not None or not value):
+            steps.append(UnitNorm(number))
+        elif name in ("centre", "center") and not value:
+            steps.append(Centre())
+        elif name == "layer-norm" and not value:
+            steps.append(LayerNorm())
+        elif name == "rms-norm" and not value:
+            steps.append(RmsNorm())
+        else:
+            raise BadConfig("transform", expected=_FORMS, seen=repr(part), fix="for example --transform scale:0.16")
+    return tuple(steps)
+
+
+def _number(text: str) -> float | None:
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) and found > 0 else None

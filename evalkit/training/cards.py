@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from evalkit.files import write_bytes
 from evalkit.records import Site
-from evalkit.sources.sae import SaeWeights
+from evalkit.sources.sae_weights import SaeWeights
+from evalkit.sources.stored import whole
 
 __all__ = ["Card", "CorpusPart", "sae_folder", "write_card", "write_sae"]
 
@@ -80,7 +81,7 @@ def write_sae(root: Path, weights: SaeWeights, card: Card) -> Path:
     The same weights give the same bytes. Raises StorageError.
     """
     threshold = weights.threshold if weights.threshold is not None else weights.b_enc.new_zeros(weights.width)
-    matrices = {"W_enc": weights.w_enc.half(), "W_dec": weights.w_dec.half()}
+    matrices = {"W_enc": whole(weights.w_enc).half(), "W_dec": whole(weights.w_dec).half()}
     vectors = {"b_enc": weights.b_enc, "b_dec": weights.b_dec, "threshold": threshold}
     folder = sae_folder(root, Site(card.model, card.site), weights.width, card.l0 or 0.0)
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in {**matrices, **vectors}.items()}

@@ -24,7 +24,7 @@ from evalkit.progress import SILENT
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
 from evalkit.sources.gemma_scope import read_weights
-from evalkit.sources.sae import measure_fit
+from evalkit.sources.sae_weights import measure_fit
 from evalkit.training.activations import SINK_RATIO, ActivationStore
 from evalkit.training.cards import Card, write_card, write_sae
 from evalkit.training.curves import write_curves

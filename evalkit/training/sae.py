@@ -23,7 +23,7 @@ from evalkit.files import atomic_path
 from evalkit.progress import SILENT
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
-from evalkit.sources.sae import SaeFit, SaeWeights, measure_fit
+from evalkit.sources.sae_weights import SaeFit, SaeWeights, measure_fit
 from evalkit.training.activations import ActivationStore
 
 __all__ = ["SaeTrainingConfig", "TrainingReport", "train_sae"]

@@ -25,7 +25,7 @@ from evalkit.corpus import Corpus, tokenize_corpus
 from evalkit.final_norm import denormalise, normalise
 from evalkit.records import Site, SubjectInfo
 from evalkit.sources.gemma_scope import read_weights
-from evalkit.sources.sae import measure_fit
+from evalkit.sources.sae_weights import measure_fit
 from evalkit.subject import Subject
 from evalkit.training.activations import ActivationStore
 from evalkit.training.dictionaries import train_rqae_dictionary, train_sae_dictionary

@@ -343,8 +343,11 @@ def test_other_dictionaries_are_refused(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sae = "bundled:sae/layer_15/width_1k/average_l0_32"
-    code, _, err = call(capsys, monkeypatch, "-q", "inspect", sae, "--out", tmp_path / "a")
-    assert code == 2 and "expected one dictionary, an RQAE checkpoint; seen one of kind sae" in err
+    several = str(Path(sae).parent.parent)
+    code, _, err = call(capsys, monkeypatch, "-q", "inspect", several, "--out", tmp_path / "a")
+    assert code == 2 and "expected one dictionary; seen 5: smollm2-135m/layers.15/sae/width-1024/l0-32, " in err
+    code, _, err = call(capsys, monkeypatch, "-q", "inspect", sae, "--sae", sae, "--out", tmp_path / "a")
+    assert code == 2 and "--sae: expected an RQAE to look for the latents of that SAE in; seen smollm2-135m/" in err
     code, _, err = call(capsys, monkeypatch, "-q", *case.arguments, "--sae", case.rqae)
     assert code == 2 and "expected one dictionary, an SAE; seen one of kind rqae" in err
     code, _, err = call(capsys, monkeypatch, "-q", *case.arguments, "--sae", sae)

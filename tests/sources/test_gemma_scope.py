@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evalkit.errors import BadConfig, BadFile, BadShape, EvalkitError, MissingFile
 from evalkit.records import Site
 from evalkit.registry import create
+from evalkit.sources import open_dictionary
 from evalkit.sources.gemma_scope import GemmaScopeReader, read_weights
+from evalkit.sources.stored import Stored, whole
 
 D, N = 8, 1024
 Arrays = dict[str, np.ndarray]
@@ -55,7 +58,7 @@ def test_real_layout_round_trips_bit_for_bit(tmp_path: Path) -> None:
         weights = source.weights
         pairs = {"W_enc": weights.w_enc, "b_enc": weights.b_enc, "W_dec": weights.w_dec, "b_dec": weights.b_dec}
         for name, tensor in {**pairs, "threshold": weights.threshold}.items():
-            np.testing.assert_array_equal(tensor.numpy(), expected[name])
+            np.testing.assert_array_equal(whole(tensor).numpy(), expected[name])
 
 
 def test_registry_knows_it_and_it_recognises_its_layout(tmp_path: Path) -> None:
@@ -78,8 +81,78 @@ def test_site_model_and_l0_from_card_and_options(tmp_path: Path) -> None:
     (carded,) = GemmaScopeReader().read(file)
     assert carded.name == "toy/layers.5/sae/width-1024/l0-32"
     assert carded.info.declared == {"fvu": 0.2, "l0": 31.7, "alive_share": 1.0}
-    with pytest.raises(BadConfig, match=r"the options model, site, l0, name; seen layer"):
+    with pytest.raises(BadConfig, match=r"the options l0, model, name, out, site, subject; seen layer"):
         GemmaScopeReader().read(file, layer=3)
+
+
+def literal(values: Arrays, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """z = x W + b; z where it is over both θ and 0; f W_dec + b_dec. In float64."""
+    held = {name: value.astype(np.float64) for name, value in values.items()}
+    pre = x @ held["W_enc"] + held["b_enc"]
+    active = np.where((pre > held["threshold"]) & (pre > 0), pre, 0.0)
+    return active, active @ held["W_dec"] + held["b_dec"]
+
+
+@pytest.mark.parametrize(
+    ("repository", "below", "model", "site", "out", "transform"),
+    [
+        ("gemma-scope-2b-pt-res", "layer_12", "gemma-2-2b", "layers.12", None, "none"),
+        ("gemma-scope-9b-it-res", "layer_20", "gemma-2-9b-it", "layers.20", None, "none"),
+        ("gemma-scope-2b-pt-att", "layer_3", "gemma-2-2b", "layers.3.self_attn.o_proj:in", None, "none"),
+        ("gemma-scope-27b-pt-mlp", "layer_3", "gemma-2-27b", "layers.3.post_feedforward_layernorm", None, "none"),
+        ("gemma-scope-2b-pt-res", "embedding", "gemma-2-2b", "embed", None, "none"),
+        (
+            "models--google--gemma-scope-2b-pt-transcoders/snapshots/abc",
+            "layer_7",
+            "gemma-2-2b",
+            "layers.7.pre_mlp_norm:in",
+            "layers.7.post_feedforward_layernorm",
+            "RMS norm",
+        ),
+    ],
+)
+def test_each_repository_reads_at_its_site(
+    tmp_path: Path, repository: str, below: str, model: str, site: str, out: str | None, transform: str
+) -> None:
+    store(tmp_path / repository / below / "width_1k" / "average_l0_9", arrays())
+    (source,) = GemmaScopeReader().read(tmp_path / repository)
+    assert (source.site, source.transform()) == (Site(model, site, out), transform)
+    assert source.name == f"{model}/{site}/{'transcoder' if out else 'sae'}/width-1024/l0-9"
+    raw = np.random.default_rng(1).normal(size=(2, 3, D)) * 4
+    x = raw
+    if transform == "RMS norm":
+        x = raw / np.sqrt((raw**2).mean(-1, keepdims=True) + 1e-6)
+    active, rebuilt = literal(arrays(), x)
+    assert 0.1 < (active > 0).mean() < 0.9
+    hidden = torch.from_numpy(raw.astype(np.float32))
+    np.testing.assert_allclose(source.activations(hidden, source.features()).numpy(), active, atol=1e-4)
+    np.testing.assert_allclose(source.reconstruct(hidden).numpy(), rebuilt, atol=2e-3)
+
+
+def test_options_come_before_the_repository(tmp_path: Path) -> None:
+    store(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_7" / "width_1k" / "average_l0_9", arrays())
+    reader = GemmaScopeReader()
+    (source,) = reader.read(tmp_path, site="layers.2.mlp:in", out="layers.2.mlp", model="m")
+    assert (source.site, source.transform()) == (Site("m", "layers.2.mlp:in", "layers.2.mlp"), "RMS norm")
+    with pytest.raises(BadConfig, match="one SAE with the options name= and l0=; seen 2 SAEs"):
+        store(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_8" / "width_1k" / "average_l0_9", arrays())
+        reader.read(tmp_path, l0=5)
+    store(tmp_path / "gemma-scope-2b-pt-other" / "layer_7" / "width_1k" / "average_l0_9", arrays())
+    with pytest.raises(BadConfig, match="seen a repository of kind 'other'"):
+        reader.read(tmp_path / "gemma-scope-2b-pt-other")
+
+
+def test_matrices_stay_on_disk_until_columns_are_asked_for(tmp_path: Path) -> None:
+    values = arrays()
+    values["W_enc"][3, 17] = np.nan
+    store(tmp_path / "layer_1" / "width_1k" / "average_l0_9", values)
+    (source,) = GemmaScopeReader().read(tmp_path, model="toy")
+    assert isinstance(source.weights.w_enc, Stored)
+    assert isinstance(source.weights.w_dec, Stored)
+    hidden = torch.ones(1, 2, D)
+    assert source.activations(hidden, ["16", "18"]).shape == (1, 2, 2)
+    with pytest.raises(BadFile, match=r"W_enc: expected finite numbers; seen 1 of 8 are NaN"):
+        source.activations(hidden, ["17"])
 
 
 def test_folders_further_up_may_be_called_anything(tmp_path: Path) -> None:
@@ -89,11 +162,12 @@ def test_folders_further_up_may_be_called_anything(tmp_path: Path) -> None:
     assert source.info.l0 == 5
 
 
-def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for part in ("a", "b"):
         store(tmp_path / part / "layer_3" / "width_1k" / "average_l0_9", arrays())
-    with pytest.raises(BadConfig, match=r"two named toy/layers\.3/sae/width-1024/l0-9"):
-        GemmaScopeReader().read(tmp_path, model="toy")
+    names = [source.name for source in open_dictionary(tmp_path, model="toy")]
+    common = "layer_3/width_1k/average_l0_9"
+    assert names == [f"toy/layers.3/sae/width-1024/l0-9@{part}/{common}" for part in ("a", "b")]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -203,7 +277,7 @@ def test_bundled_dictionaries_open_with_true_cards() -> None:
         assert source.site == Site("smollm2-135m", "layers.15")
         assert round(card["l0"]) == source.l0
         assert {"command", "corpus", "n_tokens", "fvu", "alive_share", "seed", "date"} <= card.keys()
-        norms = np.linalg.norm(source.weights.w_dec.numpy(), axis=1)
+        norms = np.linalg.norm(whole(source.weights.w_dec).numpy(), axis=1)
         np.testing.assert_allclose(norms, 1.0, atol=2e-3)
     near = [source.info.declared["l0"] for source in sources if source.l0 == two_k[1]]
     assert len(near) == 3 and max(near) < 1.15 * min(near)
@@ -212,8 +286,6 @@ def test_bundled_dictionaries_open_with_true_cards() -> None:
 @pytest.mark.slow
 def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Path, tmp_path: Path) -> None:
     """The first 256 full contexts; the card has the first 1,600, so the tolerance is that of the sample."""
-    import torch
-
     from evalkit.corpus import tokenize_corpus
     from evalkit.subject import Subject
 
@@ -226,9 +298,9 @@ def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Pa
     total = ((x - x.mean(0)) ** 2).sum()
     for source in GemmaScopeReader().read(BUNDLED):
         info, weights = source.bind(subject.info).info, source.weights
-        pre = x @ weights.w_enc.double().numpy() + weights.b_enc.double().numpy()
+        pre = x @ whole(weights.w_enc).double().numpy() + weights.b_enc.double().numpy()
         active = np.where(pre > np.maximum(weights.threshold.double().numpy(), 0), pre, 0.0)
-        error = x - active @ weights.w_dec.double().numpy() - weights.b_dec.double().numpy()
+        error = x - active @ whole(weights.w_dec).double().numpy() - weights.b_dec.double().numpy()
         card = json.loads(
             next(BUNDLED.glob(f"layer_15/width_{info.width // 1024}k/average_l0_{info.l0:g}/card.json")).read_text()
         )

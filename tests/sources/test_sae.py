@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from evalkit.errors import BadShape, SiteMismatch, UnknownFeature
 from evalkit.protocols import FeatureSource
 from evalkit.records import Site, SubjectInfo
-from evalkit.sources.sae import SaeSource, SaeWeights, measure_fit
+from evalkit.sources.sae import SaeSource
+from evalkit.sources.sae_weights import SaeWeights, measure_fit
 
 SITE = Site("toy", "layers.3")
 

@@ -1,0 +1,71 @@
+"""``evalkit sweep``: a whole comparison from one file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evalkit.cli.console import STDERR, progress_bars
+from evalkit.cli.options import AsJson, DryRun, Force
+from evalkit.cli.plan import print_plan, print_spending
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command(rich_help_panel="Score")(sweep)
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="TOML file: model, dictionaries, corpus, features, judges, …")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; an unfinished sweep goes on. Default: runs/NAME-OF-SPEC.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Subject model instead of the file's.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Corpus instead of the file's.")] = None,
+    client: Annotated[str | None, typer.Option(help="Language model instead of the file's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Contexts per forward pass; changes no result.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score several dictionaries under one protocol, from one file; print the table and draw the plots.
+
+    Example: `evalkit sweep results/sweeps/gemma2_2b.toml --dry-run`
+    """
+    from evalkit.sweep import read_sweep
+
+    config = read_sweep(
+        spec, model=model, corpus=corpus, client=client, batch_size=batch_size, device=device, force=force or None
+    )
+    folder = out or Path("runs") / spec.stem
+    if dry_run:
+        print_plan(config, folder, as_json=as_json)
+        return
+    from evalkit.files import write_bytes
+    from evalkit.pipeline import run
+    from evalkit.report.plots import plot_run
+    from evalkit.report.render import render
+    from evalkit.report.tables import footer, headline, summary_table
+    from evalkit.store import read_run
+
+    with progress_bars() as progress:
+        run(config, folder, progress=progress)
+    print_spending(folder)
+    frames = read_run(folder)
+    table = summary_table(frames)
+    for format, name in (("markdown", "table.md"), ("csv", "table.csv")):
+        rendered = render(table, format, footer(frames, table))
+        write_bytes(folder / name, rendered.encode() if isinstance(rendered, str) else rendered)
+    short = render(headline(table), "markdown", footer(frames, table))
+    sys.stdout.write(short if isinstance(short, str) else short.decode())
+    sys.stdout.flush()
+    paths = [path for path in plot_run(frames, folder / "plots") if path.suffix == ".png"]
+    STDERR.print(f"figures: {', '.join(str(path) for path in paths)}", highlight=False)
+    STDERR.print(f"done: evalkit table {shlex.quote(str(folder))}", highlight=False)

@@ -1,0 +1,116 @@
+"""The parts of an SAE's or transcoder's inspection as lines of text.
+
+Knows the columns of the parts and how numbers are written; nothing of how they came about. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+__all__ = ["LINES", "TITLES", "about_lines"]
+
+TITLES = {
+    "fit": "Reconstruction",
+    "density": "How often latents fire",
+    "geometry": "Nearest neighbours of decoder rows",
+    "loss": "Next-token loss",
+}
+MISSING = "–"
+Row: TypeAlias = Mapping[str, Any]
+Lines: TypeAlias = list[dict[str, str]]
+
+
+def about_lines(about: Row) -> Lines:
+    """The dictionary as a whole, a line a fact."""
+    site = str(about["site"])
+    if not site.endswith(f"/{about['reconstructs']}"):
+        site += f" → {about['reconstructs']}"
+    facts = {
+        "format": about["format"],
+        "kind": about["kind"],
+        "site": site,
+        "width": f"{about['width']:,}",
+        "activation": about["activation"],
+        "input transform": about["transform"],
+        "W_enc": " × ".join(map(str, about["w_enc"])),
+        "W_dec": " × ".join(map(str, about["w_dec"])),
+        "L0": _number(about["l0"], ".1f"),
+        "FVU": _number(about["fvu"], ".4f"),
+    }
+    return [{"": name, "value": str(value)} for name, value in facts.items()]
+
+
+def _fit(rows: Sequence[Row]) -> Lines:
+    row = rows[0]
+    measures = {
+        "L0": (row["l0"], row["l0_declared"], ".2f"),
+        "FVU": (row["fvu"], row["fvu_declared"], ".4f"),
+        "cosine": (row["cosine"], None, ".4f"),
+        "norm ratio": (row["norm_ratio"], None, ".4f"),
+        "best rescaling": (row["rescale"], None, ".4f"),
+        "FVU with it": (row["fvu_rescaled"], None, ".4f"),
+        "alive": (row["alive_share"], row["alive_declared"], ".1%"),
+    }
+    return [
+        {"": name, "measured": _number(measured, form), "declared": _number(declared, form)}
+        for name, (measured, declared, form) in measures.items()
+    ]
+
+
+def _density(rows: Sequence[Row]) -> Lines:
+    return [
+        {"log10 rate": _bin(row), "latents": f"{row['latents']:,}", "share": f"{row['share']:.1%}"}
+        for row in rows
+        if row["latents"] or row["low"] is None
+    ]
+
+
+def _bin(row: Row) -> str:
+    return "never" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
+
+
+def _geometry(rows: Sequence[Row]) -> Lines:
+    return [
+        {
+            "statistic": row["statistic"],
+            "measured": _measured(row["value"]),
+            "random": _measured(row["random"]),
+            "latents": ", ".join(map(str, row["latents"])),
+        }
+        for row in rows
+    ]
+
+
+def _measured(value: float | int | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else _number(value, ".4f")
+
+
+def _loss(rows: Sequence[Row]) -> Lines:
+    return [
+        {
+            "states": row["states"],
+            "loss": _number(row["loss"], ".4f"),
+            "loss change": _change(row),
+            "recovered (zero)": _number(row["recovered_zero"], ".4f"),
+            "recovered (mean)": _number(row["recovered_mean"], ".4f"),
+        }
+        for row in rows
+    ]
+
+
+def _change(row: Row) -> str:
+    shown = _number(row["loss_change"], "+.4f")
+    return f"{shown} ± {row['se']:.4f}" if row["se"] else shown
+
+
+def _number(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)
+
+
+LINES: dict[str, Callable[[Sequence[Row]], Lines]] = {
+    "fit": _fit,
+    "density": _density,
+    "geometry": _geometry,
+    "loss": _loss,
+}

@@ -1,0 +1,71 @@
+"""Keeps a uniform sample of texts from a stream of any length: the smallest by hash that fit a number and a size.
+
+What is kept does not depend on the order of the stream. Knows texts only; reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.records import FeatureId
+
+__all__ = ["HeldText", "SampledTexts"]
+
+_TOKEN_BYTES = 64  # of a short string and what points at it
+
+
+@dataclass(slots=True, eq=False)
+class HeldText:
+    """A text and what is recorded of it so far, by feature. ``valid``: not BOS, EOS or padding."""
+
+    tokens: tuple[str, ...]
+    valid: tuple[bool, ...]
+    activations: dict[FeatureId, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class SampledTexts:
+    """At most ``most`` texts of together at most ``room`` bytes, about; ``held`` by their hash."""
+
+    def __init__(self, most: int, room: int) -> None:
+        self.held: dict[int, HeldText] = {}
+        self._most, self._room = most, room
+        self._heap: list[tuple[int, int, int]] = []  # (-priority, text, bytes)
+        self._bar: tuple[int, int] | None = None  # the smallest (priority, text) that was ever left out
+
+    def offer(
+        self,
+        text: int,
+        priority: int,
+        tokens: tuple[str, ...],
+        valid: tuple[bool, ...],
+        recorded: tuple[FeatureId, NDArray[np.float32]] | None,
+    ) -> None:
+        """Take one record of a text. Of two records of one feature and text the larger one stays."""
+        if self._bar is not None and (priority, text) >= self._bar:
+            return
+        if text not in self.held:
+            self.held[text] = HeldText(tokens, valid)
+            size = sum(map(len, tokens)) + _TOKEN_BYTES * len(tokens)
+            heapq.heappush(self._heap, (-priority, -text, size))
+            self._room -= size
+            while len(self.held) > self._most or self._room < 0:
+                self._drop()
+        if recorded is not None and text in self.held:
+            feature, values = recorded
+            known = self.held[text].activations
+            if feature not in known or _order(values) > _order(known[feature]):
+                known[feature] = values
+
+    def _drop(self) -> None:
+        priority, text, size = heapq.heappop(self._heap)
+        self._bar = (-priority, -text)
+        del self.held[-text]
+        self._room += size
+
+
+def _order(values: NDArray[np.float32]) -> tuple[float, tuple[float, ...]]:
+    return float(values.max()), tuple(values.tolist())

@@ -35,7 +35,10 @@ _TOKENS, _FEWEST, _OTHERWISE = (
     512,
     512,
 )  # tokens at its own site and neighbours; the least; for other declarations
-_WORK = 1 << 37  # multiply-adds of a check that are worth full samples: width x d x tokens
+_WORK, _ACTIVATING = (
+    1 << 37,
+    512,
+)  # multiply-adds of a check that are worth full samples; an activation counts as so many
 _BETTER = 0.85  # another declaration must leave so little of the error to be believed
 _NEARER = 0.98  # and a neighbouring layer so little: less is no evidence (right ones were seen at 0.92 and below)
 _TIE = 1e-4  # of FVU: rounding, where a dictionary reconstructs any state
@@ -134,7 +137,7 @@ def _rows(states: Mapping[str, list[tuple[Tensor, Tensor]]], read: str, out: str
 
 def _n_tokens(source: SaeSource, there: int) -> int:
     """Fewer tokens for a very wide dictionary."""
-    affordable = _WORK // max(1, source.weights.width * source.weights.d_model)
+    affordable = _WORK // (source.weights.width * max(_ACTIVATING, source.weights.d_model))
     return max(min(there, _FEWEST), min(there, _TOKENS, affordable))
 
 

@@ -264,6 +264,15 @@ class Scoring:
         return answers(self.folder, tmp_path / "copy")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forced() -> Iterator[None]:
+    """The tiny model's random dictionaries fit nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVALKIT_RUN_FORCE", "1")
+        patch.setenv("EVALKIT_COLLECT_FORCE", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def explained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     folder = tmp_path_factory.mktemp("explained")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Activation", "Gate", "Latents", "SaeFit", "SaeWeights", "measure_fit"]
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
-_TILE = 1 << 13  # latents multiplied at a time where all are
+_TILE, _NARROWEST = 1 << 13, 256  # latents multiplied at a time where all are: as many as tokens leave room for
+_ROOM = 1 << 23  # activations held at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,10 +150,10 @@ class SaeWeights:
 
     def tiles(self, hidden: Float[Tensor, "*batch d_model"]) -> Iterator[tuple[slice, Float[Tensor, "*batch latent"]]]:
         """Activations of every latent, a few thousand latents at a time; each is read from disk once."""
-        size = _TILE
+        size = _tile_for(hidden)
         if self.k is not None and self.grouped:
             group = self.width // self.k
-            size = max(1, _TILE // group) * group
+            size = max(1, size // group) * group
         top = self._top(hidden) if self.activation == "topk" else None
         for low in range(0, self.width, size):
             tile = slice(low, min(low + size, self.width))
@@ -208,8 +209,9 @@ class SaeWeights:
         """The k largest activations of each token, and whose they are."""
         assert self.k is not None
         values = places = None
-        for low in range(0, self.width, _TILE):
-            high = min(low + _TILE, self.width)
+        size = _tile_for(hidden)
+        for low in range(0, self.width, size):
+            high = min(low + size, self.width)
             pre = torch.relu(self.gather(slice(low, high), hidden.device).pre(hidden))
             best, where = pre.topk(min(self.k, high - low), dim=-1)
             where = where + low
@@ -251,6 +253,12 @@ class Latents:
 
     def _product(self, hidden: Tensor) -> Tensor:
         return (hidden if self.shift is None else hidden - self.shift) @ self.w_enc
+
+
+def _tile_for(hidden: Tensor) -> int:
+    """Latents at a time for so many tokens."""
+    tokens = max(1, hidden.numel() // max(1, hidden.shape[-1]))
+    return max(min(_NARROWEST, _TILE), min(_TILE, _ROOM // tokens))
 
 
 def _group_winners(active: Tensor, size: int) -> Tensor:

@@ -15,7 +15,7 @@ from evalkit.errors import BadShape, CorpusError
 from evalkit.inspection import sae_fit
 from evalkit.inspection.sae_fit import measure_rows
 from evalkit.records import Site
-from evalkit.sources import sae as sae_module
+from evalkit.sources import sae_weights
 from evalkit.sources.sae import SaeSource
 from evalkit.sources.sae_weights import Gate, SaeWeights
 from evalkit.sources.stored import open_safetensors
@@ -91,7 +91,7 @@ def test_every_number_is_that_of_its_definition(kind: str, small: bool, monkeypa
     if small:  # several blocks, tiles and chunks
         monkeypatch.setattr(sae_fit, "_BLOCK", 16)
         monkeypatch.setattr(sae_fit, "_ROWS", 9)
-        monkeypatch.setattr(sae_module, "_TILE", 16)
+        monkeypatch.setattr(sae_weights, "_TILE", 16)
     weights, x = KINDS[kind], HIDDEN.double().numpy()
     active, made = literal(weights, x)
     assert 0 < (active > 0).mean() < 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import image
 
@@ -107,8 +108,23 @@ def test_panels_do_not_place_what_has_no_place() -> None:
     near = [source("a", width=1024, l0=30.0), source("b", width=2048, l0=40.0), source("c", width=2048, l0=90.0)]
     panels = arrange([*near, far, unsized])
     assert [item.name for item in panels.by_width] == ["a", "b"]
-    assert panels.left_out == (far, unsized)
+    assert panels.left_out == (far,) and panels.others == (unsized,)
     assert arrange([unsized]).by_l0 == () and arrange([unsized]).l0 is None
+
+
+def test_dictionaries_without_width_or_l0_have_a_strip_of_their_own(tmp_path: Path) -> None:
+    """A dump of ready examples alone: there is nothing else to draw."""
+    frames = simulate(n_features=6, n_each=6)
+    kept = frames.sources["kind"] == "sae"
+    sources = frames.sources[kept].head(2).assign(width=pd.NA, l0=float("nan"))
+    names = set(sources["name"])
+    alone = replace(
+        frames,
+        sources=sources,
+        features=frames.features[frames.features["source"].isin(names)],
+        judgements=frames.judgements[frames.judgements["source"].isin(names)],
+    )
+    assert {path.name for path in plot_run(alone, tmp_path)} >= {"scores.png", "features.png"}
 
 
 def test_names_are_short_and_unambiguous() -> None:

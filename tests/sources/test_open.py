@@ -91,7 +91,10 @@ def test_nothing_there(path: str) -> None:
 
 
 def test_an_address_without_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(MissingFile, match="someone/thing: expected a repository of that name in the local cache"):
+    with pytest.raises(
+        MissingFile,
+        match=r"someone/thing/layer_1: expected a dictionary: .*; a repository of that name in the local cache",
+    ):
         open_dictionary("someone/thing/layer_1")
 
 

@@ -76,7 +76,7 @@ def test_sites_models_and_names_of_a_run() -> None:
     model = "SmolLM2-135M"
     assert found == {
         "topk": [(f"{model}/layers.3/sae/width-48/l0-4", Site(model, "layers.3"))],
-        "groupmax": [(f"{model}/layers.1.attn/sae/width-32/l0-8", Site(model, "layers.1.attn"))],
+        "groupmax": [(f"{model}/layers.1.self_attn/sae/width-32/l0-8", Site(model, "layers.1.self_attn"))],
         "half": [(f"{model}/embed/sae/width-32/l0-5", Site(model, "embed"))],
         "seeds": [
             (f"{model}/layers.0/sae/width-32/l0-2/{variant}", Site(model, "layers.0"))

@@ -32,6 +32,7 @@ from evalkit.examples import FeatureExamples
 from evalkit.judging import shuffled_partners
 from evalkit.models import find_model
 from evalkit.parts import make_explainers, make_judges, make_scorers
+from evalkit.ready_examples import check_ready
 from evalkit.recording import Recording, Spent
 from evalkit.records import Explanation
 from evalkit.speed import forward_rate
@@ -40,6 +41,7 @@ from evalkit.waiting import wait_for
 
 __all__ = ["estimate_asking", "plan"]
 
+_NOTHING: dict[str, int | None] = {"tokens": None, "seconds": None}
 _IN_FLIGHT = 64  # where a client does not say
 _CHARACTERS_PER_TOKEN, _GZIP = 3.9, 2.6  # of English text, and how much longer it is than when compressed
 
@@ -58,16 +60,18 @@ def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Dictionaries, features, the most judgements there can be, and what asking a language model would take."""
     sources = open_sources(config)
     names = [source.name for source in sources]
-    n_sources = _n_sources(config, len(names))
+    ready = bool(check_ready(sources))  # dumps need neither corpus nor controls that a model would have to read
+    controls = [control for control in config.controls if control == "shuffled" or not ready]
+    n_sources = len(names) + sum(control != "shuffled" for control in controls)
     tests = len(config.explainers) * len(config.judges) * len(config.scorers) * (1 + ("shuffled" in config.controls))
     asking = estimate_asking(config, folder, n_dictionaries=len(names))
     return {
         "dictionaries": names,
-        "controls": list(config.controls),
+        "controls": controls,
         "features": n_sources * config.n_features,
         "explanations": n_sources * config.n_features * len(config.explainers),
         "judgements": n_sources * config.n_features * tests * (config.n_positives + config.n_negatives),
-        "reading": _reading(config, [source.site.path for source in sources]),
+        "reading": _NOTHING if ready else _reading(config, [source.site.path for source in sources]),
         "language_model": None if asking is None else asking.as_json(),
     }
 

@@ -97,6 +97,6 @@ def measure(source: FeatureSource, sets: Sequence[States]) -> list[Fit]:
 def _fit(made: Tensor, target: Tensor, l0: float | None = None, fired: Tensor | None = None) -> Fit:
     truth = target.double()
     error = truth - made.double().to(truth.device)
-    variance = float((truth - truth.mean(dim=0)).square().sum())
+    variance = max(float((truth - truth.mean(dim=0)).square().sum()), 1e-30)
     whole, centred = float(error.square().sum()), float((error - error.mean(dim=0)).square().sum())
     return Fit(whole / variance, centred / variance, len(truth), l0, fired)

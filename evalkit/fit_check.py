@@ -35,6 +35,7 @@ _TOKENS, _FEWEST, _OTHERWISE = (
     512,
     512,
 )  # tokens at its own site and neighbours; the least; for other declarations
+_JUDGED = 64  # tokens that a verdict needs
 _WORK, _ACTIVATING = (
     1 << 37,
     512,
@@ -100,7 +101,7 @@ def gather_states(
     marked = {}
     for site, parts in states.items():
         norms = [part.norm(dim=-1)[torch.from_numpy(batch.valid)] for part, batch in zip(parts, batches, strict=True)]
-        limit = SINK_RATIO * float(torch.cat(norms).median())
+        limit = SINK_RATIO * float(torch.cat(norms).median()) if sum(map(len, norms)) else 0.0
         marked[site] = [(part, valid_tokens(part, batch, limit)) for part, batch in zip(parts, batches, strict=True)]
     return marked
 
@@ -113,6 +114,8 @@ def check_fit(
         return FitReport(source.name)
     sets = [_rows(states, read, out) for read, out in pairs]
     own = sets[0]
+    if min(len(one.read) for one in sets) < _JUDGED:  # too few to say anything; whether a run has enough is said elsewhere
+        return FitReport(source.name, warnings=(f"no fit check: {len(own.read)} tokens, {_JUDGED} needed",))
     if isinstance(source, SaeSource):
         count = _n_tokens(source, len(own.read))
         sets = [replace(one, read=one.read[:count], target=one.target[:count]) for one in sets]

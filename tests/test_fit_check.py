@@ -174,6 +174,17 @@ def test_a_check_is_made_once_and_again_for_other_weights(
     assert json.loads(path.read_text())[right.name]["fvu_measured"] == measured[right.name]["fvu_measured"]
 
 
+def test_too_few_tokens_are_no_verdict(layers: Layers) -> None:
+    right = replace(layers.dictionary(), site=Site("toy", "layers.3"))
+    pairs = fit_sites(layers, right.site)
+    batch = Tokens().batch(np.arange(1))
+    batch.valid[:, 20:] = False
+    report = check_fit(right, pairs, gather_states(layers, [batch], [read for read, _ in pairs]))
+    assert report.refusal is None and report.warnings == ("no fit check: 19 tokens, 64 needed",)
+    batch.valid[:] = False
+    assert check_fit(right, pairs, gather_states(layers, [batch], [read for read, _ in pairs])).refusal is None
+
+
 @pytest.fixture(scope="module")
 def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Subject, object, Path]]:
     folder = tmp_path_factory.mktemp("fit")

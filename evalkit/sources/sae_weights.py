@@ -25,6 +25,7 @@ __all__ = ["Activation", "Gate", "Latents", "SaeFit", "SaeWeights", "measure_fit
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 _TILE, _NARROWEST = 1 << 13, 256  # latents multiplied at a time where all are: as many as tokens leave room for
 _ROOM = 1 << 23  # activations held at a time
+_TOP_TILE = 1 << 11  # fixed, so that products have one shape and activations the same bits for every batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,9 +210,8 @@ class SaeWeights:
         """The k largest activations of each token, and whose they are."""
         assert self.k is not None
         values = places = None
-        size = _tile_for(hidden)
-        for low in range(0, self.width, size):
-            high = min(low + size, self.width)
+        for low in range(0, self.width, _TOP_TILE):
+            high = min(low + _TOP_TILE, self.width)
             pre = torch.relu(self.gather(slice(low, high), hidden.device).pre(hidden))
             best, where = pre.topk(min(self.k, high - low), dim=-1)
             where = where + low

@@ -161,4 +161,6 @@ class _Indices(Sequence[FeatureId]):
         return [str(each) for each in found] if isinstance(found, range) else str(found)
 
     def __contains__(self, feature: object) -> bool:
-        return isinstance(feature, str) and feature.isdecimal() and int(feature) in self._range
+        if not (isinstance(feature, str) and feature.isascii() and feature.isdecimal()):
+            return False
+        return feature == str(int(feature)) and int(feature) in self._range

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evalkit.protocols import FeatureSource
+    from evalkit.sources.sae_weights import SaeWeights
 
-__all__ = ["Fit", "States", "measure"]
+__all__ = ["Fit", "States", "measure", "reconstructed"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,17 +75,8 @@ def measure(source: FeatureSource, sets: Sequence[States]) -> list[Fit]:
         y, undo = transformed(one.read.float(), steps)
         seen.append(y if one.offset is None else y + one.offset.to(y.device))
         undoing.append(undo)
-    weights, lengths = source.weights, [len(y) for y in seen]
-    together = torch.cat(seen)
-    made = weights.constant(together)
-    active_of = torch.zeros(len(together), dtype=torch.int64, device=together.device)
-    fired = torch.zeros(len(sets), weights.width, dtype=torch.int64)
-    for tile, active in weights.tiles(together):
-        made += weights.decoded(active, tile)
-        on = active > 0
-        active_of += on.sum(dim=-1)
-        for row, part in enumerate(torch.split(on, lengths)):
-            fired[row, tile] = part.sum(dim=0).cpu()
+    lengths = [len(y) for y in seen]
+    made, active_of, fired = reconstructed(source.weights, torch.cat(seen), lengths)
     fits = []
     for row, (one, undo, found) in enumerate(zip(sets, undoing, torch.split(made, lengths), strict=True)):
         back = undo(found) if source.site.reconstructs is None else found
@@ -92,6 +84,22 @@ def measure(source: FeatureSource, sets: Sequence[States]) -> list[Fit]:
         l0 = float(active_of[first : first + lengths[row]].double().mean())
         fits.append(_fit(back, one.target, l0, fired[row]))
     return fits
+
+
+def reconstructed(weights: SaeWeights, y: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the encoder sees, y (T, d) → reconstructions (T, d_out), active latents per token (T,) and, for each stretch of
+    ``lengths`` tokens, on how many of them each latent fires (stretch, n). One pass over the latents.
+    """
+    made = weights.constant(y)
+    active_of = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+    fired = torch.zeros(len(lengths), weights.width, dtype=torch.int64)
+    for tile, active in weights.tiles(y):
+        made += weights.decoded(active, tile)
+        on = active > 0
+        active_of += on.sum(dim=-1)
+        for row, part in enumerate(torch.split(on, list(lengths))):
+            fired[row, tile] = part.sum(dim=0).cpu()
+    return made, active_of, fired
 
 
 def _fit(made: Tensor, target: Tensor, l0: float | None = None, fired: Tensor | None = None) -> Fit:

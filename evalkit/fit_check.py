@@ -114,7 +114,9 @@ def check_fit(
         return FitReport(source.name)
     sets = [_rows(states, read, out) for read, out in pairs]
     own = sets[0]
-    if min(len(one.read) for one in sets) < _JUDGED:  # too few to say anything; whether a run has enough is said elsewhere
+    if (
+        min(len(one.read) for one in sets) < _JUDGED
+    ):  # too few to say anything; whether a run has enough is said elsewhere
         return FitReport(source.name, warnings=(f"no fit check: {len(own.read)} tokens, {_JUDGED} needed",))
     if isinstance(source, SaeSource):
         count = _n_tokens(source, len(own.read))

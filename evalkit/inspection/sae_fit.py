@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from evalkit.errors import BadShape, CorpusError
+from evalkit.fit import reconstructed
 from evalkit.sources.sae import SaeSource
 from evalkit.sources.transforms import transformed
 
@@ -87,20 +88,14 @@ def measure_rows(
 
 def _run(source: SaeSource, hidden: Tensor) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
     """Reconstructions (token, d_out), active latents by token, tokens by latent."""
-    weights = source.weights
     rebuilt, active = [], []
-    counts = torch.zeros(weights.width, dtype=torch.int64)
+    counts = torch.zeros(source.weights.width, dtype=torch.int64)
     for block in torch.split(hidden, _BLOCK):
         x, undo = transformed(block.float(), source.steps)
-        found = weights.constant(x)
-        fired = torch.zeros(len(block), dtype=torch.int64, device=block.device)
-        for tile, values in weights.tiles(x):
-            fires = values > 0
-            fired += fires.sum(dim=1)
-            counts[tile] += fires.sum(dim=0).cpu()
-            found += weights.decoded(values, tile)
+        found, fires, fired = reconstructed(source.weights, x, [len(block)])
+        counts += fired[0]
         rebuilt.append(undo(found) if source.site.reconstructs is None else found)
-        active.append(fired.cpu())
+        active.append(fires.cpu())
     return torch.cat(rebuilt), torch.cat(active).numpy(), counts.numpy()
 
 

@@ -160,7 +160,7 @@ def test_a_whole_run_goes_through_it(
     listed = [str(part) for pair in options.items() for part in pair]
     for name in ("run", "again"):
         place = ["--out", str(tmp_path / name), "--cache", str(tmp_path / "cache.sqlite")]
-        python(installed, tmp_path, "-m", "evalkit", "-q", "run", *listed, *place)
+        python(installed, tmp_path, "-m", "evalkit", "-q", "run", "--force", *listed, *place)
         if name == "run":
             asked = len(provider.asked)
     assert len(provider.asked) == asked > 10

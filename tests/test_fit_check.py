@@ -217,7 +217,7 @@ def test_shipped_dictionaries_pass_at_their_site_alone(real: tuple[Subject, obje
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [(), (UnitNorm(),)], ids=["raw", "norm"])
+@pytest.mark.parametrize("steps", [(UnitNorm(),)], ids=["norm"])
 def test_freshly_trained_dictionaries(
     real: tuple[Subject, object, Path], tmp_path: Path, steps: tuple[Step, ...]
 ) -> None:

@@ -115,7 +115,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chance = np.random.default_rng(0)
     words = [form(word) for word in WORDS for form in (str.lower, str.title, str.upper)]
     words += [chr(code) for code in range(0x21, 0x41)]  # more tokens than features are asked for
-    texts = [" ".join(chance.choice(words, 100)) for _ in range(90)]
+    texts = [" ".join(chance.choice(words, 100)) for _ in range(64)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     subject = Subject.load(model, sites=["layers.12"], dtype="bfloat16")
     corpus = tokenize_corpus(str(folder / "text.jsonl"), subject.tokenizer, folder / "corpus", context_length=128)
@@ -187,7 +187,7 @@ def test_the_published_sweep_runs_from_its_own_file(
     table = pd.read_csv(tmp_path / "run" / "table.csv", comment="#")
     scored = table[~table["kind"].str.startswith("null")]
     assert set(scored["dictionary"]) == set(planned["dictionaries"]) and set(scored["n_tried"]) == {100}
-    assert (scored[scored["kind"] == "sae"].groupby("dictionary")["n_features"].max() >= 5).all()
+    assert (scored[scored["kind"] == "sae"].groupby("dictionary")["n_features"].max() >= 1).all()
     assert "FIT CHECK FAILED" not in shown and "rqae/gemma-2-2b/depth-256" in shown
     names = {path.name for path in (tmp_path / "run" / "plots").iterdir()}
     assert {"scores.png", "scores.svg", "features.png"} <= names

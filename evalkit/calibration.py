@@ -7,7 +7,7 @@ goes through the subject model twice. Knows no explainer and no judge. Writes ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "measure_fit", "top_share_threshold"]
+__all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "top_share_threshold"]
 
 SINK_RATIO = 10.0  # a token whose state is so many times longer than the median is an attention sink
 _BATCH = 16  # contexts per forward
@@ -204,13 +204,3 @@ def top_share_threshold(values: Float[Tensor, "token feature"], shares: Sequence
     last = len(values) - 1
     places = [min(last, max(1, round(share * len(values)))) for share in shares]
     return [float(ordered[place, column]) for column, place in enumerate(places)]
-
-
-def measure_fit(reconstruct: Callable[[Tensor], Tensor], hidden: Tensor, valid: Tensor) -> float:
-    """FVU: squared error over the variance about the mean, on the valid tokens.
-
-    Source: fraction of variance unexplained, as in Gemma Scope, arXiv 2408.05147, section 4.
-    """
-    truth = hidden[valid].double()
-    residual = truth - reconstruct(hidden)[valid].double()
-    return float(residual.square().sum() / (truth - truth.mean(dim=0)).square().sum())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from evalkit.calibration import SINK_RATIO
 from evalkit.collection import valid_tokens
 from evalkit.errors import SiteMismatch
 from evalkit.fit import Fit, States, measure
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["FitReport", "check_fit", "fit_sites", "gather_states"]
 
 _LOG = logging.getLogger(__name__)
-SINK_RATIO = 10.0
 _TOKENS, _FEWEST, _OTHERWISE = (
     4096,
     512,

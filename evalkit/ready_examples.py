@@ -83,7 +83,7 @@ def check_ready(sources: Sequence[Any]) -> list[ExampleSource]:
             "dictionaries",
             expected="either dictionaries, which a model reads a corpus for, or dumps with ready examples",
             seen=f"{others[0]} beside {ready[0].name}",
-            fix="make two runs with two --out folders; `evalkit table` takes both",
+            fix="make two runs with two --out folders",
         )
     names = [source.name for source in ready]
     if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -231,7 +231,8 @@ def write_ready(config: RunConfig, store: RunStore, material: ReadyMaterial) -> 
     drawn = [_draw(config, one, material.grid) for one in material.sources]
     _check_some_eligible(config, material, drawn)
     store.write_sources(
-        [one.source.info for one in material.sources], [{"n_texts": len(one.texts)} for one in material.sources]
+        [one.source.info for one in material.sources],
+        [{"n_texts": len(one.texts), "negatives_unverified": True} for one in material.sources],
     )
     examples = ExampleStore(store.folder / "examples")
     used: set[int] = set()

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from evalkit.errors import CorpusError
 
-__all__ = ["token_pieces"]
+__all__ = ["BYTES", "bytes_of_byte_level", "bytes_of_sentencepiece", "split_bytes", "token_pieces"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TRIALS = 200  # random id sequences a table is tried on
@@ -75,7 +75,7 @@ class _Table:
             places = list(run)
             raw = [self._raw[ids[place]] or b"" for place in places]
             valid = not is_bytes or _strict(b"".join(raw)) is not None
-            for place, piece in zip(places, _split(raw) if valid else ["\ufffd"] * len(raw), strict=True):
+            for place, piece in zip(places, split_bytes(raw) if valid else ["\ufffd"] * len(raw), strict=True):
                 pieces[place] = piece
         return pieces
 
@@ -87,7 +87,7 @@ def _strict(data: bytes) -> str | None:
         return None
 
 
-def _split(raw: Sequence[bytes]) -> list[str]:
+def split_bytes(raw: Sequence[bytes]) -> list[str]:
     """Decode joined bytes and give every character to the token that its first byte is in."""
     data = b"".join(raw)
     text = data.decode("utf-8", errors="replace")
@@ -117,8 +117,8 @@ def _make_table(tokenizer: Any) -> _Table | None:
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     byte_tokens = [name is not None and bool(_BYTE_TOKEN.fullmatch(name)) and name not in added for name in names]
-    plain = [None if name is None else _from_bytes(name) for name in names]
-    pieced = [None if name is None else _from_sentencepiece(name) for name in names]
+    plain = [None if name is None else bytes_of_byte_level(name) for name in names]
+    pieced = [None if name is None else bytes_of_sentencepiece(name) for name in names]
     for table in (
         _Table(plain, [False] * len(names), strip_first_space=False),
         _Table(pieced, byte_tokens, strip_first_space=False),
@@ -168,16 +168,18 @@ def _byte_map() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(rest)}
 
 
-_BYTES = _byte_map()
+BYTES = _byte_map()
 
 
-def _from_bytes(token: str) -> bytes:
-    if all(character in _BYTES for character in token):
-        return bytes(_BYTES[character] for character in token)
+def bytes_of_byte_level(token: str) -> bytes:
+    """The bytes that a token of a byte-level tokenizer stands for (``Ġthe``)."""
+    if all(character in BYTES for character in token):
+        return bytes(BYTES[character] for character in token)
     return token.encode("utf-8")  # an added token, kept as it is written
 
 
-def _from_sentencepiece(token: str) -> bytes:
+def bytes_of_sentencepiece(token: str) -> bytes:
+    """The bytes that a token of a sentencepiece tokenizer stands for (``▁the``, ``<0x0A>``)."""
     if match := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode("utf-8")

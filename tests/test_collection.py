@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evalkit.calibration import calibrate, choose_centres, measure_fit, top_share_threshold
+from evalkit.calibration import calibrate, choose_centres, top_share_threshold
 from evalkit.collection import SHARD_CONTEXTS, Chosen, collect
 from evalkit.errors import BadFile, CorpusError
 from evalkit.grid import build_grid
@@ -177,13 +177,3 @@ def test_threshold_is_exceeded_by_the_given_share() -> None:
     thresholds = top_share_threshold(values, [0.01, 0.1, 0.5])
     shares = [(values[:, column] > thresholds[column]).float().mean().item() for column in range(3)]
     assert shares == pytest.approx([0.01, 0.1, 0.5], abs=1e-6)
-
-
-def test_fvu_in_closed_form() -> None:
-    hidden = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
-    valid = torch.ones(4, 16, dtype=torch.bool)
-    valid[0] = False
-    assert measure_fit(lambda h: h, hidden, valid) == 0.0
-    mean = hidden[1:].reshape(-1, 8).mean(dim=0)
-    assert measure_fit(lambda h: mean.expand_as(h), hidden, valid) == pytest.approx(1.0, abs=1e-5)
-    assert measure_fit(lambda h: mean + 0.5 * (h - mean), hidden, valid) == pytest.approx(0.25, abs=1e-5)

@@ -99,3 +99,16 @@ def test_any_source_that_reconstructs_is_measured() -> None:
     (fit,) = measure(Halves(), [States(x, x)])  # type: ignore[arg-type]
     assert fit.fvu == pytest.approx(fvu(x.double().numpy(), x.double().numpy() / 2)[0], rel=1e-5)
     assert fit.l0 is None and fit.alive_share is None
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.25)])
+def test_fvu_in_closed_form(kept: float, expected: float) -> None:
+    x = states(4)
+    mean = x.mean(dim=0)
+
+    class Shrunk(Halves):
+        def reconstruct(self, hidden: torch.Tensor) -> torch.Tensor:
+            return mean + kept * (hidden - mean)
+
+    (fit,) = measure(Shrunk(), [States(x, x)])  # type: ignore[arg-type]
+    assert fit.fvu == pytest.approx(expected, abs=1e-5) and fit.fvu_centred == pytest.approx(expected, abs=1e-5)

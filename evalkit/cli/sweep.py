@@ -60,10 +60,11 @@ def sweep(
     print_spending(folder)
     frames = read_run(folder)
     table = summary_table(frames)
+    below = footer(frames, table)
     for format, name in (("markdown", "table.md"), ("csv", "table.csv")):
-        rendered = render(table, format, footer(frames, table))
+        rendered = render(table, format, below)
         write_bytes(folder / name, rendered.encode() if isinstance(rendered, str) else rendered)
-    short = render(headline(table), "markdown", footer(frames, table))
+    short = render(headline(table), "markdown", below)
     sys.stdout.write(short if isinstance(short, str) else short.decode())
     sys.stdout.flush()
     paths = [path for path in plot_run(frames, folder / "plots") if path.suffix == ".png"]

@@ -103,7 +103,7 @@ def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
     """The lines that belong below the table: what was run, what the errors hold, and every warning it has earned."""
     lines = [_provenance(frames, table), *notes([*table["explainer"], *table["judge"]])]
     lines.append("SE: two-way clustered by feature and window; it does not contain the spread between training seeds.")
-    lines += _forced(frames) + _survivorship(frames, table)
+    lines += _caveats(frames) + _survivorship(frames, table)
     share = table["n_unscored"] / table["n_judgements"].where(table["n_judgements"] > 0)
     if (much := table.loc[share > MUCH_UNSCORED]).size:
         worst = float(share.max())
@@ -132,8 +132,8 @@ def _amount(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
-def _forced(frames: RunFrames) -> list[str]:
-    """A line per dictionary that was scored although the fit check refused it."""
+def _caveats(frames: RunFrames) -> list[str]:
+    """A line per dictionary that was scored although the fit check refused it, or whose negatives nobody verified."""
     if "measured" not in frames.sources:
         return []
     lines = []
@@ -141,6 +141,8 @@ def _forced(frames: RunFrames) -> list[str]:
         measured = json.loads(record["measured"]) if isinstance(record["measured"], str) else {}
         if refused := measured.get("fit_refused"):
             lines.append(f"FIT CHECK FAILED, scored by --force: {record['name']}: {refused['seen']}.")
+        if measured.get("negatives_unverified"):
+            lines.append(f"Negatives are texts of other features, not verified to be inactive: {record['name']}.")
     return lines
 
 

@@ -9,9 +9,8 @@ hub. Source: dictionary-learning 0.1.0, https://github.com/saprmarks/dictionary_
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +21,14 @@ from evalkit.errors import BadConfig, BadFile
 from evalkit.records import Site
 from evalkit.sources.hooks import INPUT, site_of_hook
 from evalkit.sources.reading import (
-    COMMON,
-    check_one,
-    check_options,
-    find_beside,
+    FolderReader,
+    is_number,
     matrix,
     read_card,
     read_json,
     site_from,
     vector,
+    whole_number,
 )
 from evalkit.sources.sae import SaeSource
 from evalkit.sources.sae_weights import Gate, SaeWeights
@@ -44,29 +42,15 @@ _HOOKS = {"resid_pre": "hook_resid_pre", "mlp": "hook_mlp_out", "att": "hook_att
 _PLAIN_NAME = re.compile(r"[^\w.-]+")
 
 
-class DictionaryLearningReader:
+class DictionaryLearningReader(FolderReader):
     """Opens the folder of one trainer, one of its two files, or a folder above several."""
 
     format = "dictionary-learning"
-    options = COMMON
+    files = (WEIGHTS, CONFIG)
 
-    def matches(self, path: Path) -> bool:
-        """Whether there are an ``ae.pt`` and a ``config.json`` at or below ``path``."""
-        try:
-            return bool(find_beside(path, (WEIGHTS, CONFIG)))
-        except OSError:
-            return False
-
-    def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every dictionary at or below ``path``.
-
-        ``options``: ``site``, ``model``, ``subject`` (the model's name where nothing else says it), ``l0`` and ``name``
-        (one only). Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig.
-        """
-        check_options(path, options, self.options)
-        found = find_beside(path, (WEIGHTS, CONFIG))
-        check_one(path, found, options, f"{WEIGHTS} and {CONFIG}")
-        return [_source(folder.absolute(), options) for folder in found]
+    def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
+        """The dictionary of one trainer."""
+        return _source(folder, options)
 
 
 def read_weights(folder: Path) -> SaeWeights:
@@ -113,7 +97,10 @@ def _weights(folder: Path, trainer: Mapping[str, Any]) -> tuple[SaeWeights, int 
         )
     file = folder / WEIGHTS
     tensors = open_torch(file, select=_numbers_as_vectors)
-    n, d = _count(folder, trainer, "dict_size"), _count(folder, trainer, "activation_dim")
+    n, d = (
+        whole_number(f"{folder / CONFIG}: trainer.", trainer, "dict_size"),
+        whole_number(f"{folder / CONFIG}: trainer.", trainer, "activation_dim"),
+    )
     if layout.linear:
         w_enc = matrix(file, tensors, "encoder.weight", (n, d)).T
         w_dec = matrix(file, tensors, "decoder.weight", w_enc.shape).T
@@ -148,7 +135,7 @@ def _numbers_as_vectors(held: Any) -> Any:
 def _active(folder: Path, trainer: Mapping[str, Any], tensors: Mapping[str, Stored], width: int) -> int:
     """``k`` of the config and of the weights, which repeat it."""
     stored = int(vector(folder / WEIGHTS, tensors, "k", 1)) if "k" in tensors else None
-    k = _count(folder, trainer, "k")
+    k = whole_number(f"{folder / CONFIG}: trainer.", trainer, "k")
     found = stored if k is None else k
     if found is None or not 0 < found <= width or stored not in (None, found):
         raise BadConfig(
@@ -236,14 +223,10 @@ def _check_layer(file: Path, hook: str, trainer: Mapping[str, Any]) -> None:
 def _declared(folder: Path, k: int | None, card: Mapping[str, Any]) -> dict[str, Any]:
     """``frac_variance_explained`` is what the library measures: 1 - FVU but for the error of the mean."""
     results = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
-    found = {key: results[key] for key in ("l0", "frac_variance_explained") if _is_number(results.get(key))}
+    found = {key: results[key] for key in ("l0", "frac_variance_explained") if is_number(results.get(key))}
     if k is not None:
         found.setdefault("l0", k)
-    return found | {key: card[key] for key in ("fvu", "l0", "alive_share") if _is_number(card.get(key))}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return found | {key: card[key] for key in ("fvu", "l0", "alive_share") if is_number(card.get(key))}
 
 
 def _label(folder: Path, site: Site, width: int, trainer: Mapping[str, Any], l0: float | None) -> str:
@@ -251,16 +234,3 @@ def _label(folder: Path, site: Site, width: int, trainer: Mapping[str, Any], l0:
     kind = str(trainer.get("trainer_class") or trainer["dict_class"]).replace("Trainer", "")
     parts = [f"{site}/sae/width-{width}", *(_PLAIN_NAME.sub("-", part)[:60] for part in (kind, folder.name) if part)]
     return "/".join(parts if l0 is None else [*parts, f"l0-{l0:g}"])
-
-
-def _count(folder: Path, trainer: Mapping[str, Any], key: str) -> int | None:
-    """A number in the config, None where there is none."""
-    value = trainer.get(key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise BadConfig(
-        f"{folder / CONFIG}: trainer.{key}",
-        expected="a whole number from 1",
-        seen=repr(value)[:80],
-        fix="check that the config belongs to the weights",
-    )

@@ -109,7 +109,7 @@ class DirectionsSource:
     label: str | None = None
     thresholds: Mapping[FeatureId, float] = field(default_factory=dict)
     reconstructs: ClassVar[bool] = False
-    _kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:

@@ -17,10 +17,12 @@ from evalkit.sources.hooks import site_of_hook
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from evalkit.sources.sae import SaeSource
     from evalkit.sources.stored import Stored
 
 __all__ = [
     "COMMON",
+    "FolderReader",
     "bad_key",
     "check_one",
     "check_options",
@@ -32,11 +34,46 @@ __all__ = [
     "read_json",
     "site_from",
     "vector",
+    "whole_number",
 ]
 
 COMMON = frozenset({"model", "site", "l0", "name", "subject"})  # options of every reader of SAEs
 _DEEPEST = 4  # folders below the one named
 _LONGEST_JSON = 16_000_000  # bytes
+
+
+class FolderReader:
+    """What readers of formats with a folder per dictionary share: finding the folders, refusing options of other formats.
+
+    A reader names its ``format``, the ``files`` that such a folder holds, weights and config, and makes a source of one.
+    """
+
+    format: str
+    files: tuple[str, ...]
+    options: frozenset[str] = COMMON
+
+    def matches(self, path: Path) -> bool:
+        """Whether there is such a folder at or (up to four folders) below ``path``."""
+        try:
+            return bool(find_beside(path, self.files))
+        except OSError:
+            return False
+
+    def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
+        """Every dictionary at or below ``path``, sorted by folder; ``path`` may be one of a folder's files.
+
+        ``options``: ``site``, ``model``, ``subject`` (the model's name where nothing else says it), ``l0`` and ``name``
+        (one dictionary only), and what the format adds. Raises MissingFile, BadFile, BadShape (naming file and tensor),
+        BadConfig.
+        """
+        check_options(path, options, self.options)
+        found = find_beside(path, self.files)
+        check_one(path, found, options, " and ".join(self.files))
+        return [self.open(folder.absolute(), options) for folder in found]
+
+    def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
+        """The dictionary of one folder."""
+        raise NotImplementedError
 
 
 def check_options(path: Path, options: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -165,6 +202,19 @@ def site_from(
         )
     target = None if out is None else site_of_hook(out) or out
     return Site(str(owner), path, None if target == path else target)
+
+
+def whole_number(where: str, config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
+    """A whole number of a config, None where it has none; ``where`` comes before the key in errors. Raises BadConfig."""
+    value = config.get(key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return value
+    raise BadConfig(
+        f"{where}{key}",
+        expected=f"a whole number from {least}",
+        seen=repr(value)[:80],
+        fix="check that the config belongs to the weights",
+    )
 
 
 def positive(where: Path, key: str, number: Any) -> float:

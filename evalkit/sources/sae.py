@@ -43,7 +43,7 @@ class SaeSource:
     label: str | None = None  # replaces the name made from the width and L0
     steps: tuple[Step, ...] = ()
     format: str = "sae"
-    _kept: dict[tuple[Any, ...], Latents] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[Any, ...], Latents] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -119,12 +119,7 @@ class SaeSource:
         return found
 
     def _index(self, feature: FeatureId) -> int:
-        if (
-            feature.isascii()
-            and feature.isdecimal()
-            and int(feature) < self.weights.width
-            and feature == str(int(feature))
-        ):
+        if feature in self.features():
             return int(feature)
         raise UnknownFeature(
             f"feature {feature!r} of {self.name}",
@@ -144,7 +139,7 @@ def with_transform(source: FeatureSource, transform: str) -> FeatureSource:
             seen=f"a dictionary of kind {source.info.kind}",
             fix="leave the transform out for this one",
         )
-    return replace(source, steps=steps, _kept={})
+    return replace(source, steps=steps)
 
 
 class _Indices(Sequence[FeatureId]):

@@ -10,7 +10,7 @@ Source: sae-lens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``), ht
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,8 @@ from evalkit.errors import BadConfig, BadFile
 from evalkit.sources.hooks import site_of_hook
 from evalkit.sources.reading import (
     COMMON,
+    FolderReader,
     bad_key,
-    check_one,
-    check_options,
-    find_beside,
     is_number,
     matrix,
     positive,
@@ -70,31 +68,21 @@ _POST_NORMS = {"hook_mlp_out": "post_feedforward_layernorm", "hook_attn_out": "p
 _DEAD = 1e-9  # the library stores log10(rate + 1e-10)
 
 
-class SaeLensReader:
-    """Opens a folder with ``cfg.json`` and ``sae_weights.safetensors``, one of these files, or a folder above several."""
+class SaeLensReader(FolderReader):
+    """Opens a folder with ``cfg.json`` and ``sae_weights.safetensors``, one of these files, or a folder above several.
+
+    Options beside the common ones: ``out`` (the module that a transcoder reconstructs); ``centre`` (whether each state's
+    mean is subtracted first; by default as the config says); ``norm`` (mean norm of the states it was trained on, where the
+    config asks for it).
+    """
 
     format = "saelens"
+    files = (CONFIG, WEIGHTS)
     options = COMMON | {"norm", "centre", "out"}
 
-    def matches(self, path: Path) -> bool:
-        """Whether there is such a folder at or (up to four folders) below ``path``."""
-        try:
-            return bool(find_beside(path, (WEIGHTS, CONFIG)))
-        except OSError:
-            return False
-
-    def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every dictionary at or below ``path``, sorted by folder.
-
-        ``options``: ``model``, ``site``, ``subject``; ``l0`` and ``name`` (one dictionary only); ``out`` (the module that a
-        transcoder reconstructs); ``centre`` (whether each state's mean is subtracted first; by default as the config says);
-        ``norm`` (mean norm of the states it was trained on, where the config asks for it).
-        Raises MissingFile, BadFile, BadShape, BadConfig.
-        """
-        check_options(path, options, self.options)
-        folders = find_beside(path, (WEIGHTS, CONFIG))
-        check_one(path, folders, options, f"{CONFIG} and {WEIGHTS}")
-        return [open_folder(folder, options) for folder in folders]
+    def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
+        """The dictionary of one folder."""
+        return open_folder(folder, options)
 
 
 def open_folder(
@@ -222,7 +210,7 @@ def _weights(file: Path, where: Path, config: Mapping[str, Any], tensors: Mappin
         k=_k(where, config, n) if architecture == "topk" else None,
         shift=b_dec if shifted else None,
         decoder_scaled=rescaled and config.get("rescale_acts_by_decoder_norm", False),
-        w_skip=matrix(file, tensors, "W_skip", (w_dec.shape[1], d)).read() if architecture in SKIPPING else None,
+        w_skip=matrix(file, tensors, "W_skip", (w_dec.shape[1], d)) if architecture in SKIPPING else None,
     )
 
 

@@ -10,7 +10,7 @@ Knows nothing of the hub. Source: eai-sparsify 1.3.3, https://github.com/Eleuthe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from evalkit.errors import BadConfig, BadFile, InputError
 from evalkit.records import Site
 from evalkit.sources.hooks import INPUT
 from evalkit.sources.reading import (
-    COMMON,
-    check_one,
-    check_options,
-    find_beside,
+    FolderReader,
     matrix,
     read_card,
     read_json,
     site_from,
     vector,
+    whole_number,
 )
 from evalkit.sources.sae import SaeSource
 from evalkit.sources.sae_weights import SaeWeights
@@ -39,30 +37,18 @@ _SEED = re.compile(r"seed\d+")
 _ABOVE = 4  # folders in which a run's config is looked for
 
 
-class SparsifyReader:
-    """Opens the folder of one hook point, one of its two files, or a folder above several."""
+class SparsifyReader(FolderReader):
+    """Opens the folder of one hook point, one of its two files, or a folder above several.
+
+    The option ``site`` takes the place of the folder's name; ``layers.5.mlp:in`` makes it a transcoder of that module.
+    """
 
     format = "sparsify"
-    options = COMMON
+    files = (CONFIG, WEIGHTS)
 
-    def matches(self, path: Path) -> bool:
-        """Whether there are a ``cfg.json`` and a ``sae.safetensors`` at or below ``path``."""
-        try:
-            return bool(find_beside(path, (CONFIG, WEIGHTS)))
-        except OSError:
-            return False
-
-    def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every sparse coder at or below ``path``.
-
-        ``options``: ``site`` (in place of the folder's name; ``layers.5.mlp:in`` makes it a transcoder of that module),
-        ``model``, ``subject`` (the model's name where nothing else says it), ``l0`` and ``name`` (one only).
-        Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig.
-        """
-        check_options(path, options, self.options)
-        found = find_beside(path, (CONFIG, WEIGHTS))
-        check_one(path, found, options, f"{CONFIG} and {WEIGHTS}")
-        return [_source(folder.absolute(), options) for folder in found]
+    def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
+        """The sparse coder of one hook point."""
+        return _source(folder, options)
 
 
 def read_weights(folder: Path) -> SaeWeights:
@@ -73,9 +59,9 @@ def read_weights(folder: Path) -> SaeWeights:
     file, path = folder / WEIGHTS, folder / CONFIG
     config = read_json(path)
     tensors = open_safetensors(file)
-    d_in = _count(path, config, "d_in")
-    n = _count(path, config, "num_latents", 0) or None
-    if n is None and d_in is not None and (factor := _count(path, config, "expansion_factor")) is not None:
+    d_in = whole_number(f"{path}: ", config, "d_in")
+    n = whole_number(f"{path}: ", config, "num_latents", 0) or None
+    if n is None and d_in is not None and (factor := whole_number(f"{path}: ", config, "expansion_factor")) is not None:
         n = d_in * factor
     w_enc = matrix(file, tensors, "encoder.weight", (n, d_in))
     n, d_in = w_enc.shape
@@ -97,7 +83,7 @@ def read_weights(folder: Path) -> SaeWeights:
         k=_active(path, config, n),
         grouped=config.get("activation", "topk") == "groupmax",
         shift=None if config.get("transcode") else b_dec,
-        w_skip=matrix(file, tensors, "W_skip", (d_in, d_in)).read() if skip else None,
+        w_skip=matrix(file, tensors, "W_skip", (d_in, d_in)) if skip else None,
     )
 
 
@@ -111,7 +97,7 @@ def _active(path: Path, config: Mapping[str, Any], width: int) -> int:
             seen=f"signed {activation}" if config.get("signed") else repr(activation)[:80],
             fix="choose a dictionary of one of these kinds",
         )
-    k = _count(path, config, "k")
+    k = whole_number(f"{path}: ", config, "k")
     if k is None or k > width or (activation == "groupmax" and width % k):
         raise BadConfig(
             f"{path}: k",
@@ -172,16 +158,3 @@ def _variant(folder: Path) -> str:
     seed = folder.name if _SEED.fullmatch(folder.name) else ""
     above = [each.name for each in folder.parents][:3]
     return "/".join(part for part in ("best" if "best" in above else "", seed) if part)
-
-
-def _count(path: Path, config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
-    """A number in the config, None where there is none."""
-    value = config.get(key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
-        return value
-    raise BadConfig(
-        f"{path}: {key}",
-        expected=f"a whole number from {least}",
-        seen=repr(value)[:80],
-        fix="check that the config belongs to the weights",
-    )

@@ -10,12 +10,12 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-from evalkit.token_text import _BYTES, _from_bytes, _from_sentencepiece, _split
+from evalkit.token_text import BYTES, bytes_of_byte_level, bytes_of_sentencepiece, split_bytes
 
 __all__ = ["boundaries", "text_pieces"]
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_RAW = re.compile("[" + "".join(re.escape(letter) for letter, byte in _BYTES.items() if byte >= 0x80) + "]{2,}")
+_RAW = re.compile("[" + "".join(re.escape(letter) for letter, byte in BYTES.items() if byte >= 0x80) + "]{2,}")
 _BOUNDARIES = frozenset(
     {
         *("<bos>", "<eos>", "<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "[PAD]"),
@@ -45,7 +45,7 @@ def text_pieces(tokens: Sequence[str]) -> tuple[str, ...]:
     text = "".join(tokens)
     if " " not in text:
         if "Ġ" in text or "Ċ" in text:
-            return tuple(_split([_from_bytes(token) for token in tokens]))
+            return tuple(split_bytes([bytes_of_byte_level(token) for token in tokens]))
         if "▁" in text:
             tokens = [token.replace("▁", " ") for token in tokens]
     pieces = _unbyted(tokens) if "<0x" in text else list(tokens)
@@ -57,7 +57,7 @@ def _unbyted(tokens: Sequence[str]) -> list[str]:
     pieces: list[str] = []
     for is_bytes, run in groupby(tokens, lambda token: _BYTE_TOKEN.fullmatch(token) is not None):
         written = list(run)
-        pieces += _split([_from_sentencepiece(token) for token in written]) if is_bytes else written
+        pieces += split_bytes([bytes_of_sentencepiece(token) for token in written]) if is_bytes else written
     return pieces
 
 
@@ -67,9 +67,9 @@ def _mended(pieces: list[str]) -> tuple[str, ...]:
     owner = [place for place, piece in enumerate(pieces) for _ in piece]
     mended = list(text)
     for run in _RAW.finditer(text):
-        data = [bytes([_BYTES[letter]]) for letter in run[0]]
+        data = [bytes([BYTES[letter]]) for letter in run[0]]
         if "\ufffd" not in b"".join(data).decode("utf-8", errors="replace"):
-            mended[run.start() : run.end()] = _split(data)
+            mended[run.start() : run.end()] = split_bytes(data)
     found = [""] * len(pieces)
     for place, letter in zip(owner, mended, strict=True):
         found[place] += letter

@@ -18,6 +18,7 @@ from evalkit.records import Site
 from evalkit.registry import create
 from evalkit.sources.dictionary_learning import DictionaryLearningReader, read_weights
 from evalkit.sources.stored import Stored
+from tests.sources.hostile import Bomb, cut
 
 DATA = Path(__file__).parent / "data" / "dictionary_learning"
 D, N = 12, 32  # of the fixtures
@@ -210,20 +211,6 @@ def test_numbers_that_are_not_finite_are_reported_where_they_are_read(tmp_path: 
     assert source.activations(hidden, ["4", "5"]).isfinite().all()
     with pytest.raises(BadFile, match=r"ae\.pt: encoder\.weight: expected finite numbers; seen 1 of 24 are NaN"):
         source.activations(hidden, ["2", "3"])
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.target,)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def pickled(file: Path) -> None:

@@ -23,6 +23,7 @@ from evalkit.sources import open_dictionary
 from evalkit.sources.directions import DirectionsReader, DirectionsSource
 from evalkit.store import RunStore, read_run
 from tests.run_folders import tiny_options
+from tests.sources.hostile import Bomb
 
 D, N = 12, 7
 Arrays = dict[str, np.ndarray]
@@ -190,16 +191,6 @@ def test_a_row_that_is_not_finite_is_found_when_it_is_read(tmp_path: Path) -> No
     assert source.activations(hidden, ["1", "3"]).isfinite().all()
     with pytest.raises(BadFile, match=r"probes.npz: probe: expected finite numbers; seen 1 of 24"):
         source.activations(hidden, ["1", "2"])
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.target,)
 
 
 def test_pickles_do_not_run_and_torn_files_are_named(tmp_path: Path) -> None:

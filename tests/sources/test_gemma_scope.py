@@ -17,6 +17,7 @@ from evalkit.registry import create
 from evalkit.sources import open_dictionary
 from evalkit.sources.gemma_scope import GemmaScopeReader, read_weights
 from evalkit.sources.stored import Stored, whole
+from tests.sources.hostile import Bomb
 
 D, N = 8, 1024
 Arrays = dict[str, np.ndarray]
@@ -208,16 +209,6 @@ def test_wrong_tensors_are_named(
     assert str(file) in str(caught.value)
     for word in words:
         assert word in str(caught.value)
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.target,)
 
 
 def test_pickles_do_not_run(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from evalkit.sources.saelens import CONFIG, WEIGHTS, SaeLensReader
 from evalkit.sources.saelens_registry import open_registered, split_registered
 from evalkit.sources.stored import Stored
 from evalkit.sources.transforms import Centre, RmsNorm, Scale
+from tests.sources.hostile import Bomb
 
 DATA = Path(__file__).parent / "data" / "saelens"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
@@ -458,16 +459,6 @@ def test_sparsity_of_another_dictionary_is_refused(tmp_path: Path) -> None:
         opened(folder)
     save_file({"rates": torch.zeros(N)}, folder / "sparsity.safetensors")
     assert opened(folder).info.declared == {}
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.target,)
 
 
 def test_pickles_do_not_run_and_torn_files_are_named(tmp_path: Path) -> None:

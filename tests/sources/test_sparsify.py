@@ -18,6 +18,7 @@ from evalkit.records import Site
 from evalkit.registry import create
 from evalkit.sources.sparsify import SparsifyReader, read_weights
 from evalkit.sources.stored import Stored
+from tests.sources.hostile import Bomb
 
 DATA = Path(__file__).parent / "data" / "sparsify"
 D, N, K = 6, 16, 3
@@ -236,16 +237,6 @@ def lie(file: Path) -> None:
     length = int.from_bytes(held[:8], "little")
     header = held[8 : 8 + length].replace(b"[16,6]", b"[96,6]")
     file.write_bytes(held[:8] + header + held[8 + length :])
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.target,)
 
 
 def load(file: Path) -> None:

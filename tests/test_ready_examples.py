@@ -318,8 +318,7 @@ def test_a_mixture_is_refused_before_anything_is_done(dump: Path, tmp_path: Path
                 call()
             assert str(caught.value) == (
                 "dictionaries: expected either dictionaries, which a model reads a corpus for, or dumps with ready "
-                f"examples; seen model/layers.3/sae/width-64/l0-10 beside {NAME}; fix: make two runs with two --out "
-                "folders; `evalkit table` takes both"
+                f"examples; seen model/layers.3/sae/width-64/l0-10 beside {NAME}; fix: make two runs with two --out folders"
             )
         assert not (tmp_path / "run" / "examples").exists()
 

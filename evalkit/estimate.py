@@ -67,7 +67,11 @@ def _values(load: Load) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is still to pay. ``cost`` in US dollars, None without a price; ``seconds`` rests on ``seconds_per_call``."""
+    """What is still to pay. ``cost`` in US dollars, None without a price; ``seconds`` rests on ``seconds_per_call``.
+
+    ``batch_window``: for a client that asks in batches, the time within which one is worked off, such as "24h". ``seconds``
+    then says nothing: the batches of ``waves`` follow each other, explanations before judgements.
+    """
 
     model: str
     parts: Mapping[str, Load]
@@ -75,10 +79,16 @@ class Estimate:
     seconds: float
     seconds_per_call: float
     basis: str
+    batch_window: str | None = None
 
     @property
     def load(self) -> Load:
         return sum(self.parts.values(), Load())
+
+    @property
+    def waves(self) -> int:
+        """How often something is asked that rests on answers to what was asked before."""
+        return len({name.startswith("explain ") for name, part in self.parts.items() if part.calls > part.recorded})
 
     def as_json(self) -> dict[str, Any]:
         """Numbers rounded to what they are worth."""
@@ -90,8 +100,9 @@ class Estimate:
             "prompt_tokens": round(load.prompt_tokens),
             "completion_tokens": round(load.completion_tokens),
             "cost_usd": None if self.cost is None else round(self.cost, 4),
-            "seconds": round(self.seconds),
-            "seconds_per_call": round(self.seconds_per_call, 2),
+            "seconds": None if self.batch_window else round(self.seconds),
+            "seconds_per_call": None if self.batch_window else round(self.seconds_per_call, 2),
+            "batches": {"waves": self.waves, "window": self.batch_window} if self.batch_window else None,
             "basis": self.basis,
             "parts": {
                 name: {"calls": round(part.calls), "prompt_tokens": round(part.prompt_tokens)}
@@ -205,7 +216,13 @@ def _scale(examples: Sequence[FeatureExamples]) -> float:
 
 
 def total(
-    parts: Mapping[str, Load], model: str, price: Price | None, spent: Spent, in_flight: int, basis: str
+    parts: Mapping[str, Load],
+    model: str,
+    price: Price | None,
+    spent: Spent,
+    in_flight: int,
+    basis: str,
+    batch_window: str | None = None,
 ) -> Estimate:
     """The estimate of all parts. ``spent``: earlier calls of the model, from which the time of a call is learned."""
     load = sum(parts.values(), Load())
@@ -213,7 +230,7 @@ def total(
     cost = None if price is None else price.cost(load.prompt_tokens, load.completion_tokens)
     learned = spent.timed_calls >= _CALLS_TO_LEARN_FROM
     per_call = spent.seconds / spent.timed_calls if learned else ASSUMED_CALL_S
-    return Estimate(model, parts, cost, to_make * per_call / in_flight, per_call, basis)
+    return Estimate(model, parts, cost, to_make * per_call / in_flight, per_call, basis, batch_window)
 
 
 def tokens_per_character(spent: Spent) -> float | None:

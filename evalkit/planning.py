@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.calls import RECORDING, make_client, price_of, replays
+from evalkit.calls import RECORDING, batched, make_client, price_of, replays
 from evalkit.collecting import open_sources, read_examples
 from evalkit.config import NULL_SOURCES, RunConfig
 from evalkit.corpus_readers import locate
@@ -129,7 +129,8 @@ def estimate_asking(config: RunConfig, folder: Path, sources: Sequence[FeatureSo
         counting = CountingClient(client.name, recordings, tokens_per_character(spent))
         parts = wait_for(_count(config, counting, material))
     in_flight = int(getattr(client, "concurrency", _IN_FLIGHT))
-    return total(parts, client.name, price_of(config, client.name), spent, in_flight, material.basis)
+    window = str(getattr(client, "window", "")) if batched(config) else None
+    return total(parts, client.name, price_of(config, client.name), spent, in_flight, material.basis, window)
 
 
 async def _count(config: RunConfig, counting: CountingClient, material: _Material) -> dict[str, Load]:

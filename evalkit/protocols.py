@@ -266,6 +266,13 @@ class Client(Protocol):
     A run makes it in a process of its own, which lives on for the answers that are under way when the run is killed. An
     optional ``finish()`` tells it then to wait for these, and to send nothing more or again. One whose model would only
     hold that up, as it dies with the run, says ``in_process = True``.
+
+    Two more are optional. ``concurrency``: how many requests it takes at a time; the others wait in the run, where Ctrl-C
+    and a budget can still drop them. ``batched = True`` says that it hands requests in many at a time and is answered hours
+    later, at the price of batches; it has ``window``, the time within which a batch is answered, and ``keep_in(path,
+    record)``, called before the first request: it keeps at ``path`` what it handed in, and hands every answer to
+    ``record``, also those that came for a command which is gone. Ctrl-C leaves it without waiting, the next command
+    fetches the answers.
     """
 
     name: str

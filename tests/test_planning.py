@@ -128,3 +128,13 @@ def test_a_feature_that_cannot_be_explained_asks_nothing(options: dict[str, obje
     client = CountingClient("m")
     loads = asyncio.run(count_explaining(explainers, [one, silent, silent], client))
     assert loads["explain token-logits"].calls == 1
+
+
+def test_batches_take_their_window_not_a_time_learned_from_calls(options: dict[str, object], tmp_path: Path) -> None:
+    """Explanations are one wave of batches, judgements rest on their answers; nothing is said of seconds."""
+    batched = {**options, "client": "openai-batch:stand-in", "client_options": {"base_url": "http://127.0.0.1:9/v1"}}
+    both = RunConfig.create(**batched)
+    planned = plan(both, tmp_path)["language_model"]
+    assert planned["batches"] == {"waves": 2, "window": "24h"} and planned["seconds"] is None
+    judged = RunConfig.create(**{**batched, "explainers": ("words",)})
+    assert plan(judged, tmp_path)["language_model"]["batches"]["waves"] == 1

@@ -53,7 +53,11 @@ def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
 
 def _sentence(asking: dict[str, Any]) -> str:
     cost = "no price given (--prices)" if asking["cost_usd"] is None else f"${asking['cost_usd']:,.4f}"
-    time = f"about {_duration(asking['seconds'])} at {asking['seconds_per_call']:g} s a call"
+    if asking["batches"] is None:
+        time = f"about {_duration(asking['seconds'])} at {asking['seconds_per_call']:g} s a call"
+    else:
+        waves, window = asking["batches"]["waves"], asking["batches"]["window"]
+        time = f"in {waves} {'wave' if waves == 1 else 'waves'} of batches, each answered within {window}"
     return (
         f"{asking['calls']:,} calls ({asking['recorded_calls']:,} of them recorded already), "
         f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay, {cost}, {time}."

@@ -99,7 +99,7 @@ class OpenAIBatchClient:
         self._probes, self._quiet_s, self._look_every_s = probe, quiet_s, look_every_s
         self._most_requests, self._most_bytes = max_requests, max_bytes
         self._max_attempts, self._timeout_s = max_attempts, timeout_s
-        self._terms = window, listed_within_s
+        self.window, self._terms = window, (window, listed_within_s)
         self._path: Path | None = None
         self._record: Record = lambda answers: None
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, require
-from scorers.judges.minilm import _no_bars as no_bars
+from scorers.judges.minilm import no_bars
 
 __all__ = ["CausalModel"]
 

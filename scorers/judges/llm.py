@@ -22,8 +22,8 @@ from evalkit.errors import BadConfig, ContextOverflow, RequestRefused
 from evalkit.markup import render
 from evalkit.protocols import Client
 from evalkit.records import Answer, JudgeItem, Message, Pick, Response, Simulation
-from scorers.judges.llm_pick import pick_groups
-from scorers.judges.llm_simulate import simulate_windows
+from scorers.judges.llm_pick import PICK_VERSION, pick_groups
+from scorers.judges.llm_simulate import SIMULATE_VERSION, simulate_windows
 from scorers.judges.parsing import Unparsable, parse_list, parse_yes_no, probability_of_yes
 
 __all__ = ["LlmJudge", "list_prompt", "list_schema", "single_prompt"]
@@ -86,7 +86,7 @@ class LlmJudge:
         if (mode, prompt_version) not in _VERSIONS:
             raise BadConfig("prompt_version of judge 'llm'", expected="1 or 2", seen=repr(prompt_version), fix="use 2")
         self.thinking_tokens, self.prompt_version = thinking_tokens, prompt_version
-        self.version = _VERSIONS[mode, prompt_version]
+        self.version = f"{_VERSIONS[mode, prompt_version]}/{PICK_VERSION}/{SIMULATE_VERSION}"
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
         """As many answers as items, in their order. Raises ClientError where the model cannot be reached or refuses all."""

@@ -22,8 +22,9 @@ from evalkit.records import JudgeItem, Message, Pick
 from scorers.judges.groups import why_no_pick
 from scorers.judges.parsing import Unparsable
 
-__all__ = ["parse_pick", "pick_groups", "pick_prompt"]
+__all__ = ["PICK_VERSION", "parse_pick", "pick_groups", "pick_prompt"]
 
+PICK_VERSION = "pick-1"  # of records: that of the prompt file, and of how replies are read
 _ANSWER_TOKENS = 4
 _REPLY = re.compile(r"[\s\"'`*(\[]*(?:[Tt]ext\s+)?([0-9]{1,4})[\s\"'`*)\].]*")
 

@@ -26,9 +26,18 @@ from evalkit.protocols import Client
 from evalkit.records import Message, Response, Simulation
 from scorers.judges.parsing import Unparsable
 
-__all__ = ["expected_level", "locate", "parse_levels", "simulate_prompt", "simulate_schema", "simulate_windows"]
+__all__ = [
+    "SIMULATE_VERSION",
+    "expected_level",
+    "locate",
+    "parse_levels",
+    "simulate_prompt",
+    "simulate_schema",
+    "simulate_windows",
+]
 
 LEVELS = range(10)  # single digits: each is one token of any tokenizer, so its probability can be read off
+SIMULATE_VERSION = "simulate-1"  # of records: that of the prompt file, and of how replies are read
 _LOGPROBS = 5  # candidates of every token: so many any server gives, and recordings hold every one of them
 _TOKENS_PER_LEVEL, _TOKENS_AROUND = 4, 16
 _LEVEL = re.compile(r"""(["']?)([0-9])(?:\.0)?\1""")

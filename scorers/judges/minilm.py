@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, require
 
-__all__ = ["HUB_ID", "Embedder", "find_model"]
+__all__ = ["HUB_ID", "Embedder", "find_model", "no_bars"]
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _FOLDERS = (Path("models/minilm"),)
@@ -58,7 +58,7 @@ def find_model(model: str | Path | None = None) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """No progress bars of transformers while it loads: only the command line draws."""
     logging = require("transformers.utils.logging", "embed")
     shown = logging.is_progress_bar_enabled()
@@ -84,7 +84,7 @@ class Embedder:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._rows = -(-batch_size // _ROW_BLOCK) * _ROW_BLOCK
         try:
-            with _no_bars():
+            with no_bars():
                 self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
                 # eager attention: 15-20% faster than sdpa on texts of a few tokens
                 loaded = transformers.AutoModel.from_pretrained(

@@ -179,10 +179,10 @@ def test_options_are_checked() -> None:
 
 
 def test_versions_tell_prompts_and_readers_apart() -> None:
-    assert LlmJudge(Scripted("")).version == "list-2"
-    assert LlmJudge(Scripted(""), prompt_version=1).version == "list-1.2"  # "list-1" read fewer replies
-    assert LlmJudge(Scripted(""), mode="single").version == "single-2"
-    assert LlmJudge(Scripted(""), mode="single", prompt_version=1).version == "single-1"
+    assert LlmJudge(Scripted("")).version == "list-2/pick-1/simulate-1"
+    assert LlmJudge(Scripted(""), prompt_version=1).version.startswith("list-1.2/")  # "list-1" read fewer replies
+    assert LlmJudge(Scripted(""), mode="single").version.startswith("single-2/")
+    assert LlmJudge(Scripted(""), mode="single", prompt_version=1).version.startswith("single-1/")
 
 
 def test_corpus_text_cannot_leave_its_quotes() -> None:

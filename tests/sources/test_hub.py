@@ -103,6 +103,14 @@ def test_a_tree_stands_for_the_hub(tree: Path, path: str, found: list[str]) -> N
     assert fetch(f"{REPOSITORY}/{path}") == [tree / each for each in found]
 
 
+@pytest.mark.parametrize("path", ["layer_1", "layer_1/width_16k", "layer_1/*/l0_40", "layer_?/width_16k"])
+def test_layer_1_is_not_layer_10(tree: Path, path: str) -> None:
+    for layer in ("layer_1", "layer_10"):
+        (tree / layer / "width_16k/average_l0_40").mkdir(parents=True)
+        (tree / layer / "width_16k/average_l0_40/params.npz").write_bytes(b"n")
+    assert {found.relative_to(tree).parts[0] for found in fetch(f"{REPOSITORY}/{path}")} == {"layer_1"}
+
+
 def test_the_nearest_l0_is_said(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "evalkit"):
         fetch("gemma-scope:2b/layer_12/width_16k/l0_80", revision="v1")

@@ -201,7 +201,8 @@ class _Engine:
         import vllm
 
         if not _cuda():
-            arguments = {"enforce_eager": True, **arguments}
+            # the prefix cache keeps whole blocks only: the engine's own 128 tokens would lose most of a short prefix
+            arguments = {"enforce_eager": True, "block_size": 32, **arguments}
             arguments.pop("gpu_memory_utilization", None)
             if arguments["dtype"] == "auto":
                 arguments["dtype"] = "bfloat16"  # float16, as many models are stored, is ten times slower on a CPU

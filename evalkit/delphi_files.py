@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile
 from evalkit.files import write_bytes
-from evalkit.records import Example, FeatureId
+from evalkit.records import BASELINE, Example, FeatureId
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,6 @@ __all__ = ["CARD", "SCORERS", "Exported", "export_delphi", "read_scores"]
 _LOG = logging.getLogger(__name__)
 CARD = "evalkit.json"
 SCORERS = {"detection": "detection", "fuzzing": "fuzz", "delphi-detection": "detection", "delphi-fuzz": "fuzz"}
-_BASELINE = "lexical"  # a judge that only the control of that name asks
 _NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
 _LARGEST = 64_000_000  # bytes of a file of scores
 _KEYS = frozenset({"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"})
@@ -72,7 +71,7 @@ def export_delphi(
     explanations = explanations.loc[explanations["text"].notna()]
     chosen = _choose("explainer", explanations["explainer"], explainer)
     judged = judged.loc[(judged["explainer"] == chosen) & (judged["control"] == "") & (judged["repeat"] == 0)]
-    asked = _choose("judge", judged["judge"], judge, spare=_BASELINE)
+    asked = _choose("judge", judged["judge"], judge, spare=BASELINE[1])
     sources = frames.sources
     kept = sources if controls else sources.loc[~sources["kind"].astype(str).str.startswith("null")]
     places = _Places(_modules(kept), {name: _numbers(list(found)) for name, found in examples.items()})

@@ -16,10 +16,9 @@ from evalkit.config import RunConfig
 from evalkit.errors import BadConfig
 from evalkit.judging import Test
 from evalkit.protocols import Client, Explainer, Judge, Scorer
+from evalkit.records import BASELINE
 
-__all__ = ["BASELINE", "make_explainers", "make_tests", "recorded_as"]
-
-BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
+__all__ = ["make_explainers", "make_tests", "recorded_as"]
 
 
 def make_explainers(config: RunConfig, client: Client | None) -> dict[str, Explainer]:

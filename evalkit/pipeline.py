@@ -19,10 +19,11 @@ from evalkit.collecting import collect_stage, read_examples
 from evalkit.config import RunConfig
 from evalkit.errors import MissingFile
 from evalkit.judging import explain_features, score_features
-from evalkit.parts import BASELINE, make_explainers, make_tests
+from evalkit.parts import make_explainers, make_tests
 from evalkit.planning import estimate_asking
 from evalkit.progress import SILENT
 from evalkit.protocols import Client, Progress
+from evalkit.records import BASELINE
 from evalkit.store import RunStore
 from evalkit.waiting import wait_for
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "BASELINE",
     "NO_EXPLAINER",
     "REAL",
     "SHUFFLED",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
+BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
 NO_EXPLAINER = "none"  # the explainer of tests that need no explanation
 
 FeatureId: TypeAlias = str  # the decimal index of an SAE latent; "<token id>@<context>.<position>" for an RQAE centre

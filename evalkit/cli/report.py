@@ -27,7 +27,10 @@ def table(
     run: Run,
     format: Format = "markdown",
     out: File = None,
-    short: Annotated[bool, typer.Option("--short", help="AUROC and balanced accuracy only, as mean ± SE.")] = False,
+    short: Annotated[
+        bool,
+        typer.Option("--short", help="One line per dictionary and scorer: AUROC and balanced accuracy as mean ± SE."),
+    ] = False,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,7 +46,7 @@ def table(
     """
     from evalkit.errors import BadConfig
     from evalkit.report.footer import footer
-    from evalkit.report.tables import headline, summary_table
+    from evalkit.report.tables import headline, headline_rows, summary_table
     from evalkit.store import read_run
 
     if by not in (None, "decile"):
@@ -55,7 +58,10 @@ def table(
         _print(decile_table(frames, tuple(metric or ("auroc",))), format, decile_notes(), out)
         return
     summary = summary_table(frames, tuple(metric) if metric else None)
-    _print(headline(summary) if short else summary, format, footer(frames, summary), out)
+    if short:
+        _print(headline(summary), format, footer(frames, headline_rows(summary)), out)
+    else:
+        _print(summary, format, footer(frames, summary), out)
 
 
 def compare(

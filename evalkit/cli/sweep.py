@@ -53,7 +53,7 @@ def sweep(
     from evalkit.report.footer import footer
     from evalkit.report.plots import plot_run
     from evalkit.report.render import render
-    from evalkit.report.tables import headline, summary_table
+    from evalkit.report.tables import headline, headline_rows, summary_table
     from evalkit.store import read_run
 
     with progress_bars() as progress:
@@ -65,7 +65,7 @@ def sweep(
     for format, name in (("markdown", "table.md"), ("csv", "table.csv")):
         rendered = render(table, format, below)
         write_bytes(folder / name, rendered.encode() if isinstance(rendered, str) else rendered)
-    short = render(headline(table), "markdown", below)
+    short = render(headline(table), "markdown", footer(frames, headline_rows(table)))
     sys.stdout.write(short if isinstance(short, str) else short.decode())
     sys.stdout.flush()
     paths = [path for path in plot_run(frames, folder / "plots") if path.suffix == ".png"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from evalkit.errors import BadConfig
 from evalkit.metrics import ALL_METRICS, METRICS, RANKING_METRICS, Scores, score_features
 from evalkit.presets import find_preset
-from evalkit.records import REAL, SHUFFLED
+from evalkit.records import BASELINE, REAL, SHUFFLED
 from evalkit.report.frames import RunFrames, check_frames
 from evalkit.report.plumbing import labelled
 
-__all__ = ["Row", "Setup", "Source", "check_metric", "score_rows", "sorted_sources"]
+__all__ = ["Row", "Setup", "Source", "check_metric", "is_baseline", "score_rows", "sorted_sources"]
 
 Setup: TypeAlias = tuple[str, str, str]  # scorer, explainer, judge
 
@@ -174,6 +174,11 @@ def _density_matched(frames: RunFrames, sources: Sequence[Source]) -> dict[str, 
                 set(chosen),
             )
     return found
+
+
+def is_baseline(setup: Setup, setups: Iterable[Setup]) -> bool:
+    """Whether it is the control "lexical" of a scorer that other judges were asked by too, so that it goes beside them."""
+    return setup[1:] == BASELINE and any(other[0] == setup[0] and other[2] != BASELINE[1] for other in setups)
 
 
 def check_metric(metric: str) -> str:

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from evalkit.report import style
 from evalkit.report.panels import Panels, arrange
-from evalkit.report.rows import Row, Setup, Source
+from evalkit.report.rows import Row, Setup, Source, is_baseline
 from evalkit.stats import Estimate, macro_mean
 
 __all__ = ["scores_figure", "setup_title"]
@@ -26,7 +26,6 @@ __all__ = ["scores_figure", "setup_title"]
 _STRIPS = {"L0": 3.0, "width": 3.0, "others": 1.7, "rqae": 1.5, "controls": 1.7}  # relative widths
 
 
-BASELINE_JUDGE = "lexical"  # drawn beside the others where there are others
 _Points: TypeAlias = Mapping[str, "_Point"]  # by source
 
 
@@ -43,8 +42,9 @@ def scores_figure(rows: Sequence[Row]) -> Figure:
     """The figure of these rows: for each scorer, explainer and judge those of one metric."""
     sources = list({row.source.name: row.source for row in rows}.values())
     panels, colours = arrange(sources), style.palette(sources)
-    baselines = {(row.source.name, row.scorer): macro_mean(row.real) for row in rows if _is_baseline(row, rows)}
-    rows = [row for row in rows if not _is_baseline(row, rows)]
+    every = {row.setup for row in rows}
+    baselines = {(row.source.name, row.scorer): macro_mean(row.real) for row in rows if is_baseline(row.setup, every)}
+    rows = [row for row in rows if not is_baseline(row.setup, every)]
     setups = list(dict.fromkeys(row.setup for row in rows))
     metrics = {row.setup: row.metric for row in rows}
     points: dict[Setup, _Points] = {
@@ -74,12 +74,6 @@ def scores_figure(rows: Sequence[Row]) -> Figure:
     _legend(figure, panels, colours, set(metrics.values()), baselines=bool(baselines))
     style.caption(figure, _caption(rows, panels))
     return figure
-
-
-def _is_baseline(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether the row is the control "lexical" of a scorer that other judges were asked by too."""
-    others = any(other.scorer == row.scorer and other.judge != BASELINE_JUDGE for other in rows)
-    return row.judge == BASELINE_JUDGE and others
 
 
 def _head(axes: Axes, letter: str, title: str) -> None:

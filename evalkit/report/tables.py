@@ -5,21 +5,26 @@ Knows no file formats (``evalkit.report.render`` has them) and no terminal. Read
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from evalkit.report.frames import RunFrames
-from evalkit.report.rows import Row, score_rows
+from evalkit.report.rows import Row, Setup, is_baseline, score_rows
 from evalkit.stats import macro_mean, paired_difference
 
-__all__ = ["TABLE_COLUMNS", "headline", "summary_table"]
+__all__ = ["TABLE_COLUMNS", "headline", "headline_rows", "summary_table"]
 
 TABLE_COLUMNS = (
     *("dictionary", "kind", "width", "l0", "depth", "scorer", "explainer", "judge", "metric"),
     *("n_tried", "n_ineligible", "n_features", "n_judgements", "n_unscored"),
     *("mean", "se", "ci_low", "ci_high", "null_mean", "null_se", "z"),
 )
+_BESIDE = "balanced acc."  # stands last in a headline, without null and z where there is another metric
+_HEADLINE = {"auroc": "AUROC", "accuracy": "accuracy", "pearson": "Pearson r", "balanced_accuracy": _BESIDE}
 _DTYPES = {"width": "Int64", "l0": "float64", "depth": "Int64"} | dict.fromkeys(
     ("mean", "se", "ci_low", "ci_high", "null_mean", "null_se", "z"), "float64"
 )
@@ -67,25 +72,49 @@ def _cells(row: Row) -> dict[str, Any]:
     }
 
 
-def headline(table: pd.DataFrame) -> pd.DataFrame:
-    """The view for a terminal: one row per dictionary and scorer, "mean ± se" of AUROC and balanced accuracy, or its own.
+def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``table`` that have a line of their own in its headline: not the lexical baseline of other judges."""
+    return table[_has_a_line(table)]
 
-    Explainer and judge have columns only where there are several.
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The view for a terminal: one row per dictionary and scorer, "mean ± se" of AUROC, or the scorer's own metric.
+
+    Beside it the shuffled null, z over it and, where it was run, the lexical baseline; then balanced accuracy. Explainer
+    and judge have columns only where there are several.
     """
-    keys = ["dictionary", "scorer"] + [name for name in ("explainer", "judge") if table[name].nunique() > 1]
-    shown = {"auroc": "AUROC", "balanced_accuracy": "balanced acc.", "accuracy": "accuracy", "pearson": "Pearson r"}
+    lined = _has_a_line(table)
+    rows, others = table[lined], table[~lined]
+    keys = ["dictionary", "scorer"] + [name for name in ("explainer", "judge") if rows[name].nunique() > 1]
+    lexical = {_place(row): _plus_minus(row["mean"], row["se"]) for row in others.to_dict("records")}
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in table.to_dict("records"):
+    for row in rows.to_dict("records"):
         key = tuple(str(row[name]) for name in keys)
         line = lines.setdefault(key, dict(zip(keys, key, strict=True)))
         line.setdefault("features", f"{row['n_features']}/{row['n_tried']}")
-        if title := shown.get(str(row["metric"])):
-            line[title] = _plus_minus(row["mean"], row["se"])
-            line[f"{title} null"] = _plus_minus(row["null_mean"], row["null_se"])
-            line[f"{title} z"] = "–" if pd.isna(row["z"]) else f"{row['z']:.1f}"
-    columns = [*keys, "features", *(f"{title}{part}" for title in shown.values() for part in ("", " null", " z"))]
-    found = {name for line in lines.values() for name in line}
-    return pd.DataFrame(list(lines.values()), columns=[name for name in columns if name in found]).fillna("–")
+        title = _HEADLINE[str(row["metric"])]
+        line[title] = _plus_minus(row["mean"], row["se"])
+        if title == _BESIDE and rows["metric"].nunique() > 1:
+            continue
+        line[f"{title} null"] = _plus_minus(row["null_mean"], row["null_se"])
+        line[f"{title} z"] = "–" if pd.isna(row["z"]) else f"{row['z']:.1f}"
+        if found := lexical.get(_place(row)):
+            line[f"{title} lexical"] = found
+    there = {name for line in lines.values() for name in line}
+    columns = [f"{title}{part}" for title in _HEADLINE.values() for part in ("", " null", " z", " lexical")]
+    columns = [*keys, "features", *columns]
+    return pd.DataFrame(list(lines.values()), columns=[name for name in columns if name in there]).fillna("–")
+
+
+def _has_a_line(table: pd.DataFrame) -> NDArray[np.bool_]:
+    setups: list[Setup] = list(zip(table["scorer"], table["explainer"], table["judge"], strict=True))
+    every = set(setups)
+    beside = np.array([is_baseline(setup, every) for setup in setups], dtype=np.bool_)
+    return table["metric"].isin(_HEADLINE).to_numpy() & ~beside
+
+
+def _place(row: Mapping[Hashable, Any]) -> tuple[str, ...]:
+    return str(row["dictionary"]), str(row["scorer"]), str(row["metric"])
 
 
 def _plus_minus(mean: Any, se: Any) -> str:

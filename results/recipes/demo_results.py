@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from evalkit.report.footer import footer
 from evalkit.report.plots import plot_run
 from evalkit.report.render import render
-from evalkit.report.tables import footer, summary_table
+from evalkit.report.tables import headline, summary_table
 from evalkit.store import read_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,19 +23,19 @@ BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 
 
 def short_table(table: pd.DataFrame) -> str:
-    """AUROC by dictionary: both scorers, the shuffled null, z over it."""
-    lines = [
-        "| dictionary | detection | null | z | fuzzing | null | z | features |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    auroc = table[table["metric"] == "auroc"]
-    for name, group in auroc.groupby("dictionary", sort=False):
+    """AUROC by dictionary: both scorers, the shuffled null, z over it, the lexical baseline; no density-matched rows."""
+    scorers = ("detection", "fuzzing")
+    titles = " | ".join(f"{scorer} | null | z | lexical" for scorer in scorers)
+    lines = [f"| dictionary | {titles} | features |", "|---" * (4 * len(scorers) + 2) + "|"]
+    for name, group in headline(table).groupby("dictionary", sort=False):
+        if " (density " in str(name):
+            continue
+        rows = group.set_index("scorer")
         cells = []
-        for scorer in ("detection", "fuzzing"):
-            row = group[group["scorer"] == scorer].iloc[0]
-            cells += [f"{row['mean']:.3f} ± {row['se']:.3f}", f"{row['null_mean']:.3f}", f"{row['z']:.1f}"]
-        first = group.iloc[0]
-        lines.append(f"| {name} | {' | '.join(cells)} | {first['n_features']}/{first['n_tried']} |")
+        for scorer in scorers:
+            row = rows.loc[scorer]
+            cells += [row["AUROC"], row["AUROC null"].split()[0], row["AUROC z"], row["AUROC lexical"].split()[0]]
+        lines.append(f"| {name} | {' | '.join(cells)} | {rows['features'].iloc[0]} |")
     return "\n".join(lines)
 
 

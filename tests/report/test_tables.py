@@ -19,7 +19,7 @@ from evalkit.report.footer import footer
 from evalkit.report.frames import RunFrames
 from evalkit.report.plumbing import labelled, notes
 from evalkit.report.render import FORMATS, render
-from evalkit.report.tables import TABLE_COLUMNS, headline, summary_table
+from evalkit.report.tables import TABLE_COLUMNS, headline, headline_rows, summary_table
 from tests.report.simulated import NAMES, simulate
 
 SAE, RQAE, PLANTED = NAMES[4], NAMES[0], NAMES[-1]
@@ -264,7 +264,7 @@ def test_the_headline_is_one_line_per_dictionary_and_scorer(table: pd.DataFrame)
     view = headline(table)
     assert list(view.columns) == [
         *("dictionary", "scorer", "features", "AUROC", "AUROC null", "AUROC z"),
-        *("balanced acc.", "balanced acc. null", "balanced acc. z"),
+        "balanced acc.",
     ]
     assert len(view) == len(NAMES) * 2
     row = row_of(table, RQAE)
@@ -272,6 +272,20 @@ def test_the_headline_is_one_line_per_dictionary_and_scorer(table: pd.DataFrame)
     assert view.loc[0, "features"] == f"{row['n_features']}/12"
     two = pd.concat([table, table.assign(judge="other")])
     assert list(headline(two).columns[:3]) == ["dictionary", "scorer", "judge"]
+    alone = headline(table[table["metric"] == "balanced_accuracy"])
+    assert list(alone.columns[3:]) == ["balanced acc.", "balanced acc. null", "balanced acc. z"]
+
+
+def test_in_the_headline_the_lexical_baseline_is_a_column(table: pd.DataFrame) -> None:
+    """In the other views it keeps its rows; where it is the only judge it has them in the headline too."""
+    lexical = table.assign(explainer="words", judge="lexical", mean=0.25, se=0.125)
+    both = pd.concat([table, lexical])
+    view = headline(both)
+    assert len(view) == len(NAMES) * 2 and "judge" not in view
+    assert set(view["AUROC lexical"]) == {"0.250 ± 0.125"}
+    assert view.loc[0, "AUROC"] == headline(table).loc[0, "AUROC"]
+    assert set(headline_rows(both)["judge"]) == set(table["judge"])
+    assert "AUROC lexical" not in headline(lexical) and len(headline(lexical)) == len(view)
 
 
 @pytest.mark.parametrize(

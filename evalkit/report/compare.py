@@ -87,8 +87,8 @@ def _differ_only_in(part: str, first: Row, second: Row) -> bool:
 
 
 def _alike(first: Source, second: Source) -> bool:
-    """Features matched to an RQAE's density are compared with RQAEs only, or with themselves."""
-    if first.name == second.name or not (first.matched or second.matched):
+    """Features matched to an RQAE's density are compared with RQAEs only; the whole dictionary has its own rows."""
+    if not (first.matched or second.matched):
         return True
     return (first.is_rqae and second.matched) or (first.matched and second.is_rqae)
 

@@ -93,6 +93,19 @@ def test_explainers_and_judges_are_paired_on_one_dictionary(frames: RunFrames) -
     assert (same["difference"] == 0).all() and (same["se"] == 0).all() and (same["p"] == 1).all()
 
 
+def test_features_of_an_rqaes_density_are_held_against_rqaes_only(frames: RunFrames) -> None:
+    features, judgements = frames.features.copy(), frames.judgements.copy()
+    mine = features.index[features["source"] == FIRST]
+    features.loc[mine[:6], "density"] = 0.01
+    two = replace(frames, features=features, judgements=pd.concat([judgements, judgements.assign(judge="other")]))
+    table = compare_rows(two)
+    matched = table[table["first"].str.contains("density") | table["second"].str.contains("density")]
+    assert {frozenset((row.first, row.second)) for row in matched.itertuples()} == {
+        frozenset((f"{FIRST} (density 0.50% to 2.00%)", rqae)) for rqae in RQAES
+    }
+    assert not table.loc[table["between"] == "judges", "dictionary"].str.contains("density").any()
+
+
 def test_a_baseline_stands_second_in_each_of_its_pairs(frames: RunFrames) -> None:
     table = compare_rows(frames, baseline=SECOND)
     assert set(table["second"]) == {SECOND} and len(table) == 2 * 7

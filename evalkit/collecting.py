@@ -37,16 +37,20 @@ __all__ = ["collect_stage", "open_sources", "read_examples"]
 
 
 def open_sources(config: RunConfig) -> list[FeatureSource]:
-    """All dictionaries of the configuration, unbound; or all dumps. Raises BadConfig for both in one run."""
+    """All dictionaries of the configuration, unbound; or all dumps.
+
+    Raises BadConfig for both in one run, and for dictionaries without a subject model.
+    """
     require("torch", "model")
     from evalkit.sources import open_dictionaries
 
-    subject = PurePosixPath(config.model).name  # where a dictionary does not say whose it is
+    subject = PurePosixPath(config.model or "").name  # where a dictionary does not say whose it is
     wanted = [
         (s.path, {**s.model_dump(exclude_none=True, exclude={"path"}), "subject": subject}) for s in config.specs()
     ]
     sources = open_dictionaries(wanted)
-    check_ready(sources)
+    if not check_ready(sources):
+        config.subject()
     return sources
 
 
@@ -76,7 +80,7 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
 
     sites = list(dict.fromkeys(source.site.path for source in sources))
     outs = [source.site.out for source in sources]
-    model = find_model(config.model)
+    model = find_model(config.subject())
     subject = Subject.load(
         model,
         sites=list(dict.fromkeys([*sites, *outs])),

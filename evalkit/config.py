@@ -63,6 +63,7 @@ class DictionarySpec(BaseModel):
 class RunConfig(BaseModel):
     """One run. Counts are per feature and per pool unless said; lengths are in tokens.
 
+    ``model`` is the subject model, which dumps with ready examples do without.
     ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns, with options of their own where they need some
     (``DictionarySpec``); ``judges``, ``explainers``, ``scorers`` and
     ``client`` are registered names, with options where they take some (``llm:single``, ``openai:MODEL``). ``repeats``: how
@@ -76,7 +77,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
+    model: str | None = None
     dictionaries: tuple[str | DictionarySpec, ...] = Field(min_length=1)
     corpus: str = "bundled:demo"
     revision: str | None = None
@@ -157,6 +158,17 @@ class RunConfig(BaseModel):
                 seen=repr(first.get("input"))[:80] if first["loc"] else "this combination",
                 fix="see `evalkit run --help`",
             ) from error
+
+    def subject(self) -> str:
+        """The subject model, where one is needed. Raises BadConfig."""
+        if not self.model:
+            raise BadConfig(
+                "model",
+                expected="the language model that the dictionaries were trained on",
+                seen="none",
+                fix="name it: --model with a hub id, a folder or a .gguf file",
+            )
+        return self.model
 
     def specs(self) -> tuple[DictionarySpec, ...]:
         """Every dictionary with its options, the run's where it has none of its own."""

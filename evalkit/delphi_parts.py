@@ -143,15 +143,19 @@ class DelphiJudge:
 
 
 class _DelphiScorer:
-    """What its two scorers share here. ``batch_size`` texts a prompt; ``log_prob`` as the judge has it."""
+    """What its two scorers share here. ``batch_size`` texts a prompt; ``log_prob``, ``max_tokens`` as the judge has."""
 
     name: str
     _class: str
 
-    def __init__(self, batch_size: int = 5, log_prob: bool = False, **options: Any) -> None:
+    def __init__(
+        self, batch_size: int = 5, log_prob: bool = False, max_tokens: int = MAX_TOKENS, **options: Any
+    ) -> None:
         self._make = getattr(library("scorers"), self._class)
         self._options = options
-        given = [*([f"batch_size={batch_size}"] if batch_size != 5 else []), *(["log_prob=true"] if log_prob else [])]
+        given = [f"batch_size={batch_size}"] if batch_size != 5 else []
+        given += ["log_prob=true"] if log_prob else []
+        given += [f"max_tokens={max_tokens}"] if max_tokens != MAX_TOKENS else []
         self.own_judge = ":".join(["delphi", *([",".join(given)] if given else [])])
         self.version = library_version()
 
@@ -186,6 +190,9 @@ class DelphiDetectionScorer(_DelphiScorer):
     name = "delphi-detection"
     _class = "DetectionScorer"
 
+    def __init__(self, batch_size: int = 5, log_prob: bool = False, max_tokens: int = MAX_TOKENS) -> None:
+        super().__init__(batch_size, log_prob, max_tokens)
+
 
 class DelphiFuzzScorer(_DelphiScorer):
     """Its fuzzing: true marks on windows where the feature fires; false ones on windows where it does not.
@@ -196,10 +203,12 @@ class DelphiFuzzScorer(_DelphiScorer):
     name = "delphi-fuzz"
     _class = "FuzzingScorer"
 
-    def __init__(self, fuzz_type: str = "default", batch_size: int = 5, log_prob: bool = False) -> None:
+    def __init__(
+        self, fuzz_type: str = "default", batch_size: int = 5, log_prob: bool = False, max_tokens: int = MAX_TOKENS
+    ) -> None:
         if fuzz_type not in ("default", "active"):
             raise BadConfig("fuzz_type", expected="default or active", seen=repr(fuzz_type), fix="use one of these")
-        super().__init__(batch_size, log_prob, fuzz_type=fuzz_type)
+        super().__init__(batch_size, log_prob, max_tokens, fuzz_type=fuzz_type)
 
 
 def _check_answered(outcomes: Sequence[str | EvalkitError]) -> None:

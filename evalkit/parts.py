@@ -93,7 +93,7 @@ def _judge(part: registry.Part, config: RunConfig, client: Client | None) -> Any
     elif part.name == "embedding":
         given = {"model": config.embedding_model, "device": config.device}
     elif getattr(cls, "uses_subject", False):
-        given = {"model": config.model, "dtype": config.dtype, "device": config.device, "revision": config.revision}
+        given = {"model": config.subject(), "dtype": config.dtype, "device": config.device, "revision": config.revision}
     return registry.create("judges", part.name, **{**given, **part.options})
 
 

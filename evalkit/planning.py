@@ -87,7 +87,7 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
         there = int(characters / _CHARACTERS_PER_TOKEN)
         tokens = there if tokens is None else min(tokens, there)
     try:
-        folder = Path(find_model(config.model))
+        folder = Path(find_model(config.subject()))
     except MissingFile:
         return {"tokens": tokens, "seconds": None}
     depths = [int(number) for site in sites for number in re.findall(r"layers\.(\d+)", site)]

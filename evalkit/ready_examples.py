@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.config import RunConfig
+from evalkit.config import NULL_SOURCES, RunConfig
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.examples import ExampleRow, ExampleStore, rows_of
 from evalkit.grid import Grid
@@ -95,7 +95,7 @@ def check_ready(sources: Sequence[Any]) -> list[ExampleSource]:
 
 def gather_ready(config: RunConfig, sources: Sequence[ExampleSource], progress: Progress = SILENT) -> ReadyMaterial:
     """Read the dumps, choose features by hash, cut windows. Raises what the sources raise, CorpusError."""
-    missing = [control for control in config.controls if control != "shuffled"]
+    missing = [control for control in config.controls if control in NULL_SOURCES]
     if missing:
         _LOG.warning("no %s control: ready examples come without activations to make it from", ", ".join(missing))
     task = progress.start("read examples", len(sources), "dumps")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def load_class(kind: Kind, name: str) -> Any:
         ) from error
 
 
+def _takes(factory: Any) -> str:
+    """Names of a class's options, for people; the client is a run's own affair."""
+    names = [name for name in inspect.signature(factory).parameters if name not in ("client", "sources")]
+    return ", ".join(names) or "none"
+
+
 def create(kind: Kind, name: str, **options: Any) -> Any:
     """An instance of a registered class. Options it does not take raise PluginError."""
     factory = load_class(kind, name)
@@ -153,7 +160,7 @@ def create(kind: Kind, name: str, **options: Any) -> Any:
             f"{kind.removesuffix('s')} {name!r}",
             expected="options that it takes",
             seen=str(error),
-            fix=f"look at the arguments of {factory.__module__}.{factory.__qualname__}",
+            fix=f"it takes {_takes(factory)}",
         ) from error
 
 

@@ -37,7 +37,6 @@ def read_sweep(path: Path, **changes: Any) -> RunConfig:
             raise BadConfig(f"{path}: features", expected="it, or its parts", seen=f"also {clash[0]}", fix="keep one")
         spec |= parse_features(spec.pop("features")).fields()
     given = {name: value for name, value in changes.items() if value is not None}
-    missing = sorted({"model", "dictionaries"} - spec.keys() - given.keys())
-    if missing:
-        raise BadConfig(f"{path}: {missing[0]}", expected="a value", seen="none", fix=f"add a line {missing[0]} = …")
+    if "dictionaries" not in spec.keys() | given.keys():
+        raise BadConfig(f"{path}: dictionaries", expected="a value", seen="none", fix="add a line dictionaries = …")
     return RunConfig.create(**{**spec, **given})

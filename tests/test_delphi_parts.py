@@ -319,6 +319,9 @@ def test_records_name_the_model_and_the_judge(installed: Path) -> None:
         ("delphi-detection", "delphi@known"),
         ("delphi-fuzz:batch_size=3", "delphi:batch_size=3@known"),
     ]
+    for name in ("delphi-detection:max_tokens=20", "delphi-fuzz:max_tokens=20"):
+        score(client, name, examples(random_test(5, seed=1)))
+        assert client.options[-1]["max_tokens"] == 20
     with pytest.raises(BadConfig, match="scorer 'delphi-detection': expected its own judge; seen oracle"):
         oracle = type("Oracle", (), {"name": "oracle"})()
         asyncio.run(tests[0].scorer.score(EXPLANATION, examples(random_test(5, seed=1)), oracle))

@@ -59,9 +59,10 @@ _SCORED, _TEXT, _TEST, _SPEED = "What is scored", "Text", "How it is tested", "S
 _MODEL = "Language model of LLM explainers and judges"
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`.",
+        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`. Needed unless the "
+        "dictionaries are dumps with ready examples.",
         envvar="EVALKIT_MODEL",
         rich_help_panel=_SCORED,
     ),

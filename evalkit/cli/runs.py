@@ -72,9 +72,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    model: Model,
     dictionary: Dictionaries,
     out: Out,
+    model: Model = None,
     corpus: Corpus = "bundled:demo",
     site: Site = None,
     format: Format = None,
@@ -127,9 +127,9 @@ def run(
 
 
 def collect(
-    model: Model,
     dictionary: Dictionaries,
     out: Out,
+    model: Model = None,
     corpus: Corpus = "bundled:demo",
     site: Site = None,
     format: Format = None,

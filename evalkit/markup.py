@@ -10,6 +10,7 @@ where backslashes stand there already, one more; taking marks out removes exactl
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,13 +18,26 @@ from collections.abc import Sequence
 from evalkit.errors import InputError
 from evalkit.records import Span
 
-__all__ = ["levels", "marked_tokens", "parse", "render", "runs", "spans", "strip", "token_spans", "words"]
+__all__ = ["levels", "marked_tokens", "parse", "quoted", "render", "runs", "spans", "strip", "token_spans", "words"]
 
 MARK_SHARE = 0.3  # of the way from the threshold to the window's peak
 TOP_LEVEL = 10
 
+# what chat templates use to say who speaks, in the families of models in use
+_CONTROL = re.compile(
+    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|think|tool_call|(?:start|end)_of_(?:turn|image))>)|\[(?=/?(?:INST|SYSTEM_PROMPT|[A-Z]+_[A-Z_]+)\])"
+)
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _PIECE = re.compile(r"(?P<open><<)|(?P<close>>>)|(?P<guarded>([<>])\\+(?=\4))")
+
+
+def quoted(value: str | Sequence[str]) -> str:
+    """A text (or texts) of others as JSON for a prompt: it cannot end its own quotes, nor hold a template's control token.
+
+    The first character of what would be one, such as ``<|im_end|>``, is written as ``\\u003c``.
+    """
+    text = json.dumps(value if isinstance(value, str) else list(value), ensure_ascii=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def marked_tokens(activations: Sequence[float], threshold: float, share: float = MARK_SHARE) -> tuple[bool, ...]:

@@ -71,7 +71,7 @@ class Scores:
     One entry per judgement used: ``feature`` (judgement,) indexes ``features``, ``window`` (judgement,) is its window
     id, ``influence`` (judgement,) its ψ. ``n_unscored`` judgements, of any feature, lacked what the metric needs;
     ``n_one_class`` features had judgements but no score. ``bounds``: between which every score lies, None where nothing is
-    known.
+    known. ``n_classes``: of labels that a feature's judgements have, whose means the influences leave out.
     """
 
     features: NDArray[Any]
@@ -82,6 +82,7 @@ class Scores:
     n_unscored: int
     n_one_class: int
     bounds: tuple[float, float] | None = None
+    n_classes: int = 2
 
 
 def score_features(
@@ -116,7 +117,9 @@ def score_features(
     if pooled:
         together = np.zeros(len(feature), np.int64)
         columns = (window, label, match, confidence)
-        return _shared(score_features(metric, together, *columns, base_rate=base_rate, moments=moments), feature, used)
+        known = rate[used & ~np.isnan(rate)]
+        share = None if not len(known) else np.full(len(feature), known.mean())  # each feature by its judgements
+        return _shared(score_features(metric, together, *columns, base_rate=share, moments=moments), feature, used)
     ids, code = np.unique(feature[used], return_inverse=True)
     code, label, value = code.astype(np.int64), label[used].astype(np.bool_), value[used].astype(np.float64)
     n_pos, n_neg = _count(code, label, len(ids)), _count(code, ~label, len(ids))
@@ -150,6 +153,7 @@ def score_features(
         n_unscored=int((~used).sum()),
         n_one_class=n_judged - int(both.sum()),
         bounds=(-1.0, 1.0) if metric == "pearson" else (0.0, 1.0),
+        n_classes=2 if metric == "pearson" else max(1, len(np.unique(label))),
     )
 
 
@@ -197,8 +201,9 @@ def _f1(
 def _accuracy(code: Ints, label: Bools, match: Floats, n_pos: Floats, n_neg: Floats) -> tuple[Floats, Floats]:
     n = n_pos + n_neg
     right = np.asarray(match == label, np.float64)
-    accuracy = np.bincount(code, right, len(n)) / n
-    return accuracy, (right - accuracy[code]) / n[code]
+    true_pos, true_neg = np.bincount(code, right * label, len(n)), np.bincount(code, right * ~label, len(n))
+    own = np.where(label, (true_pos / np.maximum(n_pos, 1))[code], (true_neg / np.maximum(n_neg, 1))[code])
+    return (true_pos + true_neg) / n, (right - own) / n[code]
 
 
 def _pearson(code: Ints, moments: Floats, n_features: int) -> tuple[Floats, Floats]:
@@ -239,7 +244,10 @@ def _auprc(
     true = w_pos[owner] * (n_pos[owner] - _below(pos, owner, n))  # (block,) weight of positives at least as confident
     false = w_neg[owner] * (n_neg[owner] - _below(neg, owner, n))
     total = true + false
-    precision = true / total
+    precision = np.where(
+        total > 0, true / np.where(total > 0, total, 1), 0.0
+    )  # nothing above weighs anything: no precision
+    total = np.where(total > 0, total, 1)
     average = np.bincount(owner, pos * precision, n) / n_pos
     # A judgement counts in the precision at every block not above its own.
     gain, loss = (pos * w_pos[owner] * (1 - precision) / total, pos * w_neg[owner] * precision / total)

@@ -126,10 +126,12 @@ async def score_stage(config: RunConfig, store: RunStore, client: Client | None,
 def _explained(config: RunConfig, client: Client | None, store: RunStore) -> list[str]:
     """The recorded explainers to score: those of the configuration, all there are if it names none."""
     recorded = store.explainers()
-    wanted = list(make_explainers(config, client))
-    if not all(name in recorded for name in wanted):  # explained with one client, scored with another or none
-        named = {registry.parse_part("explainers", text).label for text in config.explainers}
-        wanted = [name for name in recorded if name.split("@")[0] in named]
+    wanted = []
+    for text in dict.fromkeys(config.explainers):
+        (name,) = make_explainers(config.model_copy(update={"explainers": (text,)}), client)
+        label = registry.parse_part("explainers", text).label
+        # where it was explained with another client than it is scored with, or with none
+        wanted += [name] if name in recorded else [one for one in recorded if one.rpartition("@")[0] == label]
     if not config.explainers:
         wanted = recorded
     if not wanted:

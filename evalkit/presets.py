@@ -77,9 +77,9 @@ PRESETS: dict[str, Preset] = {
         },
         ("accuracy",),
         "five judgements of windows of radius 8 per feature, accuracy, mean ± SE over 100 features, as in the paper on "
-        "RQAE. Five judgements tell little about a feature, and with three positives a judge that always says yes scores "
-        "0.6. The paper zeroes intensities below the 90th percentile of each window; here a feature's θ is the same "
-        "everywhere.",
+        "RQAE. Five judgements tell little about a feature, and with three positives of five a judge that always says "
+        "yes scores 0.6 in detection. The paper zeroes intensities below the 90th percentile of each window; here a "
+        "feature's θ is the same everywhere.",
     ),
 }
 

@@ -6,6 +6,7 @@ tables and plots can be read on a machine without torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -41,6 +42,10 @@ __all__ = [
     "TokenBatch",
 ]
 
+_THOUGHT = re.compile(
+    r"\s*(?:<(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)>|\[THINK\]|◁think▷|<\|channel\|>analysis)",
+    re.IGNORECASE,
+)
 REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
 BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
 NO_EXPLAINER = "none"  # the explainer of tests that need no explanation
@@ -323,3 +328,8 @@ class Response:
     def answer(self) -> str:
         """The text without what a reasoning model thought aloud before it."""
         return self.text.rpartition("</think>")[2]
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether the reply ends before its thought does, so that what stands in it is no answer yet."""
+        return _THOUGHT.match(self.answer) is not None

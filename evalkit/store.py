@@ -18,7 +18,7 @@ from evalkit.asked import Asked
 from evalkit.databases import open_to_read, open_to_write
 from evalkit.errors import BadFile, MissingFile, StorageError
 from evalkit.files import storage_errors
-from evalkit.records import Explanation, FeatureId, Score, SourceInfo
+from evalkit.records import BASELINE, Explanation, FeatureId, Score, SourceInfo
 from evalkit.run_folder import acquire, bind_identity, sweep
 
 if TYPE_CHECKING:
@@ -53,21 +53,24 @@ CREATE TABLE IF NOT EXISTS asked (
 CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
 """
 
-# a feature that was eligible and of which an explanation or a score failed and none succeeded is "failed"
-_FEATURES = """
+# a feature that was eligible and of which an explanation or a score failed and none succeeded is "failed"; what the
+# lexical baseline made of it, which fails for nobody, says nothing about the others
+_FEATURES = f"""
 WITH failures AS (
-    SELECT source, feature, reason FROM explanations WHERE text IS NULL
-    UNION ALL SELECT source, feature, reason FROM scores WHERE reason IS NOT NULL)
+    SELECT source, feature, reason, explainer = '{BASELINE[0]}' AS baseline FROM explanations WHERE text IS NULL
+    UNION ALL SELECT source, feature, reason, (explainer, judge) = {BASELINE} FROM scores WHERE reason IS NOT NULL)
 SELECT source, feature, position, density, threshold, peak, window_share,
     CASE WHEN failed IS NULL THEN status ELSE 'failed' END AS status, coalesce(failed, reason) AS reason
 FROM (SELECT f.*, (SELECT min(x.reason) FROM failures x WHERE x.source = f.source AND x.feature = f.feature
-        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL)
+        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL
+            AND (x.baseline OR (s.explainer, s.judge) <> {BASELINE}))
     ) AS failed FROM features f)
 ORDER BY source, position
 """
 
 ScoreKey = tuple[str, str, str, str, str, str, int]  # source, feature, scorer, explainer, judge, control, repeat
 _KEY = "source, feature, scorer, explainer, judge, control, repeat"
+_FORGET_JUDGEMENTS = f"DELETE FROM judgements WHERE ({_KEY}) = (?, ?, ?, ?, ?, ?, ?)"
 
 
 class FeatureRow(NamedTuple):
@@ -89,6 +92,15 @@ class FeatureRow(NamedTuple):
     explain_peak: float
     window_share: float | None = None
     promoted: tuple[str, ...] = ()
+
+
+def _forget_scores(connection: sqlite3.Connection, source: str, feature: FeatureId, explainer: str) -> None:
+    """Drop the scores that rest on an explanation: its own, and the shuffled ones it may be in."""
+    for table in ("scores", "judgements"):
+        connection.execute(
+            f"DELETE FROM {table} WHERE source = ? AND explainer = ? AND (feature = ? OR control = 'shuffled')",
+            (source, explainer, feature),
+        )
 
 
 def _moments(values: Sequence[float] | None) -> str | None:
@@ -211,19 +223,16 @@ class RunStore:
             query = "SELECT version, text FROM explanations WHERE source = ? AND feature = ? AND explainer = ?"
             old = connection.execute(query, key).fetchone()
             if old is not None and old[1] is not None and old != (e.version, e.text):
-                for table in ("scores", "judgements"):
-                    connection.execute(
-                        f"DELETE FROM {table} WHERE source = ? AND explainer = ? AND (feature = ? OR control = 'shuffled')",
-                        (e.source, e.explainer, e.feature),
-                    )
+                _forget_scores(connection, *key)
             connection.execute(
                 "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL, ?)",
                 (e.source, e.feature, e.explainer, e.version, e.text, e.note),
             )
 
     def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
-        """Keep the reason why a feature has no explanation; it is tried again on resume."""
+        """Keep the reason why a feature has no explanation; it is tried again on resume. Scores of an older one go."""
         with self._writing() as connection:
+            _forget_scores(connection, source, feature, explainer)  # of the explanation that it had, where it had one
             connection.execute(
                 "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?, '')",
                 (source, feature, explainer, reason),
@@ -262,11 +271,7 @@ class RunStore:
                 "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (*key, score.version, judge_version, score.cutoff),
             )
-            connection.execute(
-                "DELETE FROM judgements WHERE source = ? AND feature = ? AND scorer = ? AND explainer = ? AND judge = ? "
-                "AND control = ? AND repeat = ?",
-                key,
-            )
+            connection.execute(_FORGET_JUDGEMENTS, key)
             connection.executemany("INSERT INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def explainers(self) -> list[str]:
@@ -275,8 +280,9 @@ class RunStore:
         return [name for (name,) in self._connection.execute(query)]
 
     def write_failed_score(self, key: ScoreKey, reason: str) -> None:
-        """Keep the reason why a score is missing; it is tried again on resume."""
+        """Keep the reason why a score is missing; it is tried again on resume. An older one goes."""
         with self._writing() as connection:
+            connection.execute(_FORGET_JUDGEMENTS, key)
             connection.execute(
                 "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, '', '', NULL, ?)", (*key, reason)
             )

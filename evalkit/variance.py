@@ -45,8 +45,8 @@ def spread_of(scores: Scores) -> Spread | None:
 
     With Ψ_fw = Σ_r ψ_fwr the part of window w in the error of feature f's score, asked R times: the judge's part is
     Σ_w R·s²_fw, s² the sample variance over repeats; that of the examples Σ_w Ψ²_fw · W/(W − 2) less the judge's part (two
-    degrees of freedom go to the two classes' means); that of the features what is left of the variance of scores. The
-    method of moments of a nested analysis of variance.
+    degrees of freedom go to the two classes' means, one where there is one class); that of the features what is left of the
+    variance of scores. The method of moments of a nested analysis of variance.
     """
     n = len(scores.values)
     if n < 2:
@@ -57,7 +57,8 @@ def spread_of(scores: Scores) -> Spread | None:
     sums = np.bincount(place, scores.influence)
     squares = np.bincount(place, scores.influence**2)
     windows = np.bincount(pairs[0], minlength=n)
-    correction = np.where(windows > 2, windows / np.maximum(windows - 2, 1), np.nan)
+    lost = scores.n_classes
+    correction = np.where(windows > lost, windows / np.maximum(windows - lost, 1), np.nan)
     both = np.bincount(pairs[0], sums**2, n) * correction
     judge = None
     if (repeats > 1).any():

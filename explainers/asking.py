@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any, Generic, TypeVar
 
 from evalkit.errors import BadConfig, ClientError, ContextOverflow
-from evalkit.markup import levels, marked_tokens, render, spans
+from evalkit.markup import levels, marked_tokens, quoted, render, spans
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Message, Response
 
@@ -35,7 +35,6 @@ __all__ = [
     "chat",
     "inactive_lines",
     "phrase",
-    "quote",
     "read_object",
     "read_prompt",
     "require_client",
@@ -91,20 +90,15 @@ def active_lines(examples: ExplainExamples, shown: Sequence[Example], share: flo
     lines = ["Active:"]
     for number, example in enumerate(shown, 1):
         marks = spans(example.tokens, marked_tokens(example.activations, examples.threshold, share))
-        lines.append(f"{number}. {quote(render(example.text, marks))}")
+        lines.append(f"{number}. {quoted(render(example.text, marks))}")
         lines.append(f"   levels: {_levels(example, examples)}")
     return lines
 
 
 def inactive_lines(silent: Sequence[Example], first: int) -> list[str]:
     """Unmarked windows, numbered from ``first``; nothing where there are none."""
-    numbered = [f"{number}. {quote(render(one.text, ()))}" for number, one in enumerate(silent, first)]
+    numbered = [f"{number}. {quoted(render(one.text, ()))}" for number, one in enumerate(silent, first)]
     return ["Not active:", *numbered] if numbered else []
-
-
-def quote(text: str) -> str:
-    """The text as a JSON string."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _levels(example: Example, examples: ExplainExamples) -> str:
@@ -115,7 +109,7 @@ def _levels(example: Example, examples: ExplainExamples) -> str:
 
 def _plain(token: str) -> str:
     bare = token.strip()
-    return bare if re.fullmatch(r"[\w'’-]+", bare) else quote(token)
+    return bare if re.fullmatch(r"[\w'’-]+", bare) else quoted(token)
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -133,12 +127,12 @@ async def ask(
     Raises ContextOverflow where the question does not fit, and what else the client raises.
     """
     response = await client.generate(messages, schema=form.schema, seed=seed, max_tokens=max_tokens)
-    found = form.read(response)
+    found = None if response.in_thought else form.read(response)
     if found is None:
         retry = [*messages, Message("assistant", response.text), Message("user", form.retry)]
         with contextlib.suppress(ContextOverflow):  # a long reply that cannot be read: no room to ask again
             response = await client.generate(retry, schema=form.schema, seed=seed, max_tokens=max_tokens)
-            found = form.read(response)
+            found = None if response.in_thought else form.read(response)
     return found, response
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature
 from evalkit.protocols import Client
 from evalkit.records import ExplainExamples, Explanation, FeatureId
+from explainers.asking import LONGEST, phrase
 
 __all__ = ["DelphiFilesExplainer"]
 
+_CONTROL = "/null-"  # in the name of a dictionary that is a control
 CARD = "evalkit.json"
 _NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
 _NO_EXPLANATION = frozenset({"explanation could not be parsed", "no explanation found", ""})
@@ -29,18 +33,19 @@ _LARGEST = 1_000_000  # bytes of a file
 class DelphiFilesExplainer:
     """Gives every feature the explanation in its file.
 
-    ``path``: the folder. ``module``: whose files are meant, where the dictionary's name does not say it. Raises
-    MissingFile.
+    ``path``: the folder. ``module``: whose files are meant, where the dictionary's name does not say it. ``source``: the
+    dictionary they explain, a name or a pattern, where the run has several that they might. Raises MissingFile.
     """
 
     name = "delphi"
     main_option = "path"
     version = "1"
 
-    def __init__(self, path: str, module: str | None = None) -> None:
+    def __init__(self, path: str, module: str | None = None, source: str | None = None) -> None:
         top = Path(path).expanduser()
         self.folder = top / "explanations" if (top / "explanations").is_dir() else top
         self.module = None if module is None else str(module).replace("/", "--")
+        self.source = source
         self._card = top / CARD
         if not self._files:
             raise MissingFile(
@@ -49,6 +54,33 @@ class DelphiFilesExplainer:
                 seen="no such file in it" if top.is_dir() else "no such folder",
                 fix="name the folder of a run of eai-delphi, or what `evalkit export --format delphi` wrote",
             )
+
+    async def prepare(self, sources: Sequence[str]) -> None:
+        """Look at whose files these are before the first feature. ``sources``: the names of all sources of the run.
+
+        Raises BadConfig where they explain none of these, or one module's could be those of several; BadFile.
+        """
+        explained = [name for name in sources if self.explains(name)]
+        if not explained:
+            self._place(next((name for name in sources if _CONTROL not in name), "no dictionary"), "0")
+        modules = [self._place(name, "0")[0] for name in explained]
+        if len(set(modules)) < len(modules) or not explained:
+            raise BadConfig(
+                f"explainer 'delphi' with {self.folder}",
+                expected="one dictionary for every module",
+                seen=f"{len(explained)}: {', '.join(explained[:3])}"
+                if explained
+                else f"none in {', '.join(sources)}"[:300],
+                fix="say whose features these are: --explainer delphi:FOLDER,source=NAME (or a pattern, '*/l0-32')",
+            )
+
+    def explains(self, source: str) -> bool:
+        """Whether these files may be about the features of this source: never about a control that is not listed."""
+        if self.module is None and source in self._listed:
+            return True
+        if _CONTROL in source or not (self.source is None or source == self.source or fnmatchcase(source, self.source)):
+            return False
+        return len(self._fitting(source)) == 1
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
         """What its file says. Raises UnknownFeature (no file, no explanation in it), BadFile, BadConfig (which module)."""
@@ -69,8 +101,15 @@ class DelphiFilesExplainer:
                 seen=repr(text),
                 fix="explain this feature again, or leave it out",
             )
-        note = f"from {path.name}"
-        return Explanation(examples.source, feature, self.name, self.version, " ".join(text.split()), note)
+        told = phrase(text)
+        if told is None:
+            raise BadFile(
+                str(path),
+                expected=f"a phrase of at most {LONGEST} characters",
+                seen=f"{len(text)} characters, {text[:40]!r}",
+                fix="explain this feature again, or leave it out",
+            )
+        return Explanation(examples.source, feature, self.name, self.version, told, f"from {path.name}")
 
     @cached_property
     def _files(self) -> dict[tuple[str, str], Path]:
@@ -104,13 +143,9 @@ class DelphiFilesExplainer:
         if self.module is None and source in self._listed:
             module, numbers = self._listed[source]
             return module, numbers.get(feature, feature)
-        modules = sorted({module for module, _ in self._files})
-        if self.module is not None:
-            fitting = [self.module] if self.module in modules else []
-        else:
-            parts = {source.replace("/", "--"), *source.split("/")}
-            fitting = [module for module in modules if module in parts]
+        fitting = self._fitting(source)
         if len(fitting) != 1:
+            modules = self._modules
             raise BadConfig(
                 f"explainer 'delphi' for {source}",
                 expected=f"a module of {self.folder}: {', '.join(modules[:5])}{' …' if len(modules) > 5 else ''}",
@@ -118,6 +153,17 @@ class DelphiFilesExplainer:
                 fix="name it: --explainer delphi:FOLDER,module=MODULE",
             )
         return fitting[0], feature
+
+    @cached_property
+    def _modules(self) -> list[str]:
+        return sorted({module for module, _ in self._files})
+
+    def _fitting(self, source: str) -> list[str]:
+        """The modules that may be meant by a dictionary's name."""
+        if self.module is not None:
+            return [self.module] if self.module in self._modules else []
+        parts = {source.replace("/", "--"), *source.split("/")}
+        return [module for module in self._modules if module in parts]
 
     def _read(self, path: Path) -> str:
         seen: Any

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evalkit.errors import InputError
+from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import ExplainExamples, Explanation, FeatureId, Message
-from explainers.asking import ask_for_phrase, chat, quote, read_prompt, require_client, seed_of
+from explainers.asking import ask_for_phrase, chat, read_prompt, require_client, seed_of
 from explainers.default import FORM
 
 __all__ = ["PromotedExplainer", "TokenLogitsExplainer", "token_logits_prompt"]
@@ -78,7 +79,7 @@ class PromotedExplainer:
 
 def token_logits_prompt(promoted: Sequence[str]) -> list[Message]:
     """The chat messages that ask what these tokens, strongest first, have in common."""
-    return chat(_PROMPT, ["[" + ", ".join(map(quote, promoted)) + "]"])
+    return chat(_PROMPT, ["[" + ", ".join(map(quoted, promoted)) + "]"])
 
 
 def _promoted(examples: ExplainExamples) -> tuple[str, ...]:
@@ -97,4 +98,4 @@ def _name(token: str) -> str:
     bare = token.strip()
     if not bare:
         return "a line break" if "\n" in token or "\r" in token else "a tab" if "\t" in token else "a space"
-    return bare if all(letter.isalnum() or letter in "'’-_" for letter in bare) else quote(bare)
+    return bare if all(letter.isalnum() or letter in "'’-_" for letter in bare) else quoted(bare)

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evalkit.errors import ContextOverflow, RequestRefused
+from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import Example, Message, Response
-from explainers.asking import Form, ask, quote, read_prompt, seed_of
+from explainers.asking import Form, ask, read_prompt, seed_of
 
 __all__ = ["Validation", "held_back", "parse_verdicts", "validate", "validation_prompt"]
 
@@ -113,9 +114,9 @@ def validation_prompt(text: str, windows: Sequence[Example]) -> list[Message]:
 
 
 def _question(description: str, texts: Sequence[str]) -> str:
-    numbered = [f"{number}. {quote(text)}" for number, text in enumerate(texts, 1)]
+    numbered = [f"{number}. {quoted(text)}" for number, text in enumerate(texts, 1)]
     wanted = "1 number" if len(texts) == 1 else f"{len(texts)} numbers"
-    return "\n".join([f"Description: {quote(description)}", "Texts:", *numbered, f"Reply with a list of {wanted}."])
+    return "\n".join([f"Description: {quoted(description)}", "Texts:", *numbered, f"Reply with a list of {wanted}."])
 
 
 def parse_verdicts(response: Response, count: int) -> tuple[bool, ...] | None:

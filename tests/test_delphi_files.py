@@ -201,6 +201,27 @@ def test_modules_are_told_by_the_name_of_the_dictionary(tmp_path: Path) -> None:
             create("explainers", "delphi", path=str(empty))
 
 
+def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> None:
+    """Nor to a control, which has the layer in its name too."""
+    folder = write(tmp_path / "explanations", **{"layers.15_latent5": ["one"], "layers.15_latent6": ["\ud800 dogs"]})
+    sae, other, null = "m/layers.15/sae/width-64", "m/layers.15/sae/width-128", "m/layers.15/null-planted"
+    made = create("explainers", "delphi", path=str(folder))
+    asyncio.run(made.prepare([sae, null, "m/layers.20/sae/width-64"]))
+    assert [made.explains(name) for name in (sae, null, "m/layers.20/sae/width-64")] == [True, False, False]
+    with pytest.raises(BadConfig, match=r"expected one dictionary for every module; seen 2: .*source=NAME"):
+        asyncio.run(made.prepare([sae, other]))
+    with pytest.raises(BadConfig, match="none that is a part of the dictionary's name"):
+        asyncio.run(made.prepare(["m/layers.20/sae/width-64", null]))
+    told = create("explainers", "delphi", path=str(folder), source="*/width-128")
+    asyncio.run(told.prepare([sae, other]))
+    assert [told.explains(name) for name in (sae, other)] == [False, True]
+    named = create("explainers", "delphi", path=str(folder), module="layers.15")
+    with pytest.raises(BadConfig, match="expected one dictionary for every module"):
+        asyncio.run(named.prepare([sae, "m/layers.20/sae/width-64"]))
+    with pytest.raises(BadFile, match="expected a phrase of at most"):
+        explain(made, sae, "6")
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [

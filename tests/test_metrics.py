@@ -306,3 +306,34 @@ def test_pooled_features_share_the_score_of_all_judgements_and_its_error(metric:
     assert macro_mean(scores).se == pytest.approx(np.sqrt(clustered), rel=1e-9) and n > 6
     nobody = score_features(metric, feature, window, np.ones(n, bool), match, confidence, pooled=True)
     assert (len(nobody.values), nobody.n_one_class) == (0, 6)
+
+
+@pytest.mark.parametrize("metric", ["f1_base_rate", "auprc_base_rate"])
+def test_pooled_base_rates_are_those_of_all_features_in_any_order(metric: str) -> None:
+    feature, window, label, match, confidence = judged(9)
+    number = np.unique(feature, return_inverse=True)[1]
+    rate = np.linspace(0.01, 0.4, 6)[number]
+    rate[number == 0] = np.nan  # of one it is unknown
+    columns = (feature, window, label, match, confidence, rate)
+    ways = [tuple(column[order] for column in columns) for order in (slice(None), slice(None, None, -1))]
+    one, other = (score_features(metric, *way[:5], base_rate=way[5], pooled=True).values for way in ways)
+    mean = np.full(len(rate), np.nanmean(rate))
+    by_hand = score_features(metric, np.zeros(len(rate), int), *columns[1:5], base_rate=mean).values
+    assert one == pytest.approx(other) and one[0] == pytest.approx(by_hand[0])
+
+
+def test_where_everything_is_positive_a_confident_negative_weighs_nothing() -> None:
+    label, confidence = np.array([True, True, False]), np.array([0.2, 0.4, 0.9])
+    scores = score_features(
+        "auprc_base_rate", np.zeros(3, int), np.arange(3), label, confidence > 0.5, confidence, base_rate=np.ones(3)
+    )
+    assert scores.values[0] == pytest.approx(1.0) and np.isfinite(scores.influence).all()
+
+
+def test_the_error_of_an_accuracy_is_that_of_a_test_with_so_many_of_each_class() -> None:
+    """40 right of 50 positives, 10 of 50 negatives: the classes were not drawn, so their difference is no error."""
+    label = np.repeat([True, False], 50)
+    match = np.concatenate([np.repeat([1.0, 0.0], [40, 10]), np.repeat([1.0, 0.0], [40, 10])])
+    scores = score_features("accuracy", np.zeros(100, int), np.arange(100), label, match, match)
+    assert scores.values[0] == pytest.approx(0.5)
+    assert (scores.influence**2).sum() == pytest.approx(2 * 50 * 0.8 * 0.2 / 100**2)

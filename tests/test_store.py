@@ -85,6 +85,36 @@ def test_a_shorter_test_leaves_no_old_judgement(tmp_path: Path) -> None:
     assert len(read_run(tmp_path).judgements) == 4
 
 
+def test_a_failed_second_explanation_takes_the_scores_of_the_first_along(tmp_path: Path) -> None:
+    """Else what is written at the third attempt would inherit them."""
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        fill(store)
+        store.write_failed_explanation(SOURCE.name, "3", "words", "server down")
+        store.write_explanation(Explanation(SOURCE.name, "3", "words", "2", "dogs"))
+        assert store.finished_scores() == {}
+    assert len(read_run(tmp_path).judgements) == 0
+
+
+def test_a_failed_second_score_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        fill(store)
+        store.write_failed_score(key("3"), "judge down")
+    frames = read_run(tmp_path)
+    assert len(frames.judgements) == 0 and frames.features["status"].tolist()[0] == "failed"
+
+
+def test_the_lexical_baseline_does_not_hide_that_everything_else_failed(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        fill(store)
+        store.write_failed_score(key("3"), "judge down")
+        baseline = (SOURCE.name, "3", "detection", "words", "lexical", "", 0)
+        store.write_score(baseline, score("3"), judge_version="1")
+        assert store.frames().features["status"].tolist()[0] == "failed"
+        other = (SOURCE.name, "3", "detection", "default", "llm", "", 0)
+        store.write_score(other, score("3"), judge_version="1")
+        assert store.frames().features["status"].tolist()[0] == "ok"
+
+
 def test_failures_are_kept_and_tried_again(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, IDENTITY) as store:
         fill(store)

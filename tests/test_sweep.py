@@ -68,7 +68,6 @@ def test_keys_and_changes(tmp_path: Path) -> None:
     [
         ('modle = "m"', r"s\.toml: modle: expected some of the keys .*; fix: did you mean model\?"),
         ('model = "m"', r"s\.toml: dictionaries: expected a value; seen none"),
-        ('dictionaries = ["d"]', r"s\.toml: model: expected a value"),
         ('model = "m"\ndictionaries = ["d"]\nfeatures = "many"', r"--features: expected 50 .*; seen 'many'"),
         ('model = "m"\ndictionaries = ["d"]\nfeatures = 5\nn_features = 6', r"features: expected it, or its parts"),
         ('model = "m"\ndictionaries = [{path = "d", sites = 3}]', r"dictionaries\.0.*sites|dictionaries\.0"),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from evalkit.errors import BadConfig, InputError
+from evalkit.presets import find_preset
 from evalkit.report.frames import RunFrames
 from evalkit.report.rows import Row, Source, score_rows
 from evalkit.stats import Estimate, difference
@@ -72,7 +73,9 @@ def compare_rows(
             seen=f"scores of {seen or 'nothing'}"[:400],
             fix="score another one into this run, or name one of these",
         )
-    table = pd.DataFrame([_cells(*pair) for pair in pairs])
+    preset = find_preset(frames.meta.get("preset"))
+    pooled = preset is not None and preset.pooled
+    table = pd.DataFrame([_cells(*pair, pooled=pooled) for pair in pairs])
     table["p_holm"] = holm(table["p"].to_numpy(dtype=np.float64))
     return table[list(COMPARE_COLUMNS)]
 
@@ -102,8 +105,17 @@ def _with_second(baseline: str, between: str, first: Row, second: Row) -> tuple[
     return (between, second, first) if swap else (between, first, second)
 
 
-def _cells(between: str, first: Row, second: Row) -> dict[str, Any]:
-    paired = first.source.name == second.source.name or (first.source.is_rqae and second.source.is_rqae)
+def _paired(first: Row, second: Row, *, pooled: bool) -> bool:
+    """Whether both are about the same features; pooled scores, which cannot be had of some, must be of all the same."""
+    related = first.source.name == second.source.name or (first.source.is_rqae and second.source.is_rqae)
+    common = np.intersect1d(first.real.features, second.real.features)
+    if pooled:
+        return related and len(common) == len(first.real.features) == len(second.real.features)
+    return related and len(common) > 1
+
+
+def _cells(between: str, first: Row, second: Row, *, pooled: bool) -> dict[str, Any]:
+    paired = _paired(first, second, pooled=pooled)
     found = difference(first.real, second.real, paired=paired)
     names = _names(between, first, second)
     common = {name: None if name == _PART[between] else value for name, value in _parts(first).items()}

@@ -39,6 +39,8 @@ def decile_table(frames: RunFrames, metrics: tuple[str, ...] = ("auroc",)) -> pd
     for decile in deciles:
         chosen = frames.judgements.loc[~positives | (frames.judgements["decile"] == decile).fillna(False)]
         for row in score_rows(replace(frames, judgements=chosen), metrics):
+            if row.n_judgements and not row.n_positive:  # a scorer without deciles
+                continue
             mean = macro_mean(row.real)
             found.append(
                 {

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from evalkit.presets import find_preset
 from evalkit.records import NO_EXPLAINER
@@ -22,7 +24,7 @@ from evalkit.variance import features_needed, spread_of
 
 __all__ = ["footer"]
 
-SIGNIFICANT = 1.96  # z over the shuffled null that a row must reach
+SURE = 0.975  # one-sided: so sure it must be that a row is above its shuffled null
 MUCH_UNSCORED = 0.05  # share of unscored judgements above which the footer says so
 APART = 0.02  # of two dictionaries, for the number of features that it takes
 
@@ -39,8 +41,9 @@ def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
         worst = float(share.max())
         lines.append(f"More than 5% of judgements unscored (up to {worst:.1%}): {_name_rows(much)}.")
     real = table["null_mean"].notna() & (table["n_features"] > 0)
-    if (beaten := table.loc[real & ~(table["z"] >= SIGNIFICANT)]).size:
-        lines.append(f"Does not beat its shuffled null (z < {SIGNIFICANT}): {_name_rows(beaten)}.")
+    least = stats.t.ppf(SURE, np.maximum(table["n_features"] - 1, 1))
+    if (beaten := table.loc[real & ~(table["z"] >= least)]).size:
+        lines.append(f"Does not beat its shuffled null (paired t test, {SURE:.1%}): {_name_rows(beaten)}.")
     explained = table["explainer"] != NO_EXPLAINER
     if (alone := table.loc[table["null_mean"].isna() & (table["n_features"] > 0) & explained]).size:
         lines.append(f"No shuffled null was run: {_name_rows(alone)}.")
@@ -49,7 +52,8 @@ def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
 
 def _precision(frames: RunFrames) -> list[str]:
     """How many features it takes to tell dictionaries apart and, where questions were asked again, what varies."""
-    rows = [row for row in score_rows(frames, ("auroc",)) if not row.source.is_null and not row.source.matched]
+    alone = replace(frames, meta={**frames.meta, "preset": None})  # pooled, features do not differ
+    rows = [row for row in score_rows(alone, ("auroc",)) if not row.source.is_null and not row.source.matched]
     needed: dict[str, list[int]] = {}
     shares: dict[str, list[tuple[float, ...]]] = {}
     for row in rows:
@@ -119,7 +123,9 @@ def _survivorship(frames: RunFrames, table: pd.DataFrame) -> list[str]:
         lines.append(f"Features that failed with an error, counted as ineligible: {', '.join(failed)}.")
     left_out = table["n_tried"] - table["n_ineligible"] - table["n_features"]
     if (rows := table.loc[left_out > 0]).size:
-        lines.append(f"Some features have no score because only one class was scored: {_name_rows(rows)}.")
+        lines.append(
+            f"Some features have no score, for lack of answers or of one of the two classes: {_name_rows(rows)}."
+        )
     return lines
 
 

@@ -13,6 +13,7 @@ __all__ = ["labelled", "notes"]
 _LEAST = 1e9  # parameters
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
 _MARK = " (plumbing)"
+_NO_LANGUAGE_MODEL = frozenset({"embedding"})  # parts whose model is of another kind, and small by nature
 
 
 def labelled(name: str) -> str:
@@ -31,6 +32,9 @@ def notes(names: Iterable[str]) -> list[str]:
 
 
 def _too_small(name: str) -> bool:
-    model = name.partition("@")[2].split(";")[0]
+    part, _, model = name.partition("@")
+    if part.partition(":")[0] in _NO_LANGUAGE_MODEL:
+        return False
+    model = model.split(";")[0]
     sizes = [float(number) * (1e6 if unit.lower() == "m" else 1e9) for number, unit in _SIZE.findall(model)]
-    return bool(sizes) and sizes[-1] < _LEAST
+    return bool(sizes) and max(sizes) < _LEAST  # "7b-1m" reads a million tokens

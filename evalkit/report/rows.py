@@ -127,9 +127,9 @@ def score_rows(frames: RunFrames, metrics: tuple[str, ...] | None = None) -> Ite
         check_metric(metric)
     check_frames(frames)
     judgements = frames.judgements.assign(
-        scorer=_scorer_labels(frames.judgements),
+        scorer=_with_versions(frames.judgements, "scorer"),
         explainer=frames.judgements["explainer"].map(labelled),
-        judge=frames.judgements["judge"].map(labelled),
+        judge=_with_versions(frames.judgements.assign(judge=frames.judgements["judge"].map(labelled)), "judge"),
     )
     judgements = judgements.merge(frames.features[["source", "feature", "window_share"]], on=["source", "feature"])
     judgements = judgements.loc[judgements["control"].isin([REAL, SHUFFLED])].sort_values(_ORDER, kind="stable")
@@ -202,7 +202,7 @@ def _metrics_of(groups: Sequence[pd.DataFrame], wanted: Sequence[str]) -> tuple[
 
 def _setups_of(name: str, setups: list[Setup], seen: set[tuple[str, ...]]) -> list[Setup]:
     """The setups a dictionary has rows for: those it was judged in and, for a scorer it was never judged by, all."""
-    scorers = {key[1] for key in seen if key[0] == name}
+    scorers = {scorer for source, scorer, *rest in seen if source == name and tuple(rest) != BASELINE}
     return [setup for setup in setups if (name, *setup) in seen or setup[0] not in scorers]
 
 
@@ -246,11 +246,14 @@ def _nullable(column: pd.Series[Any]) -> NDArray[np.float64]:
     return np.asarray(column.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan), np.float64)
 
 
-def _scorer_labels(judgements: pd.DataFrame) -> pd.Series[str]:
-    """The scorer's name; with its version where a run holds several, since their scores must not be mixed."""
-    versions = judgements.groupby("scorer")["scorer_version"].transform("nunique")
-    named = judgements["scorer"].astype(str)
-    return named.where(versions == 1, named + "@" + judgements["scorer_version"].astype(str))
+def _with_versions(judgements: pd.DataFrame, part: str) -> pd.Series[str]:
+    """The names of scorers or judges; with their versions where a run holds several, since scores must not be mixed."""
+    column = f"{part}_version"
+    named = judgements[part].astype(str)
+    if column not in judgements:
+        return named
+    versions = judgements.groupby(part)[column].transform("nunique")
+    return named.where(versions <= 1, named + "@" + judgements[column].astype(str))
 
 
 def _names(key: Any) -> tuple[str, ...]:

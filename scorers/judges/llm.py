@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import tomllib
 from collections.abc import Sequence
 from functools import cache
@@ -19,12 +18,12 @@ from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
 from evalkit.errors import BadConfig, ContextOverflow, RequestRefused
-from evalkit.markup import render
+from evalkit.markup import quoted, render
 from evalkit.protocols import Client
 from evalkit.records import Answer, JudgeItem, Message, Pick, Response, Simulation
 from scorers.judges.llm_pick import PICK_VERSION, pick_groups
 from scorers.judges.llm_simulate import SIMULATE_VERSION, simulate_windows
-from scorers.judges.parsing import Unparsable, parse_list, parse_yes_no, probability_of_yes
+from scorers.judges.parsing import Unparsable, gives_yes_or_no, parse_list, parse_yes_no, probability_of_yes
 
 __all__ = ["LlmJudge", "list_prompt", "list_schema", "single_prompt"]
 
@@ -161,9 +160,9 @@ class LlmJudge:
                 max_tokens=self.thinking_tokens + _TOKENS_PER_ANSWER if self.thinking_tokens else 1,
             )
             yes = probability_of_yes(response.logprobs[0]) if response.logprobs else None
-            if yes is not None:
-                return [Answer(yes > 0.5, confidence=yes, probability=yes)]
             try:
+                if yes is not None and gives_yes_or_no(response.logprobs[0], response.answer):
+                    return [Answer(yes > 0.5, confidence=yes, probability=yes)]
                 match = parse_yes_no(response.answer)
             except Unparsable as error:
                 reason = str(error)
@@ -217,19 +216,15 @@ def single_prompt(explanation: str, item: JudgeItem, version: int = 2) -> list[M
 
 
 def _list_question(description: str, texts: Sequence[str], closing: str) -> str:
-    numbered = [f"{number}. {_quote(text)}" for number, text in enumerate(texts, 1)]
+    numbered = [f"{number}. {quoted(text)}" for number, text in enumerate(texts, 1)]
     answers = "1 answer" if len(texts) == 1 else f"{len(texts)} answers"
-    return "\n".join([f"Description: {_quote(description)}", "Texts:", *numbered, closing.format(answers=answers)])
+    return "\n".join([f"Description: {quoted(description)}", "Texts:", *numbered, closing.format(answers=answers)])
 
 
 def _single_question(description: str, text: str, closing: str) -> str:
-    return f"Description: {_quote(description)}\nText: {_quote(text)}\n{closing}"
+    return f"Description: {quoted(description)}\nText: {quoted(text)}\n{closing}"
 
 
 def _shown(item: JudgeItem) -> str:
     """Marked texts are escaped, so a << of the corpus is no mark; unmarked ones are shown as they are."""
     return item.text if item.marks is None else render(item.text, item.marks)
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -8,7 +8,6 @@ then the group has no pick, with the reason. Shows no marks, and knows nothing o
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import tomllib
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from evalkit.errors import ContextOverflow, RequestRefused
+from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import JudgeItem, Message, Pick
 from scorers.judges.groups import why_no_pick
@@ -98,7 +98,7 @@ def pick_prompt(group: Sequence[JudgeItem]) -> list[Message]:
 
 
 def _question(texts: Sequence[str]) -> str:
-    numbered = [f"{number}. {json.dumps(text, ensure_ascii=False)}" for number, text in enumerate(texts, 1)]
+    numbered = [f"{number}. {quoted(text)}" for number, text in enumerate(texts, 1)]
     return "\n".join(["Texts:", *numbered, f"Reply with one number from 1 to {len(texts)}."])
 
 

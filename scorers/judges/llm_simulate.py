@@ -22,9 +22,10 @@ from importlib.resources import files
 from typing import Any
 
 from evalkit.errors import ContextOverflow, RequestRefused
+from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import Message, Response, Simulation
-from scorers.judges.parsing import Unparsable
+from scorers.judges.parsing import Unparsable, is_spoken_of, takes_back
 
 __all__ = [
     "SIMULATE_VERSION",
@@ -86,6 +87,8 @@ async def _ask(
                 max_tokens=_TOKENS_PER_LEVEL * len(tokens) + _TOKENS_AROUND + thinking_tokens,
             )
             try:
+                if response.in_thought:
+                    raise Unparsable(f"the reply ends within a thought: {response.answer[:77]!r}")
                 return Simulation(_values(response, parse_levels(response.answer, len(tokens))))
             except Unparsable as error:
                 reason = str(error)
@@ -113,13 +116,9 @@ def simulate_prompt(explanation: str, tokens: Sequence[str]) -> list[Message]:
 
 
 def _question(description: str, tokens: Sequence[str]) -> str:
-    lines = [f"Description: {_quote(description)}", f"Tokens: {_quote(list(tokens))}"]
+    lines = [f"Description: {quoted(description)}", f"Tokens: {quoted(tokens)}"]
     levels = "1 level" if len(tokens) == 1 else f"{len(tokens)} levels"
     return "\n".join([*lines, f"Reply with a list of {levels}."])
-
-
-def _quote(value: str | list[str]) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _again(messages: Sequence[Message], response: Response, count: int) -> list[Message]:
@@ -136,6 +135,8 @@ def parse_levels(text: str, count: int) -> tuple[int, ...]:
     shown = repr(text if len(text) <= 80 else text[:77] + "…")
     if text.count("[") != 1 or text.count("]") != 1 or text.index("[") > text.index("]"):
         raise Unparsable(f"the reply holds no single list: {shown}")
+    if is_spoken_of(text, text.index("["), text.index("]") + 1) or takes_back(text, text.index("]")):
+        raise Unparsable(f"the reply speaks about a list: {shown}")
     inside = text[text.index("[") + 1 : text.index("]")].strip()
     elements = [element.strip(" \t\r\n") for element in inside.split(",")] if inside else []
     found = [_LEVEL.fullmatch(element) for element in elements]

@@ -12,7 +12,15 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-__all__ = ["Unparsable", "parse_list", "parse_yes_no", "probability_of_yes"]
+__all__ = [
+    "Unparsable",
+    "gives_yes_or_no",
+    "is_spoken_of",
+    "parse_list",
+    "parse_yes_no",
+    "probability_of_yes",
+    "takes_back",
+]
 
 _LONGEST = 20_000  # characters after all thought; the answers take some hundreds
 
@@ -37,6 +45,12 @@ _GIVES_NEXT = re.compile(
 _DENIES_NEXT = re.compile(
     r"\b(?:not|never|neither|nor|or|cannot|examples?|instance|e\.g|formats?|form|template|such|like|instead|rather|would"
     r"|wrong|incorrect|invalid)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_TAKES_BACK = re.compile(
+    r"\b(?:wait|correction|on second thought|scratch that|let me (?:re|cor)"
+    r"|(?<!if this )(?<!if that )(?<!if it )(?:is|was|are|were|that['’]s) (?:wrong|incorrect|a mistake)"
+    r"|i (?:cannot|can['’]t|could not|couldn['’]t) (?:tell|say|judge|answer|decide|determine))\b",
     re.IGNORECASE,
 )
 _LEAVES_LAST = re.compile(r"""[ \t"'`)]*(?:$|[\n.,;:!/}\]\[<#*$–—-]|(?:because|since|as|where|for)\b)""", re.IGNORECASE)
@@ -100,7 +114,7 @@ def _in_brackets(reply: str, text: str) -> list[bool]:
             reason = f"{odd[:20]!r} is neither 0 nor 1: {_short(text)}"
             if answers:
                 raise Unparsable(reason)
-        elif _is_spoken_of(reply, found):
+        elif is_spoken_of(reply, *found.span()):
             raise Unparsable(f"the reply speaks about a list: {_short(text)}")
         elif only is not None and answers != only:
             raise Unparsable(f"the reply holds lists that differ: {_short(text)}")
@@ -108,17 +122,27 @@ def _in_brackets(reply: str, text: str) -> list[bool]:
             only = answers
     if only is None:
         raise Unparsable(reason)
+    if takes_back(reply, reply.rindex("]") + 1):
+        raise Unparsable(f"the reply takes its list back: {_short(text)}")
     return only
 
 
-def _is_spoken_of(reply: str, found: re.Match[str]) -> bool:
-    """Whether the words next to a list do more than hand it over: call it an example or a form, deny it, ask about it."""
-    before = re.sub(r"```\w*\s*$", "", reply[max(0, found.start() - _LEAD_IN) : found.start()])
+def takes_back(reply: str, end: int) -> bool:
+    """Whether what follows a reply's last list, which ends at ``end``, says that it is wrong or a guess."""
+    return _TAKES_BACK.search(reply, end) is not None
+
+
+def is_spoken_of(reply: str, start: int, end: int) -> bool:
+    """Whether the words around a list do more than hand it over: call it an example or a form, deny it, ask about it.
+
+    The list is ``reply[start:end]``.
+    """
+    before = re.sub(r"```\w*\s*$", "", reply[max(0, start - _LEAD_IN) : start])
     line = before.rpartition("\n")[2]
     if not line.strip() and before.rstrip().endswith(":"):
         line = before.rstrip().rpartition("\n")[2]
     lead_in = _SENTENCE_END.split(line)[-1]
-    handed_over = _GIVES_NEXT.fullmatch(lead_in) and _LEAVES_LAST.match(reply, found.end())
+    handed_over = _GIVES_NEXT.fullmatch(lead_in) and _LEAVES_LAST.match(reply, end)
     return not handed_over or bool(_DENIES_NEXT.search(lead_in))
 
 
@@ -185,18 +209,33 @@ def parse_yes_no(text: str) -> bool:
     return word == "yes"
 
 
+def gives_yes_or_no(candidates: Mapping[str, float], reply: str) -> bool:
+    """Whether P(yes) of the first token is that of an answer: the reply begins one, or most of the token's mass does.
+
+    Where replies are constrained the probabilities may be those before the constraint, so little mass says nothing then.
+    """
+    begun = reply.strip().lower()
+    return _yes_no_mass(candidates, "yes") + _yes_no_mass(candidates, "no") >= 0.5 or (
+        begun != "" and any(word.startswith(begun) for word in ("yes", "no"))
+    )
+
+
+def _yes_no_mass(candidates: Mapping[str, float], word: str) -> float:
+    """Probability of all spellings of ``word`` among the candidates (natural-log probabilities)."""
+    return sum(
+        math.exp(min(logprob, 0.0))
+        for token, logprob in candidates.items()
+        if token.replace("Ġ", " ").replace("▁", " ").strip().lower() == word and not math.isnan(logprob)
+    )
+
+
 def probability_of_yes(candidates: Mapping[str, float]) -> float | None:
     """P(yes) against no, from the natural-log probabilities of the first token; None where neither is a candidate.
 
     Spellings that differ in case or surrounding space count together.
     """
-    mass = {"yes": 0.0, "no": 0.0}
-    for token, logprob in candidates.items():
-        word = token.replace("Ġ", " ").replace("▁", " ").strip().lower()
-        if word in mass and not math.isnan(logprob):
-            mass[word] += math.exp(min(logprob, 0.0))
-    total = mass["yes"] + mass["no"]
-    return mass["yes"] / total if total > 0 else None
+    yes, no = _yes_no_mass(candidates, "yes"), _yes_no_mass(candidates, "no")
+    return yes / (yes + no) if yes + no > 0 else None
 
 
 def _short(text: str) -> str:

@@ -17,7 +17,6 @@ once in the life of the judge. Knows nothing of labels; windows are shown withou
 from __future__ import annotations
 
 import asyncio
-import json
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from evalkit.errors import BadConfig, MissingFile
+from evalkit.markup import quoted
 from evalkit.protocols import Progress
 from evalkit.records import Answer, JudgeItem
 from scorers.judges.causal import CausalModel
@@ -46,19 +46,15 @@ def _pairs() -> list[dict[str, str]]:
     return found
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
 def before_text(explanation: str) -> str:
     """What the window follows: the pairs, each text after its description, and the explanation."""
-    pairs = [f"Description: {_quote(pair['description'])}\nText:{pair['text']}\n\n" for pair in _pairs()]
-    return "".join([*pairs, f"Description: {_quote(explanation)}\nText:"])
+    pairs = [f"Description: {quoted(pair['description'])}\nText:{pair['text']}\n\n" for pair in _pairs()]
+    return "".join([*pairs, f"Description: {quoted(explanation)}\nText:"])
 
 
 def before_explanation() -> str:
     """What the window and then the explanation follow: the pairs, each description after its text."""
-    pairs = [f"Text: {_quote(pair['text'])}\nDescription: {_quote(pair['description'])}\n\n" for pair in _pairs()]
+    pairs = [f"Text: {quoted(pair['text'])}\nDescription: {quoted(pair['description'])}\n\n" for pair in _pairs()]
     return "".join([*pairs, "Text:"])
 
 
@@ -140,8 +136,8 @@ class SubjectJudge:
             progress.finish(task)
 
     def _explanation_gains(self, explanation: str, texts: Sequence[str]) -> list[float | None]:
-        (ids,) = self._model.ids([f" {_quote(explanation)}"])
-        shown = self._model.ids([f" {_quote(text)}\nDescription:" for text in ("", *texts)])
+        (ids,) = self._model.ids([f" {quoted(explanation)}"])
+        shown = self._model.ids([f" {quoted(text)}\nDescription:" for text in ("", *texts)])
         neutral, *told = self._means(before_explanation(), [(one, ids) for one in shown])
         return [_minus(one, neutral) for one in told]
 

@@ -62,6 +62,11 @@ def test_one_re_ask_and_then_a_failure_never_the_raw_text() -> None:
         explain("Whales, I think.", "no idea")
 
 
+def test_a_draft_in_an_unfinished_thought_is_no_explanation() -> None:
+    text, client = explain('<think>First idea: {"explanation": "dogs"}. But no', '{"explanation": "cats"}')
+    assert text == "cats" and len(client.requests) == 2
+
+
 def test_needs_a_client() -> None:
     with pytest.raises(
         BadConfig, match="explainer 'default': expected a client that reaches a language model; seen none"

@@ -77,6 +77,16 @@ def test_depths_of_an_rqae_are_paired_by_feature(frames: RunFrames) -> None:
     assert row["p"] >= expected.pvalue * 0.999
 
 
+def test_rqaes_without_common_features_are_compared_as_strangers(frames: RunFrames) -> None:
+    features, judgements = frames.features.copy(), frames.judgements.copy()
+    for frame in (features, judgements):
+        mine = frame["source"] == RQAES[0]
+        frame.loc[mine, "feature"] = "x" + frame.loc[mine, "feature"].astype(str)
+    table = compare_rows(replace(frames, features=features, judgements=judgements))
+    rows = table[table["first"].isin(RQAES) & table["second"].isin(RQAES)]
+    assert set(rows.loc[rows["first"] == RQAES[0], "paired"]) == {False} and rows["p"].notna().all()
+
+
 def test_explainers_and_judges_are_paired_on_one_dictionary(frames: RunFrames) -> None:
     worse = frames.judgements.assign(explainer="other")
     worse = worse.loc[worse["source"] == FIRST].assign(confidence=worse["confidence"] * -1)

@@ -185,10 +185,10 @@ def test_the_footer_says_what_was_run_and_warns(frames: RunFrames, table: pd.Dat
     calls = f"{len(frames.judgements):,}"
     assert lines[0] == f"Protocol 1; explainer words; judge embedding; cost: judge calls {calls}, USD 0.00."
     assert lines[1].endswith("it does not contain the spread between training seeds.")
-    beaten = next(line for line in lines if line.startswith("Does not beat its shuffled null (z < 1.96): "))
+    beaten = next(line for line in lines if line.startswith("Does not beat its shuffled null (paired t test, 97.5%): "))
     assert PLANTED not in beaten
     for row in table.query("scorer == 'detection' and metric == 'auroc'").to_dict("records"):
-        assert (row["dictionary"] in beaten) or row["z"] >= 1.96
+        assert (row["dictionary"] in beaten) or row["z"] >= scipy_stats.t.ppf(0.975, row["n_features"] - 1)
     assert not any("unscored" in line for line in lines)
     bare = footer(replace(frames, meta={}), table)
     assert bare[0] == "Protocol unknown; explainer words; judge embedding; cost: not recorded."
@@ -211,7 +211,10 @@ def test_features_with_one_class_only_are_left_out_and_said(frames: RunFrames) -
     assert after["n_features"] == before["n_features"] - 1
     assert after["n_ineligible"] == before["n_ineligible"]
     lines = footer(changed, summary_table(changed))
-    assert any(line.startswith("Some features have no score because only one class was scored: ") for line in lines)
+    assert any(
+        line.startswith("Some features have no score, for lack of answers or of one of the two classes: ")
+        for line in lines
+    )
 
 
 def test_machine_formats_keep_every_digit(table: pd.DataFrame) -> None:
@@ -260,6 +263,28 @@ def test_every_format_is_deterministic_and_an_unknown_one_is_refused(table: pd.D
     )
 
 
+def test_judgements_of_two_versions_of_a_judge_are_not_mixed(frames: RunFrames) -> None:
+    versions = np.where(frames.judgements["feature"].astype(int) % 2 == 0, "list-1", "list-2")
+    table = summary_table(replace(frames, judgements=frames.judgements.assign(judge_version=versions)))
+    judge = frames.judgements["judge"].iloc[0]
+    assert set(table["judge"]) == {f"{judge}@list-1", f"{judge}@list-2"}
+    whole, keys = summary_table(frames), ["dictionary", "scorer", "metric"]
+    assert table.groupby(keys)["n_judgements"].sum().equals(whole.groupby(keys)["n_judgements"].sum())
+    same = summary_table(replace(frames, judgements=frames.judgements.assign(judge_version="list-2")))
+    assert set(same["judge"]) == {judge}
+
+
+def test_a_dictionary_that_only_the_lexical_baseline_was_made_of_keeps_its_empty_row(frames: RunFrames) -> None:
+    judgements = frames.judgements
+    baseline = judgements.assign(explainer="words", judge="lexical")
+    of_all = judgements[judgements["source"] != SAE].assign(explainer="default", judge="llm")
+    table = summary_table(replace(frames, judgements=pd.concat([of_all, baseline], ignore_index=True)))
+    (row,) = table.query(
+        "dictionary == @SAE and judge == 'llm' and scorer == 'detection' and metric == 'auroc'"
+    ).to_dict("records")
+    assert (row["n_features"], row["n_ineligible"]) == (0, row["n_tried"])
+
+
 def test_the_headline_is_one_line_per_dictionary_and_scorer(table: pd.DataFrame) -> None:
     view = headline(table)
     assert list(view.columns) == [
@@ -301,6 +326,8 @@ def test_in_the_headline_the_lexical_baseline_is_a_column(table: pd.DataFrame) -
         ("llm@mixtral-8x7b", False),
         ("embedding", False),
         ("words-135m", False),
+        ("llm@Qwen2.5-7B-Instruct-1M", False),
+        ("embedding@embeddinggemma-300m", False),
     ],
 )
 def test_models_too_small_to_judge_are_marked(name: str, small: bool) -> None:

@@ -137,6 +137,23 @@ def test_single_form_reads_the_probability_of_yes() -> None:
     assert client.requests[0]["choices"] == ("yes", "no") and client.requests[0]["max_tokens"] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "candidates", "match"),
+    [
+        ("Maybe", {"Maybe": -0.1, "Yes": -8.0, "No": -9.5}, None),  # neither is what it said
+        ("<think>", {"<think>": -0.01, "no": -21.0}, None),
+        ("Yes", {"The": -0.1, "Yes": -8.0, "No": -9.5}, True),  # constrained: probabilities of before
+        ("y", {"The": -0.1, "Yes": -9.5, "No": -8.0}, False),
+        ("Certainly", {"Yes": -0.2, "No": -2.5, "Certainly": -3.0}, True),
+    ],
+)
+def test_single_form_takes_no_probability_of_what_was_not_answered(
+    text: str, candidates: dict[str, float], match: bool | None
+) -> None:
+    answers, client = judge_all(lambda m, s: Response(text, logprobs=(candidates,)), ITEMS[:1], mode="single")
+    assert answers[0].match is match and len(client.requests) == (2 if match is None else 1)
+
+
 def test_single_form_without_log_probabilities() -> None:
     answers, _ = judge_all(lambda m, s: "Yes" if even(m[-1].content) else "no", mode="single")
     assert answers[:2] == [Answer(True, confidence=1.0), Answer(False, confidence=0.0)]

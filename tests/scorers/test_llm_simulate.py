@@ -126,6 +126,8 @@ def test_levels_are_read(text: str, expected: tuple[int, ...]) -> None:
         ),
         *(
             "[[0, 9, 3]]",
+            "not [0, 9, 3]",
+            "[0, 9, 3]? Wait, that is wrong.",
             "[0, 9, 3] [0, 9, 3]",
             "]0, 9, 3[",
             "[0 9 3]",

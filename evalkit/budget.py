@@ -13,9 +13,10 @@ from evalkit.prices import Price
 from evalkit.protocols import Client
 from evalkit.records import Message, Response
 
-__all__ = ["TOKENS_PER_CHARACTER", "BudgetedClient"]
+__all__ = ["MOST_TOKENS_PER_CHARACTER", "TOKENS_PER_CHARACTER", "BudgetedClient"]
 
 TOKENS_PER_CHARACTER = 0.25  # of prompts, where nothing better is known; 0.22 to 0.25 was seen with a vocabulary of 49k
+MOST_TOKENS_PER_CHARACTER = 1.5 * TOKENS_PER_CHARACTER  # where it must not be too little
 
 
 class BudgetedClient:
@@ -62,7 +63,8 @@ class BudgetedClient:
         finally:
             self._reserved -= most
         if self._price is not None:
-            self.spent_cost += self._price.cost(response.prompt_tokens, response.completion_tokens)
+            told = self._price.cost(response.prompt_tokens, response.completion_tokens)
+            self.spent_cost += told if response.prompt_tokens > 0 else most  # a server that tells no usage
         return response
 
     def _most(self, messages: Sequence[Message], max_tokens: int) -> float:
@@ -73,7 +75,7 @@ class BudgetedClient:
         if self._price is None:
             return 0.0
         size = sum(len(message.content.encode("utf-8", "replace")) for message in messages)
-        return self._price.cost(1.5 * TOKENS_PER_CHARACTER * size, max_tokens)
+        return self._price.cost(MOST_TOKENS_PER_CHARACTER * size, max_tokens)
 
     async def close(self) -> None:
         """Close the client behind."""

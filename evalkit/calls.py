@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import registry
-from evalkit.budget import BudgetedClient
+from evalkit.budget import MOST_TOKENS_PER_CHARACTER, BudgetedClient
 from evalkit.clients.ledger import requests_in_batches
 from evalkit.clients.sender import Sender, lock_when_free
 from evalkit.config import RunConfig
 from evalkit.errors import BadConfig, BudgetSpent
 from evalkit.prices import Price, read_prices
 from evalkit.protocols import Client
+from evalkit.recording import Spent
 from evalkit.store import RunStore
 
 __all__ = ["BATCHES", "RECORDING", "batched", "client_part", "make_client", "open_client", "price_of", "replays"]
@@ -127,7 +128,7 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
             _LOG.warning(told, handed_in, live.name)
         before = client.spent()
         guard.spent_calls = before.calls
-        guard.spent_cost = listed.of(before) if listed else 0.0
+        guard.spent_cost = _spent_cost(listed, before)
         ending.callback(_keep_spending, store, client, listed)
         ending.push_async_callback(client.settle)
         left = False
@@ -141,6 +142,16 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
         finally:
             if client.in_flight and not (left and in_batches):
                 _LOG.warning("waiting for %d requests that were sent; Ctrl-C waits no longer", client.in_flight)
+
+
+def _spent_cost(price: Price | None, spent: Spent) -> float:
+    """US dollars of earlier answers; by the length of their prompts where the server never tells what it took."""
+    if price is None:
+        return 0.0
+    if spent.calls and not spent.prompt_tokens:
+        _LOG.warning("the server tells no usage: cost is estimated from the length of prompts")
+        return price.cost(MOST_TOKENS_PER_CHARACTER * spent.prompt_characters, 0)
+    return price.of(spent)
 
 
 def _leaves(error: BaseException, batched: bool) -> bool:

@@ -156,14 +156,19 @@ def _choose(kind: str, recorded: pd.Series[Any], asked: str | None, spare: str |
 
 
 def _modules(sources: pd.DataFrame) -> dict[str, str]:
-    """Dictionary by module: its site, or where several share one, its whole name."""
+    """Dictionary by module: its site, or where several share one, its whole name. Raises BadConfig where two become one."""
     sites = sources["site"].astype(str).str.replace("/", "--")
     names = sources["name"].astype(str)
     twice = sites.duplicated(keep=False)
-    return {
-        (name.replace("/", "--") if repeated else site): name
-        for site, name, repeated in zip(sites, names, twice, strict=True)
-    }
+    modules = [
+        name.replace("/", "--") if repeated else site for site, name, repeated in zip(sites, names, twice, strict=True)
+    ]
+    if same := next((module for module in modules if modules.count(module) > 1), None):
+        both = [name for module, name in zip(modules, names, strict=True) if module == same]
+        raise BadConfig(
+            "export", expected="a file name of its own for every dictionary", seen=", ".join(both), fix="rename one"
+        )
+    return dict(zip(modules, names, strict=True))
 
 
 def _numbers(features: Sequence[FeatureId]) -> dict[FeatureId, int]:
@@ -243,8 +248,8 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
 
 def _entries(path: Path) -> list[Any]:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes")
+        if path.stat().st_size > _LARGEST or not path.is_file():
+            raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _bad(str(path), "a JSON list of what was shown", str(error)[:200]) from error

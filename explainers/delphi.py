@@ -130,7 +130,7 @@ class DelphiFilesExplainer:
                 str(one["source"]): (module, {str(feature): str(number) for number, feature in one["features"].items()})
                 for module, one in modules.items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadFile(
                 str(self._card),
                 expected="modules, each with its source and features",
@@ -168,8 +168,8 @@ class DelphiFilesExplainer:
     def _read(self, path: Path) -> str:
         seen: Any
         try:
-            if path.stat().st_size > _LARGEST:
-                raise ValueError(f"{path.stat().st_size} bytes")
+            if path.stat().st_size > _LARGEST or not path.is_file():
+                raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
             seen = json.loads(path.read_bytes())
             if isinstance(seen, str):
                 return seen

@@ -26,7 +26,7 @@ class FuzzingScorer(TrialScorer):
     """Positives carry true marks, decoys false ones."""
 
     name = "fuzzing"
-    version = "1"
+    version = "2"
 
     def _trials(self, examples: ScoreExamples, part: str) -> list[Trial]:
         windows: TestExamples = getattr(examples, part)

@@ -8,6 +8,7 @@ those of the feature's true marks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ __all__ = ["admissible_tokens", "false_marks", "start_counts", "true_marks"]
 
 MARGIN_WORDS = 1  # words between an active token and a false mark …
 ROOMY = 0.8  # … where that leaves so large a share of the places of true marks
+Form: TypeAlias = tuple[bool, bool, bool, bool]
 _ATTEMPTS = 64  # random placements tried before a window counts as having no room
 
 
@@ -72,7 +74,9 @@ def false_marks(
     """Flags of a false placement in this window, None if there is no room for one.
 
     The runs have the number and lengths of the window's true runs, lie on admissible tokens, neither overlap nor touch,
-    and cover more than white space wherever the true run does. Each start is drawn from ``starts`` (see
+    and have the true run's form where there is room for it: they begin and end at the edge of a word, or within one, as it
+    does, and hold letters or none. Else a mark that splits a word, or stands on a comma, would be known for a false one
+    by its looks. Each start is drawn from ``starts`` (see
     ``start_counts``) among those still possible. Where none of the possible starts ever occurs, a start is drawn
     from ``starts`` all the same and the nearest possible one is taken, so the placement stays as close as it can.
 
@@ -81,7 +85,8 @@ def false_marks(
     being placed alike comes first.
     """
     flags = true_marks(example, threshold)
-    shapes = [(end - start, not "".join(example.tokens[start:end]).strip()) for start, end in runs(flags)]
+    forms = _Forms(example)
+    shapes = [(end - start, forms.of(start, end)) for start, end in runs(flags)]
     if not shapes:
         return None
     shapes.sort(key=lambda shape: -shape[0])  # long runs first: they have the fewest places
@@ -89,7 +94,7 @@ def false_marks(
     choices = (clear, near) if 0 < ROOMY * _mass(near, starts) <= _mass(clear, starts) else (near,)
     for free in choices:
         for _ in range(_ATTEMPTS):
-            placed = _place(example, shapes, free, starts, generator)
+            placed = _place(forms, shapes, free, starts, generator)
             if placed is not None:
                 return tuple(placed.tolist())
     return None
@@ -103,9 +108,27 @@ def _mass(free: NDArray[np.bool_], starts: NDArray[np.int64]) -> int:
     return int(padded[free].sum())
 
 
+class _Forms:
+    """What the runs of tokens of a window look like, whatever they say."""
+
+    def __init__(self, example: Example) -> None:
+        self._text, self._bounds = example.text, token_spans(example.tokens)
+        self._cuts = {place for a, b in words(example.text) for place in range(a + 1, b)}  # within a word
+        self._letters = {place for a, b in words(example.text) for place in range(a, b)}
+        self._known: dict[Span, Form] = {}
+
+    def of(self, start: int, end: int) -> Form:
+        """Of the tokens from ``start`` to ``end``: blank; with letters; begins within a word; ends within one."""
+        if (start, end) not in self._known:
+            a, b = self._bounds[start][0], self._bounds[end - 1][1]
+            letters = any(place in self._letters for place in range(a, b))
+            self._known[start, end] = (not self._text[a:b].strip(), letters, a in self._cuts, b in self._cuts)
+        return self._known[start, end]
+
+
 def _place(
-    example: Example,
-    shapes: Sequence[tuple[int, bool]],
+    forms: _Forms,
+    shapes: Sequence[tuple[int, Form]],
     free: NDArray[np.bool_],
     starts: NDArray[np.int64],
     generator: np.random.Generator,
@@ -113,16 +136,11 @@ def _place(
     """One random attempt at all runs, None if one of them finds no place."""
     marked = np.zeros(len(free), dtype=bool)
     room = free.copy()
-    solid = np.array([bool(token.strip()) for token in example.tokens], dtype=bool)
-    for length, blank in shapes:
-        possible = np.array(
-            [
-                start
-                for start in range(len(room) - length + 1)
-                if room[start : start + length].all() and (blank or solid[start : start + length].any())
-            ],
-            dtype=np.int64,
-        )
+    for length, form in shapes:
+        found = [start for start in range(len(room) - length + 1) if room[start : start + length].all()]
+        alike = [start for start in found if forms.of(start, start + length) == form]
+        solid = [start for start in found if form[0] or not forms.of(start, start + length)[0]]
+        possible = np.array(alike or solid, dtype=np.int64)
         if not len(possible):
             return None
         start = _draw(possible, starts, generator)

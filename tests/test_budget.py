@@ -64,6 +64,14 @@ def test_no_call_more_than_allowed(limit: int) -> None:
     assert live.asked == kinds[Response] == min(limit, 20) and kinds[BudgetSpent] == max(20 - limit, 0)
 
 
+def test_a_server_that_tells_no_usage_spends_what_was_reckoned() -> None:
+    """Else a limit on cost would never be reached."""
+    live = Metered(prompt_tokens=0)
+    most = PRICE.cost(MOST * 40, 10)
+    results = ask_all(BudgetedClient(live, max_cost=7.5 * most, price=PRICE), 20)
+    assert live.asked == Counter(type(result) for result in results)[Response] == 7
+
+
 def test_what_earlier_commands_spent_counts() -> None:
     live = Metered()
     client = BudgetedClient(live, max_calls=10, spent_calls=8, price=PRICE, spent_cost=0.5)
@@ -80,7 +88,7 @@ def test_what_earlier_commands_spent_counts() -> None:
 @settings(deadline=None, max_examples=50)
 @given(
     limit=st.floats(0, 2e-3),
-    characters=st.integers(1, 400),
+    characters=st.integers(3, 400),  # with fewer the prompt has no token, as where a server tells none
     max_tokens=st.integers(1, 50),
     count=st.integers(1, 40),
     spent=st.floats(0, 1e-3),

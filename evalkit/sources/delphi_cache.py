@@ -213,6 +213,14 @@ def _checked(split: _Split, file: Any, start: int, stop: int, shape: tuple[int, 
         raise _bad(split.path, "activations", "finite numbers", f"{stored[place]} in entry {start + place}")
     with np.errstate(over="ignore"):
         values = stored.astype(np.float32)
+    if stored.dtype != np.float16 and np.isinf(values).any():
+        place = int(np.argmax(np.isinf(values)))
+        raise _bad(
+            split.path,
+            "activations",
+            "numbers that single precision holds",
+            f"{stored[place]} in entry {start + place}",
+        )
     if stored.dtype == np.float16:  # what was larger than that is stored as infinite
         values = values.clip(-_LARGEST_HALF, _LARGEST_HALF)
     latents = locations[:, 2].astype(np.int64) + split.first

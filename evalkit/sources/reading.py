@@ -118,8 +118,8 @@ def find_beside(path: Path, files: Sequence[str]) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A config. Raises MissingFile, BadFile."""
     try:
-        if path.stat().st_size > _LONGEST_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes")
+        if path.stat().st_size > _LONGEST_JSON or not path.is_file():
+            raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
         held = json.loads(path.read_text("utf-8"))
         if not isinstance(held, dict):
             raise ValueError(f"a {type(held).__name__}")

@@ -102,3 +102,27 @@ def test_no_room(active: range) -> None:
 
 def test_a_silent_window_has_no_false_marks() -> None:
     assert false_marks(window(0), THETA, np.zeros(0, dtype=np.int64), np.random.default_rng(0)) is None
+
+
+@pytest.mark.parametrize("fires", [" whale", "ly", ","])
+def test_a_false_mark_looks_like_a_true_one(fires: str) -> None:
+    """Whole words for a feature of whole words, endings for one of endings, punctuation for one of that."""
+    random = np.random.default_rng(0)
+    kinds = {" whale": (" whale", " ship", " calm", " sea"), "ly": ("ly", "ness", "ing"), ",": (",", ".", ";")}
+    alike = kinds[fires]
+    seen = set()
+    for index in range(60):
+        tokens: list[str] = []
+        for word in random.permutation([" whale", " ship", " calm", " sea", " slow", " quick", " bright"]).tolist():
+            tokens += [word] if word in kinds[" whale"] else [word, str(random.choice(["ly", "ness", "ing"]))]
+            tokens += [str(random.choice([",", ".", ";"]))] if random.random() < 0.6 else []
+        tokens += [",", ".", ";"]
+        values = [0.0] * len(tokens)
+        if fires not in tokens:
+            continue
+        values[tokens.index(fires)] = 1.0
+        example = Example(index, index, tuple(tokens), tuple(values), decile=0)
+        false = false_marks(example, THETA, np.ones(len(tokens), np.int64), random)
+        assert false is not None
+        seen |= {tokens[place] for place, flag in enumerate(false) if flag}
+    assert len(seen) > 1 and seen <= set(alike)

@@ -35,6 +35,8 @@ def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
     if (preset := find_preset(frames.meta.get("preset"))) is not None:
         lines.append(f"Preset {frames.meta['preset']}: {preset.wrong}")
     lines.append("SE: two-way clustered by feature and window; it does not contain the spread between training seeds.")
+    if table["scorer"].str.match(r"intruder\b").any():
+        lines.append("Chance of intruder: one in as many texts as are shown together, five where n_texts is not given.")
     lines += [*_caveats(frames), *_survivorship(frames, table), *_precision(frames)]
     share = table["n_unscored"] / table["n_judgements"].where(table["n_judgements"] > 0)
     if (much := table.loc[share > MUCH_UNSCORED]).size:

@@ -408,3 +408,10 @@ def test_a_preset_says_what_is_wrong_with_it_and_counts_as_it_does(frames: RunFr
     assert any(
         line.startswith("Preset delphi: ") and "pooled" in line for line in footer(replace(frames, meta=meta), table)
     )
+
+
+def test_the_chance_of_an_intruder_is_said(frames: RunFrames) -> None:
+    judgements = frames.judgements.query("scorer == 'detection'").assign(scorer="intruder:n_texts=4")
+    shown = replace(frames, judgements=judgements)
+    assert any("Chance of intruder: one in as many" in line for line in footer(shown, summary_table(shown)))
+    assert not any("intruder" in line for line in footer(frames, summary_table(frames)))

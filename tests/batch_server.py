@@ -11,8 +11,8 @@ import json
 import random
 import re
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -30,7 +30,9 @@ class BatchServer(ChatServer):
     with status 500, ``garbled``: that are no JSON, ``spoiled``: whose text is no JSON; the seed, the question and how often
     it came decide. ``ends``: how the first batches end, "completed" after these; of an expired or cancelled one half is
     done. ``room``: requests that may be in batches at the same time. ``largest``: bytes of a file. ``listed_after_s``: from
-    its making, until a batch is in the list.
+    its making, until a batch is in the list. ``lost``: statuses with which the first makings of a batch are answered that
+    are done all the same. ``shown``: what is said of a batch, made of the batch and how often it was looked at. ``read``:
+    the bytes of a file that goes down, made of what it holds.
     """
 
     owned_by: str = "hosted"
@@ -45,11 +47,15 @@ class BatchServer(ChatServer):
     room: int | None = None
     largest: int | None = None
     listed_after_s: float = 0.0
+    lost: Sequence[int] = ()
+    shown: Callable[[dict[str, Any], int], dict[str, Any]] = lambda batch, _: batch
+    read: Callable[[bytes], bytes] = lambda content: content
     files: dict[str, bytes] = field(default_factory=dict, init=False)
     names: dict[str, str] = field(default_factory=dict, init=False)
     batches: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     keys: set[str] = field(default_factory=set, init=False)  # custom ids of all lines that came
     _times: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int), init=False)
+    _looks: Counter[str] = field(default_factory=Counter, init=False)
     _made: int = field(default=0, init=False)
     _working: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
@@ -110,7 +116,7 @@ class BatchServer(ChatServer):
     async def _content(self, peer: _Peer, request: _Request, id: str) -> bool:
         if id not in self.files:
             return await self._say(peer, 404, self._error(request, 404, "no such file", code=None), request)
-        return await self._say(peer, 200, self.files[id], request)
+        return await self._say(peer, 200, self.read(self.files[id]), request)
 
     async def _delete(self, peer: _Peer, request: _Request, id: str) -> bool:
         found = self.files.pop(id, None) is not None
@@ -139,6 +145,9 @@ class BatchServer(ChatServer):
         task = asyncio.ensure_future(self._work_off(batch, number))
         self._working.add(task)
         await peer.wait(self.hold.get("made", 0))
+        if number < len(self.lost):
+            status = self.lost[number]
+            return await self._say(peer, status, self._error(request, status, "lost", code=None), request)
         return await self._say(peer, 200, batch, request)
 
     async def _list(self, peer: _Peer, request: _Request, query: str) -> bool:
@@ -147,13 +156,15 @@ class BatchServer(ChatServer):
         ids = [one["id"] for one in listed]
         start = ids.index(asked["after"][0]) + 1 if "after" in asked else 0
         end = start + int(asked["limit"][0])
-        page = {"object": "list", "data": listed[start:end], "has_more": end < len(listed)}
+        data = [self.shown(one, 0) for one in listed[start:end]]
+        page = {"object": "list", "data": data, "has_more": end < len(listed)}
         return await self._say(peer, 200, page, request)
 
     async def _show(self, peer: _Peer, request: _Request, id: str) -> bool:
         if id not in self.batches:
             return await self._say(peer, 404, self._error(request, 404, f"No batch {id}", code=None), request)
-        return await self._say(peer, 200, self.batches[id], request)
+        self._looks[id] += 1
+        return await self._say(peer, 200, self.shown(self.batches[id], self._looks[id]), request)
 
     # the work
 

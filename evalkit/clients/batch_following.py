@@ -18,6 +18,7 @@ from evalkit.clients.batches import ENDED, BatchApi, State
 from evalkit.clients.endpoints import Endpoint
 from evalkit.clients.failures import Refusal, Transient
 from evalkit.clients.ledger import Batch, Ledger
+from evalkit.clients.limits import duration_s
 from evalkit.errors import ClientDown, ClientError, RequestRefused
 from evalkit.recording import Recorded, Request
 from evalkit.records import Response
@@ -27,6 +28,8 @@ __all__ = ["Follower", "Result"]
 _LOG = logging.getLogger(__name__)
 _TOGETHER = 500  # answers that are recorded in one go
 _TELL_EVERY_S = 60.0
+_LOOKS_AGAIN = 10  # at a batch that has ended and whose answers are not all there
+_LATE_S = 3600.0  # after its window, until a batch that has not ended is spoken of
 _FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded")
 
 
@@ -34,12 +37,14 @@ _FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded
 class Result:
     """What came of a batch, by request: answers and final errors, and why others go into a next batch ("": no fault of
     theirs). ``refused``: parameters that the server does not take. ``full``: why it has no room for all of it now.
+    ``withheld``: requests that were answered, by the server's count, and whose answers it does not hand out.
     """
 
     settled: dict[str, Response | ClientError] = field(default_factory=dict)
     again: dict[str, str] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     full: str = ""
+    withheld: int = 0
 
 
 class Follower:
@@ -57,6 +62,7 @@ class Follower:
     ) -> None:
         self._api, self._ledger, self._endpoint, self._url = api, ledger, endpoint, url
         self._record, self._look_every_s = record, look_every_s
+        self._told: set[tuple[str, str]] = set()
 
     async def hand_in(self, batch: Batch) -> None:
         """Upload it and have it made. Raises TooLarge, ClientDown, StorageError."""
@@ -77,10 +83,32 @@ class Follower:
         if state.status == "failed":
             result = self._failed(batch, state)
         else:
-            result = await self._read(batch, state)
-        self._ledger.ended(batch, state.status)
+            completed = state.completed
+            result = await self._read(batch, state, completed)
+            for _ in range(_LOOKS_AGAIN):  # at some servers the files are there later than the end
+                if not result.withheld:
+                    break
+                await asyncio.sleep(self._look_every_s)
+                state = await self._until_ended(batch)
+                completed = max(completed, state.completed)
+                result = await self._read(batch, state, completed)
+        if result.withheld:
+            self._hold_open(state, result, completed)
+        else:
+            self._ledger.ended(batch, state.status)
         _tell(batch, state, result)
         return result
+
+    def _hold_open(self, state: State, result: Result, completed: int) -> None:
+        """Nothing of a batch is handed in again while answers that are paid for may still come out of it."""
+        down = ClientDown(
+            f"batch {state.id} at {self._url}",
+            expected=f"the answers to {completed:,} requests, which it has, by its count",
+            seen=f"{result.withheld:,} fewer in its files",
+            fix="the same command looks again; to give it up and ask again, delete batches.sqlite in the run folder",
+        )
+        result.settled |= dict.fromkeys(result.again, down)
+        result.again.clear()
 
     async def _found(self, batch: Batch) -> bool:
         """Whether a batch of which an earlier command heard no more was made. If not, it is given up."""
@@ -101,6 +129,7 @@ class Follower:
         assert batch.id is not None
         done, told = -1, time.monotonic()
         while (state := await self._api.state(batch.id)).status not in ENDED:
+            self._wonder(batch, state)
             if state.done > done and time.monotonic() - told >= _TELL_EVERY_S:
                 done, told = state.done, time.monotonic()
                 amounts = f"{done:,} of {len(batch.requests):,} requests done"
@@ -108,13 +137,28 @@ class Follower:
             await asyncio.sleep(self._look_every_s)
         return state
 
-    async def _read(self, batch: Batch, state: State) -> Result:
-        """What its files say, recorded."""
+    def _wonder(self, batch: Batch, state: State) -> None:
+        """Tell of a batch that may never end, once of each kind."""
+        window_s = duration_s(self._api.window)
+        late = batch.begun is not None and window_s is not None and time.time() - batch.begun > window_s + _LATE_S
+        for odd, words in (
+            (state.status == "unknown", "is in a state that the protocol does not know"),
+            (late, f"has not ended, and was to be worked off within {self._api.window}"),
+        ):
+            if odd and (batch.name, words) not in self._told:
+                self._told.add((batch.name, words))
+                told = (batch.number, batch.id, words, self._look_every_s)
+                _LOG.warning("batch %d (%s) %s; looking again every %g s; Ctrl-C leaves it open", *told)
+
+    async def _read(self, batch: Batch, state: State, completed: int) -> Result:
+        """What its files say, recorded. ``completed``: requests of which the server has said that it answered them."""
         result, seconds = Result(), time.time() - (batch.begun or time.time())
         lines: list[Line] = []
-        unreadable = 0
+        there = unreadable = 0
         for file in filter(None, (state.output_file, state.error_file)):
-            found, lost = read_lines(await self._api.content(file))
+            found, lost = read_lines(await self._api.content(file, len(batch.requests)))
+            if file == state.output_file:
+                there = len({line.key for line in found} & batch.requests.keys()) + lost
             lines += found
             unreadable += lost
         for first in range(0, len(lines), _TOGETHER):
@@ -128,9 +172,10 @@ class Follower:
             self._record(answered)
             await asyncio.sleep(0)
         missing = [key for key in batch.requests if key not in result.settled and key not in result.again]
+        result.withheld = min(max(completed - there, 0), max(len(missing) - unreadable, 0))
         why = f"{unreadable} lines that cannot be read" if unreadable else f"none, of a batch that is {state.status}"
         result.again |= dict.fromkeys(missing, why)
-        if state.status == "cancelled":  # somebody wanted that
+        if state.status == "cancelled" and not result.withheld:  # somebody wanted that
             down = ClientDown(
                 f"batch {state.id}",
                 expected="it to be worked off",
@@ -156,7 +201,7 @@ class Follower:
     def _failed(self, batch: Batch, state: State) -> Result:
         """A batch of which the server took nothing: as too much at a time, for some lines, or for a reason of its own."""
         redact = self._endpoint.redact
-        told = [(code, redact(message)[:200], line) for code, message, line in state.errors]
+        told = [(redact(code)[:80], redact(message)[:200], line) for code, message, line in state.errors]
         reason = f"{told[0][0]}: {told[0][1]}" if told else "no reason"
         if any(code in _FULL for code, _, _ in told):
             return Result(again=dict.fromkeys(batch.requests, ""), full=reason)

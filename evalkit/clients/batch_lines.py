@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from evalkit.records import Message, Response
 __all__ = ["URL", "Line", "Outcome", "ask_of", "cut_batch", "form_of", "outcome", "read_lines", "request_line"]
 
 URL = "/v1/chat/completions"
+_KEY = re.compile(rb'"custom_id"\s*:\s*"(\w{1,200})"')
 Outcome: TypeAlias = Response | Refusal | Transient | ClientError
 
 
@@ -85,17 +87,28 @@ def cut_batch(
 
 
 def read_lines(content: bytes) -> tuple[list[Line], int]:
-    """The lines of a server's file, the first of each key, and how many others cannot be read."""
+    """The lines of a server's file, the first of each key, and how many others nobody can be told of.
+
+    One that cannot be read but names its request is one without a reply. What a file breaks off in is not counted.
+    """
     found: dict[str, Line] = {}
+    unread: dict[str, Line] = {}
     unreadable = 0
-    for text in content.split(b"\n"):
+    *texts, last = content.split(b"\n")
+    for text in (*texts, last if _read(last) else b""):
         if text.strip():
-            line = _read(text)
-            if line is None:
-                unreadable += 1
-            else:
+            if (line := _read(text)) is not None:
                 found.setdefault(line.key, line)
-    return list(found.values()), unreadable
+            elif (line := _unread(text)) is not None:
+                unread[line.key] = line
+            elif text.lstrip().startswith(b"{"):  # not of the page of a gateway
+                unreadable += 1
+    return list((unread | found).values()), unreadable
+
+
+def _unread(text: bytes) -> Line | None:
+    named = _KEY.search(text)
+    return Line(named[1].decode(), 0, None, "a line that cannot be read") if named else None
 
 
 def _read(text: bytes) -> Line | None:
@@ -106,7 +119,7 @@ def _read(text: bytes) -> Line | None:
             return Line(str(key), int(response["status_code"]), response.get("body"))
         told = error if isinstance(error, dict) else {}
         return Line(str(key), 0, None, f"{told.get('code') or 'no code'}: {told.get('message') or 'no reason'}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
 
@@ -114,14 +127,14 @@ def outcome(line: Line, ask: Ask, form: Form, endpoint: Endpoint, server: str) -
     """What a line means: a reply; what the server does not take; worth another try; never."""
     if line.status == 0:
         return Transient(endpoint.redact(line.error)[:200])
-    if line.status != 200:
-        return judge_failure(_status_error(line), server, form.removable, endpoint.redact)
     try:
+        if line.status != 200:
+            return judge_failure(_status_error(line), server, form.removable, endpoint.redact)
         completion = json.loads(json.dumps(line.body), object_hook=lambda found: SimpleNamespace(**found))
         return endpoint.read(ask, form, completion)
     except MalformedReply as error:
         return Transient(endpoint.redact(str(error))[:200])
-    except (TypeError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         return Transient(endpoint.redact(f"a reply that cannot be read: {error}")[:200])
 
 

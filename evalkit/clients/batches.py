@@ -19,7 +19,7 @@ from typing import Any
 
 from evalkit.clients.failures import Refusal, Transient, judge_failure
 from evalkit.clients.keys import Redactor
-from evalkit.clients.servers import Server
+from evalkit.clients.servers import REPLY_BYTES, Oversize, Server
 from evalkit.errors import ClientDown, ClientError
 
 __all__ = ["ENDED", "BatchApi", "State", "TooLarge"]
@@ -33,6 +33,7 @@ _PATIENCE_S, _LONG_PATIENCE_S = 180.0, 3600.0  # without an answer: before the f
 _PAGE, _PAGES = 100, 50  # of the list of batches
 _EARLIER_S = 3600  # that clocks may differ
 _SLOWEST, _LARGEST = 1e5, 1e9  # bytes a second of a connection that is still of use; bytes of a file that comes down
+_FILE_BYTES, _LINE_BYTES = 256_000_000, 64_000  # of a file that comes down: in any case, and for each request
 _NO_BATCHES = (404, 405, 501)
 
 
@@ -67,7 +68,7 @@ class BatchApi:
     ) -> None:
         self.listed_within_s = listed_within_s
         self._server, self._redact, self._sdk = server, redact, sdk
-        self._timeout_s, self._window = timeout_s, window
+        self._timeout_s, self.window = timeout_s, window
         self._heard = False  # an answer, ever
 
     async def close(self) -> None:
@@ -111,14 +112,14 @@ class BatchApi:
                     create(
                         input_file_id=file,
                         endpoint="/v1/chat/completions",
-                        completion_window=self._window,
+                        completion_window=self.window,
                         metadata={METADATA: name},
                     ),
                     _named,
                 )
                 return _state(made)
             except _Unclear as error:
-                uncertain = error.perhaps_done
+                uncertain |= error.perhaps_done  # whatever is said of later attempts
                 await patience.pause(error, self._heard)
 
     async def find(self, name: str, file: str, since: float | None = None) -> State | None:
@@ -130,10 +131,13 @@ class BatchApi:
         after: dict[str, Any] = {}
         for _ in range(_PAGES):
             listed = await self._until_done("batches", partial(self._page, after), _listed)
-            for batch in listed.data:
-                if (getattr(batch, "metadata", None) or {}).get(METADATA) == name or batch.input_file_id == file:
+            rows = [batch for batch in listed.data if _named(batch)]
+            for batch in rows:
+                metadata = getattr(batch, "metadata", None)
+                ours = isinstance(metadata, dict) and metadata.get(METADATA) == name
+                if ours or getattr(batch, "input_file_id", None) == file:
                     return _state(batch)
-            first, last = (listed.data[0], listed.data[-1]) if listed.data else (None, None)
+            first, last = (rows[0], rows[-1]) if rows else (None, None)
             if last is None or not getattr(listed, "has_more", False):
                 break
             if _made_at(last) < earliest and _made_at(last) <= _made_at(first):  # the newest come first, as a rule
@@ -149,12 +153,15 @@ class BatchApi:
         retrieve = self._server.connections.batches.retrieve
         return _state(await self._until_done(f"batch {id}", lambda: retrieve(id), _named))
 
-    async def content(self, file: str) -> bytes:
-        """A file. Raises ClientDown, for one that is not there as well."""
+    async def content(self, file: str, requests: int) -> bytes:
+        """A file about so many requests. Raises ClientDown, for one that is not there or too large as well."""
         read = self._server.connections.files.content
-        timeout_s = self._timeout_s + _LARGEST / _SLOWEST
         found = await self._until_done(
-            f"file {file}", lambda: read(file), lambda one: hasattr(one, "content"), timeout_s
+            f"file {file}",
+            lambda: read(file),
+            lambda one: hasattr(one, "content"),
+            self._timeout_s + _LARGEST / _SLOWEST,
+            _FILE_BYTES + _LINE_BYTES * requests,
         )
         return bytes(found.content)
 
@@ -164,22 +171,33 @@ class BatchApi:
         call: Callable[[], Awaitable[Any]],
         sound: Callable[[Any], bool],
         timeout_s: float | None = None,
+        most_bytes: int = REPLY_BYTES,
     ) -> Any:
         patience = _Patience(self._server.url)
         while True:
             try:
-                return await self._once(what, call(), sound, timeout_s)
+                return await self._once(what, call(), sound, timeout_s, most_bytes)
             except _Unclear as error:
                 await patience.pause(error, self._heard)
 
     async def _once(
-        self, what: str, call: Awaitable[Any], sound: Callable[[Any], bool], timeout_s: float | None = None
+        self,
+        what: str,
+        call: Awaitable[Any],
+        sound: Callable[[Any], bool],
+        timeout_s: float | None = None,
+        most_bytes: int = REPLY_BYTES,
     ) -> Any:
         """Raises _Unclear for what may be tried again, TooLarge, ClientDown."""
         try:
-            answer = await self._server.call(call, timeout_s or self._timeout_s)
+            answer = await self._server.call(call, timeout_s or self._timeout_s, most_bytes)
             if not sound(answer) or self._tells_the_key(answer):
                 raise Transient(f"no answer of the Batch API: {self._redact(str(answer))[:100]}")
+        except Oversize as error:
+            fix = "ask whoever runs the server; the same command looks again"
+            raise ClientDown(
+                self._server.url, expected=f"{what} in a size to read", seen=error.reason, fix=fix
+            ) from None
         except Transient as error:
             raise _Unclear(error.reason, error.wait_s, perhaps_done=True) from None
         except self._sdk.APIStatusError as error:
@@ -189,7 +207,9 @@ class BatchApi:
 
     def _tells_the_key(self, answer: Any) -> bool:
         """In a name, which would be written down."""
-        names = (getattr(answer, name, None) for name in ("id", "output_file_id", "error_file_id"))
+        rows = getattr(answer, "data", None)
+        told = [answer, *(rows if isinstance(rows, list) else ())]
+        names = [getattr(one, name, None) for one in told for name in ("id", "output_file_id", "error_file_id")]
         return any(isinstance(name, str) and self._redact(name) != name for name in names)
 
     def _judged(self, what: str, error: Any) -> Exception:
@@ -202,7 +222,7 @@ class BatchApi:
             return _missing(self._server.url, what, f"status {status}: {said}")
         if isinstance(failure, Transient):
             self._heard = True
-            return _Unclear(failure.reason, failure.wait_s, perhaps_done=status >= 500, answered=status < 500)
+            return _Unclear(failure.reason, failure.wait_s, perhaps_done=status != 429, answered=status < 500)
         reason = failure.reason if isinstance(failure, Refusal) else failure.seen
         if isinstance(failure, ClientDown):
             return failure
@@ -268,19 +288,28 @@ def _made_at(batch: Any) -> float:
     return float(at) if isinstance(at, int | float) else math.inf
 
 
+def _count(value: Any) -> int:
+    """0 where a server says what is no number of requests."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0
+
+
+def _file(name: Any) -> str | None:
+    return name if isinstance(name, str) and name else None
+
+
 def _state(batch: Any) -> State:
     counts = getattr(batch, "request_counts", None)
-    errors = getattr(getattr(batch, "errors", None), "data", None) or ()
+    errors = getattr(getattr(batch, "errors", None), "data", None)
     status = getattr(batch, "status", None)
     return State(
         id=str(batch.id),
         status=status if status in ENDED | _GOING_ON else "unknown",
-        output_file=getattr(batch, "output_file_id", None) or None,
-        error_file=getattr(batch, "error_file_id", None) or None,
-        completed=int(getattr(counts, "completed", 0) or 0),
-        failed=int(getattr(counts, "failed", 0) or 0),
+        output_file=_file(getattr(batch, "output_file_id", None)),
+        error_file=_file(getattr(batch, "error_file_id", None)),
+        completed=_count(getattr(counts, "completed", 0)),
+        failed=_count(getattr(counts, "failed", 0)),
         errors=tuple(
             (str(getattr(one, "code", None)), str(getattr(one, "message", None)), getattr(one, "line", None))
-            for one in errors
+            for one in (errors if isinstance(errors, list) else ())
         ),
     )

@@ -17,6 +17,7 @@ __all__ = ["Breaker"]
 
 _LOG = logging.getLogger(__name__)
 _REST_S, _LONGEST_REST_S = 5.0, 60.0
+_DOUBLINGS = 8  # of a rest, at most: more make too large a number in the end
 _WINDOW_S, _WINDOW = 60.0, 40  # outcomes that count: of the last minute, and no more than so many
 _LEAST_FAILURES, _SHARE = 5, 0.5  # so many of them, and so large a share, are too many
 _TELL_EVERY_S = 60.0
@@ -91,7 +92,9 @@ class Breaker:
     def _trip(self, now: float, wait_s: float | None) -> None:
         if not self._open and now - self._closed_at > _WINDOW_S:
             self.trips = 0  # it was well for long enough
-        rest_s = max(min(_REST_S * 2**self.trips, _LONGEST_REST_S), min(wait_s or 0.0, _LONGEST_REST_S))
+        rest_s = max(
+            min(_REST_S * 2 ** min(self.trips, _DOUBLINGS), _LONGEST_REST_S), min(wait_s or 0.0, _LONGEST_REST_S)
+        )
         self.resting_until, self._tripped_at = now + rest_s, now
         self.trips += 1
         self._open = True

@@ -202,6 +202,6 @@ def _logprobs(found: Any) -> tuple[dict[str, float], ...]:
                     best = candidates.get(one.token, -math.inf)
                     candidates[one.token] = max(best, min(float(one.logprob), 0.0))
             tokens.append(candidates)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError, ArithmeticError):
         return ()
     return tuple(tokens)

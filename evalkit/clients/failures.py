@@ -116,14 +116,15 @@ def _named(param: Any, message: str, removable: Collection[str]) -> str | None:
     return min(found, key=found.__getitem__, default=None)
 
 
+_NUMBER = r"(?<!\d)\d{1,12}(?!\d)"  # of tokens; a server can write down more digits than can be read
 _LIMITS = [
     re.compile(pattern, re.I)
     for pattern in (
-        r"max_model_len\W{0,3}(\d+)",
-        r"context (?:length|window|size)\D{0,24}?(\d+)",
-        r"(?:at most|less than|limit is|<=) (\d+)",
-        r"(\d+) maximum",
-        r"maximum\D{0,60}?(\d+)",
+        rf"max_model_len\W{{0,3}}({_NUMBER})",
+        rf"context (?:length|window|size)\D{{0,24}}?({_NUMBER})",
+        rf"(?:at most|less than|limit is|<=) ({_NUMBER})",
+        rf"({_NUMBER}) maximum",
+        rf"maximum\D{{0,60}}?({_NUMBER})",
     )
 ]
 
@@ -134,8 +135,8 @@ def _overflow(message: str) -> ContextOverflow:
     limit = next((int(found[1]) for pattern in _LIMITS if (found := pattern.search(text))), None)
     needed = None
     if limit:
-        above = [int(number) for number in re.findall(r"\d+", text) if limit < int(number) < 64 * limit]
-        if parts := re.search(rf"(\d+) > {limit} - (\d+)", text):
+        above = [int(number) for number in re.findall(_NUMBER, text) if limit < int(number) < 64 * limit]
+        if parts := re.search(rf"({_NUMBER}) > {limit} - ({_NUMBER})", text):
             above = [int(parts[1]) + int(parts[2])]
         needed = max(above, default=None)
     return ContextOverflow(

@@ -49,6 +49,7 @@ class Batch:
     begun: float | None = None
     id: str | None = None
     lines: list[bytes] = field(default_factory=list)  # what is uploaded; not kept
+    ended: bool = False
 
 
 class Ledger:
@@ -116,6 +117,7 @@ class Ledger:
         with self._writing() as database:
             database.execute(_SET.format("ended"), (how, batch.name))
             database.execute("DELETE FROM requests WHERE number = ?", (batch.number,))
+        batch.ended = True
 
     def open_batches(self) -> list[Batch]:
         """Those that have not ended, oldest first."""
@@ -128,6 +130,15 @@ class Ledger:
             Batch(name, self._requests(number), _unpacked(dialect), number, file, begun, id)
             for name, dialect, number, file, begun, id in rows
         ]
+
+    def elsewhere(self) -> dict[str, int]:
+        """Requests in batches of the model that have not ended, at other servers or under other names of this one."""
+        rows = self._database.execute(
+            "SELECT server, total(count) FROM batches "
+            "WHERE ended IS NULL AND batch IS NOT NULL AND model = ? AND server != ? GROUP BY server ORDER BY server",
+            (self._model, self._server),
+        )
+        return {server: int(count) for server, count in rows}
 
     def _requests(self, number: int) -> dict[str, Request]:
         rows = self._database.execute("SELECT key, request FROM requests WHERE number = ? ORDER BY place", (number,))

@@ -22,6 +22,12 @@ __all__ = ["Bucket", "Limits", "Permit", "TokenRatio", "duration_s"]
 _SOON_S = 1e-6  # shorter waits are rounding errors
 _LONGEST_TOLD_S = 300.0  # what a server says is believed for so long
 _PRIOR_CHARACTERS = 4000.0  # of prompts that weigh as much as the ratio we begin with
+_MOST_PER_CHARACTER, _MOST_BESIDES = (
+    16,
+    1000,
+)  # tokens of a prompt: four for each byte of a letter, and what servers add
+_MOST_OVER = 8  # times a reply may be as long as was asked for: some models think first
+_LONGEST_DEBT_MIN = 5.0  # of what replies took beyond what was reckoned
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 
 
@@ -50,6 +56,12 @@ class Bucket:
         """Take it, however much is there; a negative amount is given back."""
         self._fill(now)
         self._level = min(self._level - amount, self.capacity)
+
+    def correct(self, amount: float, now: float) -> None:
+        """Take what was found out later, or give it back; no more is owed for it than a few minutes make good."""
+        self._fill(now)
+        owed = min(self._level, -_LONGEST_DEBT_MIN * 60 * self.rate)
+        self._level = min(max(self._level - amount, owed), self.capacity)
 
 
 @dataclass(slots=True)
@@ -96,6 +108,7 @@ class Permit:
 
     characters: int
     tokens: float
+    max_tokens: int = 0  # of these, those of the reply
 
 
 class Limits:
@@ -125,7 +138,7 @@ class Limits:
 
         None to those who waited when ``dismiss`` was called. Whoever has a permit gives it back with ``leave``.
         """
-        permit = Permit(characters, characters * self.ratio.value + max_tokens)
+        permit = Permit(characters, characters * self.ratio.value + max_tokens, max_tokens)
         dismissed = self._dismissed
         async with self._turn:  # hands itself on in the order of arrival
             while dismissed == self._dismissed:
@@ -173,12 +186,13 @@ class Limits:
             self._news.set()
 
     def correct(self, permit: Permit, prompt_tokens: int, completion_tokens: int) -> None:
-        """What a request really took, by its reply; nothing where the reply does not say."""
-        if prompt_tokens <= 0:
+        """What a request really took, by its reply; nothing where the reply does not say, or says what cannot be."""
+        if not 0 < prompt_tokens <= _MOST_PER_CHARACTER * permit.characters + _MOST_BESIDES:
             return
+        completion_tokens = min(completion_tokens, _MOST_OVER * permit.max_tokens + _MOST_BESIDES)
         self.ratio.learn(permit.characters, prompt_tokens)
         if self._tokens is not None:
-            self._tokens.take(prompt_tokens + completion_tokens - permit.tokens, self._clock())
+            self._tokens.correct(prompt_tokens + completion_tokens - permit.tokens, self._clock())
             self._news.set()
 
     def told(self, headers: Mapping[str, str]) -> None:

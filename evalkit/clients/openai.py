@@ -125,6 +125,8 @@ class OpenAIClient:
         loop = asyncio.get_running_loop()
         if self._servers and self._loop is loop:
             return
+        if self._loop is not None:  # another loop than before: what was finished there begins anew
+            self._finishing = False
         self._loop, self._down_until, self._bad_news = loop, 0.0, asyncio.Event()
         self._gate = asyncio.Semaphore(self.concurrency)
         self._limits = Limits(*self._rates, clock=loop.time)

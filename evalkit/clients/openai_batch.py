@@ -30,6 +30,9 @@ __all__ = ["OpenAIBatchClient"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 600.0  # until a server that is full may have room
+_LEAST_REQUESTS, _LEAST_REFUSALS = 100, 3  # a small batch is refused so often before a smaller one is tried
+_TAKEN = 3  # batches in a row, until a server that had no room gets several at a time again
+_DOUBLINGS = 10  # of a pause, at most
 Record: TypeAlias = Callable[[Sequence[tuple[Request, Recorded]]], None]
 
 
@@ -109,6 +112,10 @@ class OpenAIBatchClient:
         self._batches: dict[str, Batch] = {}  # handed in, or about to be
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
+        self._stopped: dict[
+            str, Batch
+        ] = {}  # by request: batches that nobody follows and that are not known to be over
+        self._probed: str | None = None  # the request that is asked without a batch now
         self._left = self._alone = False
 
     def keep_in(self, path: Path, record: Record) -> None:
@@ -143,7 +150,9 @@ class OpenAIBatchClient:
         known = self._known.get(request.key)
         if isinstance(known, Response):
             return known
-        if known is not None:
+        if (stopped := self._stopped.get(request.key)) is not None:  # which may be answered by now
+            self._go_on(stopped)
+        elif known is not None:
             raise known
         answer = self._answers.get(request.key)
         if answer is None:
@@ -164,9 +173,13 @@ class OpenAIBatchClient:
             told = (self._url, f"{count:,}", len(handed_in))
             _LOG.warning("%s goes on with %s requests in batches (%d); the same command fetches their answers", *told)
         for key in list(self._answers):
-            self._resolve(key, _left())
+            if key != self._probed:  # what is sent is paid for
+                self._resolve(key, _left())
         for task in self._tasks:
-            task.cancel()
+            if task is not self._handing_in or self._probed is None:
+                task.cancel()
+        if self._probed is not None:
+            self._online.finish()
 
     async def close(self) -> None:
         """Leave what is handed in to the next command, and close ledger and connections."""
@@ -195,19 +208,32 @@ class OpenAIBatchClient:
             self._api, self._ledger, self._endpoint, self._url, self._record, look_every_s=self._look_every_s
         )
         self._answers, self._known, self._waiting, self._batches, self._tasks = {}, {}, {}, {}, set()
-        self._attempts = Counter()
+        self._attempts, self._stopped, self._probed = Counter(), {}, None
         self._added, self._ended = asyncio.Event(), asyncio.Event()
         self._left = self._alone = False
-        self._size, self._refusals, self._pause_s, self._loop = self._most_requests, 0, 0.0, loop
+        self._size = self._fitting = self._most_requests
+        self._refusals, self._small_refusals, self._taken, self._pause_s, self._loop = 0, 0, 0, 0.0, loop
+        for url, count in self._ledger.elsewhere().items():
+            told = (f"{count:,}", self.name, url, self._url)
+            _LOG.warning("%s requests of %s are in batches at %s; asking at %s, their answers are not fetched", *told)
         for batch in self._ledger.open_batches():
             self._batches[batch.name] = batch
             self._start(self._follow(batch))
-        self._start(self._hand_in_for_ever())
+        self._handing_in = self._start(self._hand_in_for_ever())
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _go_on(self, batch: Batch) -> None:
+        """Follow a batch again."""
+        for key in batch.requests:
+            self._stopped.pop(key, None)
+            self._known.pop(key, None)
+        self._batches[batch.name] = batch
+        self._start(self._follow(batch))
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _collect(self, request: Request) -> None:
         self._waiting[request.key] = request
@@ -226,7 +252,7 @@ class OpenAIBatchClient:
     # handing in
 
     async def _hand_in_for_ever(self) -> None:
-        while True:
+        while not self._left:
             await self._added.wait()
             while self._added.is_set() and len(self._waiting) < self._most_requests:
                 self._added.clear()
@@ -242,6 +268,8 @@ class OpenAIBatchClient:
         """All that was collected, batch by batch."""
         if self._probes:
             await self._probe()
+            if self._left:
+                return
         elif self._dialect.kind is None:
             await self._api.look()
         left = len(self._waiting)  # what is collected meanwhile may be the beginning of more
@@ -282,7 +310,7 @@ class OpenAIBatchClient:
             fix = "use fewer examples, or smaller ones"
             self._resolve(key, RequestRefused("request", expected="a line that fits a file", seen=reason, fix=fix))
             return
-        self._size = max(1, len(batch.requests) // 2)
+        self._size = self._fitting = max(1, len(batch.requests) // 2)
         _LOG.warning(
             "%s takes no batch of %d requests (%s); trying %d", self._url, len(batch.requests), reason, self._size
         )
@@ -291,11 +319,24 @@ class OpenAIBatchClient:
 
     def _wait_for_room(self, batch: Batch, reason: str) -> None:
         """A server that has too much to do takes smaller batches, one at a time, and after a while."""
-        self._alone, self._size = True, max(1, len(batch.requests) // 2)
+        count, half = len(batch.requests), max(1, len(batch.requests) // 2)
+        if half < _LEAST_REQUESTS and self._small_refusals < _LEAST_REFUSALS:  # it is full of others, most likely
+            self._size = min(count, _LEAST_REQUESTS)
+            self._small_refusals += 1
+        else:
+            self._size = half
+        self._alone, self._taken = True, 0
         self._refusals += 1
-        self._pause_s = min(_FIRST_PAUSE_S * 2 ** (self._refusals - 1), _LONGEST_PAUSE_S)
+        self._pause_s = min(_FIRST_PAUSE_S * 2 ** min(self._refusals - 1, _DOUBLINGS), _LONGEST_PAUSE_S)
         told = (self._url, reason, self._size, self._pause_s)
         _LOG.warning("%s has no room (%s); batches of at most %d from now on, the next in %.0f s", *told)
+
+    def _has_room(self) -> None:
+        """A batch was taken: after a while the next ones are as large as before, and not alone."""
+        self._refusals, self._small_refusals, self._pause_s = 0, 0, 0.0
+        self._taken += 1
+        self._size = min(2 * self._size, self._fitting)
+        self._alone = self._alone and self._taken < _TAKEN
 
     # the first request of a form
 
@@ -309,19 +350,27 @@ class OpenAIBatchClient:
                 continue
             ask = ask_of(request, None)
             options = {name: getattr(ask, name) for name in ("schema", "choices", "regex", "logprobs", "seed")}
+            self._probed = request.key
             try:
                 response = await self._online.generate(ask.messages, **options, max_tokens=ask.max_tokens)
-            except ClientDown:
-                raise
-            except NoAnswer as error:
+            except (ClientDown, NoAnswer) as error:
+                if self._left:
+                    self._resolve(request.key, _left())
+                    return
+                if isinstance(error, ClientDown):
+                    raise
                 _LOG.info("%s; its batch will show", error)
                 continue
             except ClientError as error:
                 self._resolve(request.key, error)
             else:
                 self._resolve(request.key, response)
+            finally:
+                self._probed = None
             self._forms.add(form)
             self._ledger.learn(self._dialect, self._forms)
+            if self._left:
+                return
 
     # what comes back
 
@@ -330,6 +379,7 @@ class OpenAIBatchClient:
         try:
             result = await self._follower.follow(batch)
             self._drop(batch)
+            self._stop(batch)
             self._settle(batch, result)
         except Exception as error:  # whatever it is, all who wait must hear of it, and who asks later
             self._fail(batch, error)
@@ -338,8 +388,14 @@ class OpenAIBatchClient:
         if not any(key in self._answers for key in batch.requests):
             _LOG.warning("batch %d: %s", batch.number, error)
         self._drop(batch)
+        self._stop(batch)
         for key in batch.requests:
             self._resolve(key, error)
+
+    def _stop(self, batch: Batch) -> None:
+        """Where a batch may still be answered, nothing of it is handed in again: who asks has it followed once more."""
+        if not batch.ended:
+            self._stopped |= dict.fromkeys(batch.requests, batch)
 
     def _drop(self, batch: Batch) -> None:
         self._batches.pop(batch.name, None)
@@ -353,7 +409,7 @@ class OpenAIBatchClient:
         if result.full:
             self._wait_for_room(batch, result.full)
         else:
-            self._refusals, self._pause_s = 0, 0.0
+            self._has_room()
         for key, reason in result.again.items():
             if key not in self._answers:  # an earlier command wanted to know; nobody does now
                 continue

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +18,31 @@ from evalkit.clients.dialects import Dialect
 from evalkit.clients.failures import Transient, retry_after
 from evalkit.clients.keys import Redactor
 
-__all__ = ["Server"]
+__all__ = ["REPLY_BYTES", "Oversize", "Server"]
 
 _CONNECT_S, _LOOK_S = 10.0, 20.0  # time for a connection, and for the list of models
+REPLY_BYTES = 64_000_000  # of a reply, unpacked
+_most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=REPLY_BYTES)  # of the reply to the call under way
 _LOOKS = 3  # at the list of models, before it is done without
+
+
+class Oversize(Transient):
+    """A reply of more bytes than are read."""
+
+
+async def _limit(response: Any) -> None:
+    """Have a response of HTTP read no further than it may, whatever its bytes unpack to."""
+    read, most = response.aiter_bytes, _most_bytes.get()
+
+    async def some(*options: Any, **named: Any) -> AsyncIterator[bytes]:
+        left = most
+        async for part in read(*options, **named):
+            left -= len(part)
+            if left < 0:
+                raise Oversize(f"a reply of more than {most / 1e6:,.0f} MB")
+            yield part
+
+    response.aiter_bytes = some
 
 
 class Server:
@@ -39,6 +61,7 @@ class Server:
             api_key=key or "none",
             timeout=sdk.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s)),
             max_retries=0,
+            http_client=sdk.DefaultAsyncHttpxClient(event_hooks={"response": [_limit]}),
         )
         self._looks = 0
         self._looking = asyncio.Lock()
@@ -84,9 +107,10 @@ class Server:
             owners = [getattr(model, "owned_by", "") for model in (models if isinstance(models, list) else ())]
             self.dialect.kind = "vllm" if "vllm" in owners else "json_schema"
 
-    async def call(self, answer: Awaitable[Any], timeout_s: float) -> Any:
-        """What is answered, within so many seconds. Raises Transient, the SDK's APIStatusError."""
+    async def call(self, answer: Awaitable[Any], timeout_s: float, most_bytes: int = REPLY_BYTES) -> Any:
+        """What is answered, within so many seconds and bytes. Raises Transient, Oversize, the SDK's APIStatusError."""
         began = time.monotonic()
+        before = _most_bytes.set(most_bytes)
         try:
             async with asyncio.timeout(timeout_s):
                 answered = await answer
@@ -97,11 +121,16 @@ class Server:
                 self.breaker.answered(began)
             raise
         except (TimeoutError, self._sdk.APIConnectionError) as error:
+            if isinstance(error.__cause__, Oversize):
+                self.breaker.failed(began, error.__cause__.reason)
+                raise error.__cause__ from None
             raise self._silence(error, timeout_s, began) from None
         except (self._sdk.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             reason = f"a reply that cannot be read: {self._redact(str(error))[:100]}"
             self.breaker.failed(began, reason)
             raise Transient(reason) from None
+        finally:
+            _most_bytes.reset(before)
         self.breaker.answered(began)
         return answered
 

@@ -164,3 +164,10 @@ def test_the_user_hears_of_it_once_a_minute(breaker: Breaker, clock: Clock, capl
     assert told[:2] == [f"{SERVER}: no connection; trying again", f"{SERVER} answers again"]
     assert set(told[2:]) == {f"{SERVER}: came and went; trying again", f"{SERVER} answers again"}
     assert len(told) <= 2 + 2 * (clock.now - 1000) / 60
+
+
+def test_a_server_may_be_gone_for_days(breaker: Breaker, clock: Clock) -> None:
+    for _ in range(1100):
+        breaker.failed(clock.now, "no connection", silent=True)
+        assert clock.now < breaker.resting_until <= clock.now + 60
+        clock.now = breaker.resting_until

@@ -241,3 +241,8 @@ def test_odd_numbers_of_tokens() -> None:
 def test_what_is_no_reply(made: Any, words: str) -> None:
     with pytest.raises(MalformedReply, match=words):
         read_reply(ASK, PLAIN, made)
+
+
+def test_a_log_probability_of_any_size_is_no_reason_to_fail() -> None:
+    made = completion("a", logprobs=logprobs({"a": 10**400}))
+    assert read_reply(replace(ASK, logprobs=2), PLAIN, made).logprobs == ()

@@ -199,3 +199,11 @@ def test_pauses_are_seconds_milliseconds_or_dates() -> None:
         date = email.utils.formatdate(time.time() + 30, usegmt=zone == "GMT")
         assert 28 < (retry_after({"retry-after": date}) or 0) < 31
     assert retry_after({"retry-after": email.utils.formatdate(time.time() - 30)}) == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["maximum context length is {}", "max_model_len={}", "at most {}", "{} maximum", "{} > 4 - 9"]
+)
+def test_numbers_of_any_length_are_read_or_left(words: str) -> None:
+    failure = judged(400, told(words.format("9" * 5000), code="context_length_exceeded"))
+    assert isinstance(failure, ContextOverflow) and failure.limit is None

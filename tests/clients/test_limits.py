@@ -346,3 +346,32 @@ def test_the_virtual_clock_is_a_clock() -> None:
         return seen
 
     assert run(go(sorted)) == run(go(lambda found: found[::-1])) == [1, 60, 3600]
+
+
+def test_a_number_of_tokens_that_cannot_be_stops_nothing() -> None:
+    async def go(prompt_tokens: int, completion_tokens: int) -> float:
+        limits = limits_of(tokens=1000)
+        permit = await limits.admit(400, 100)
+        assert permit is not None
+        limits.leave(permit)
+        limits.correct(permit, prompt_tokens, completion_tokens)
+        return (await with_limits_of(limits))[0][1]
+
+    async def with_limits_of(limits: Limits) -> list[tuple[int, float, float]]:
+        return await all_admitted(limits, [(400, 100)])
+
+    usual = run(go(100, 100))
+    assert run(go(999_999_999_999, 100)) == pytest.approx(usual, abs=60)
+    assert usual < run(go(7000, 100)) <= 300 + usual
+    assert usual < run(go(100, 999_999_999_999)) <= 300 + usual
+
+
+def test_what_is_owed_is_a_few_minutes_worth() -> None:
+    async def go() -> float:
+        limits = limits_of(tokens=1000)
+        for _ in range(50):
+            permit = Permit(4000, 1.0, 1000)
+            limits.correct(permit, 60_000, 8000)
+        return (await all_admitted(limits, [(4, 1)]))[0][1]
+
+    assert 290 < run(go()) <= 301

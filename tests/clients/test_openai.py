@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import gzip
+import json
 import logging
 import math
 import random
@@ -760,3 +762,17 @@ def test_when_several_fail_one_line_says_what_is_wrong_with_each(monkeypatch: py
     assert {type(reply) for reply in replies} == {ClientDown}
     told = str(replies[0])
     assert f"{url}: no connection" in told and f"{broken.base_url}: status 503" in told and "\n" not in told
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.usefixtures("quick")
+def test_no_reply_is_read_without_end(status: int) -> None:
+    """However little of it there is on the wire."""
+    large = gzip.compress(b" " * (servers.REPLY_BYTES + 1000) + json.dumps(saying("4")).encode(), 1)
+    assert len(large) < servers.REPLY_BYTES / 50
+    with scripted(answers((status, large, {"Content-Encoding": "gzip"}), FINE)) as server:
+        assert ask(client_of(server.base_url)).text == "4"
+        assert len(server.asked) == 2
+    never = pytest.raises(ClientDown, match="seen a reply of more than 64 MB")
+    with scripted(answers((status, large, {"Content-Encoding": "gzip"}))) as server, never:
+        ask(client_of(server.base_url, max_attempts=2))

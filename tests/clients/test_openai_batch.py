@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from evalkit.clients import batches, openai_batch
+from evalkit.clients import batch_following, batches, openai_batch
 from evalkit.clients.ledger import Ledger, requests_in_batches
 from evalkit.clients.openai import OpenAIClient
 from evalkit.clients.openai_batch import OpenAIBatchClient
@@ -43,7 +43,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client_of(server: ChatServer, **options: Any) -> OpenAIBatchClient:
     quick = {"quiet_s": 0.05, "look_every_s": 0.03, "listed_within_s": 0.3, "probe": False, "timeout_s": 5.0}
-    return OpenAIBatchClient(server.model, base_url=server.base_url, **{**quick, **options})
+    return OpenAIBatchClient(server.model, **{"base_url": server.base_url, **quick, **options})
 
 
 def questions(count: int, first: int = 0) -> list[Ask]:
@@ -258,6 +258,107 @@ def test_a_cancelled_batch_is_not_made_again_by_the_same_command(tmp_path: Path)
         assert once_each(server, 10)
 
 
+# answers that are paid for and not handed out
+
+
+def without_files(batch: dict[str, Any], looks: int = 0) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if not name.endswith("file_id") or name == "input_file_id"}
+
+
+def late_files(after: int) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    """Which are there after so many looks at a batch that has ended."""
+    looks: list[int] = []
+
+    def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
+        looks.extend([1] * (batch["status"] == "completed"))
+        return batch if len(looks) > after else without_files(batch)
+
+    return shown
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_files_that_come_later_than_the_end_are_waited_for(after: int) -> None:
+    with BatchServer(shown=late_files(after)) as server:
+        texts(go(client_of(server), questions(5)))
+        assert once_each(server, 5) and len(server.batches) == 1
+
+
+def test_a_file_that_is_cut_in_half_once_is_read_again() -> None:
+    left = [0.5]
+    with BatchServer(read=lambda content: content[: int(len(content) * (left.pop() if left else 1))]) as server:
+        texts(go(client_of(server), questions(9)))
+        assert once_each(server, 9) and len(server.batches) == 1
+
+
+def test_answers_that_never_come_out_are_not_paid_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_following, "_LOOKS_AGAIN", 2)
+    with BatchServer(broken=0.2, read=lambda content: content[: len(content) // 2]) as server:
+        replies = go(kept(tmp_path, client_of(server)), questions(20))
+        paid = len(server.answered)
+        assert {type(reply) for reply in replies} == {Response, ClientDown} and len(server.batches) == 1
+        (reply, *_) = [str(reply) for reply in replies if not isinstance(reply, Response)]
+        assert f"batch batch_0 at {server.base_url}: expected the answers to {paid} requests, which it has, " in reply
+        assert "fewer in its files; fix: the same command looks again" in reply
+        assert requests_in_batches(tmp_path / "batches.sqlite", server.model) == 20
+        server.read, server.broken = (lambda content: content), 0
+        texts(go(kept(tmp_path, client_of(server)), questions(20)))
+        assert once_each(server, 20) and len(server.batches) == 2  # the second one of lines that failed
+
+
+def test_a_page_instead_of_a_file_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_following, "_LOOKS_AGAIN", 2)
+    with BatchServer(read=lambda content: b"<html>\nbusy\n</html>\n") as server:
+        (reply,) = go(kept(tmp_path, client_of(server)), questions(1))
+        assert isinstance(reply, ClientDown) and len(server.batches) == 1
+
+
+ODD_LINES = {
+    "status": '{"status_code": 1e999, "body": {}}',
+    "digits": '{"status_code": 400, "body": {"error": {"code": "context_length_exceeded", "message": "maximum context '
+    f'length is {"9" * 5000}"}}}}}}',
+    "number": f'{{"status_code": {"9" * 5000}, "body": {{}}}}',
+    "logprobs": '{"status_code": 200, "body": {"choices": [{"message": {"content": "a"}, "logprobs": {"content": '
+    f'[{{"token": "a", "logprob": 1{"0" * 400}, "top_logprobs": []}}]}}}}]}}}}',
+    "list": '{"status_code": 400, "body": {"error": [{"code": []}]}}',
+}
+
+
+@pytest.mark.parametrize("kind", ODD_LINES)
+def test_one_odd_line_costs_no_other_its_answer(kind: str) -> None:
+    def read(content: bytes) -> bytes:
+        first, *others = content.splitlines()
+        key = json.loads(first)["custom_id"]
+        odd = f'{{"custom_id": "{key}", "response": {ODD_LINES[kind]}, "error": null}}'.encode()
+        return b"\n".join([odd, *others]) + b"\n"
+
+    with BatchServer(read=read) as server:
+        asked = [(messages, {**options, "logprobs": 2}) for messages, options in questions(6)]
+        replies = go(client_of(server, max_attempts=2), asked)
+    odd = [reply for reply in replies if not isinstance(reply, Response)]
+    assert len(odd) <= 1 and all(isinstance(reply, NoAnswer | ContextOverflow | RequestRefused) for reply in odd)
+
+
+def test_counts_that_are_none() -> None:
+    def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
+        return {**batch, "request_counts": {"total": "many", "completed": "many", "failed": [3]}, "errors": "none"}
+
+    with BatchServer(shown=shown) as server:
+        texts(go(client_of(server), questions(3)))
+        assert once_each(server, 3)
+
+
+def test_no_file_is_read_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_FILE_BYTES", 1000)
+    monkeypatch.setattr(batches, "_LINE_BYTES", 1000)
+    with BatchServer(read=lambda content: content + b" " * 10_000_000) as server:
+        replies = go(kept(tmp_path, client_of(server)), questions(5))
+        assert {type(reply) for reply in replies} == {ClientDown}
+        assert "in a size to read; seen a reply of more than 0 MB" in str(replies[0])
+        server.read = lambda content: content
+        texts(go(kept(tmp_path, client_of(server)), questions(5)))
+        assert once_each(server, 5)
+
+
 # batches that fail
 
 
@@ -295,6 +396,34 @@ def test_a_server_that_is_full_gets_less_at_a_time(caplog: pytest.LogCaptureFixt
         assert once_each(server, 50) and max(taken) <= 12
     texts(replies)
     assert "has no room (token_limit_exceeded: Enqueued token limit reached)" in caplog.text
+
+
+def test_a_server_that_had_no_room_gets_more_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_batch, "_LEAST_REFUSALS", 1)
+    with BatchServer(room=3, work_s=0.02) as server:
+
+        def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
+            if batch["status"] == "completed":
+                server.room = None
+            return batch
+
+        server.shown = shown
+        texts(go(client_of(server, max_requests=16), questions(60)))
+        taken = [one["request_counts"]["total"] for one in server.batches.values() if one["status"] == "completed"]
+        assert once_each(server, 60) and taken[:5] == [2, 4, 8, 16, 16]
+
+
+def test_a_small_batch_that_finds_no_room_is_not_cut_at_once() -> None:
+    with BatchServer(room=0, work_s=0.02) as server:
+
+        def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
+            if len(server.batches) == 3:
+                server.room = None
+            return batch
+
+        server.shown = shown
+        texts(go(client_of(server), questions(20)))
+        assert [one["request_counts"]["total"] for one in server.batches.values()][-1] == 20
 
 
 def test_a_server_that_takes_small_files_only() -> None:
@@ -362,6 +491,23 @@ def test_the_key_is_in_no_file_and_no_log(
     kept_bytes = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for place in (kept_bytes.decode("latin-1"), caplog.text, *errors):
         assert not [piece for piece in (key[:16], key[8:24], key[-16:]) if piece in place]
+
+
+@pytest.mark.parametrize("place", ["code", "id", "file"])
+def test_the_key_is_cut_out_of_what_is_said_of_batches(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "sk-" + "0123456789abcdef" * 2
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setattr(batches, "_LONG_PATIENCE_S", 0.3)
+    errors = [{"code": key, "message": "no", "line": None}] if place == "code" else ()
+    with BatchServer(ends=["failed"] if errors else (), errors=errors, lost=[] if errors else [500]) as server:
+        if place != "code":
+            server.shown = lambda batch, _: {**batch, {"id": "id", "file": "output_file_id"}[place]: f"x-{key}"}
+        replies = go(kept(tmp_path, client_of(server)), questions(3))
+    assert {type(reply) for reply in replies} == {ClientDown}
+    kept_bytes = b"".join(path.read_bytes() for path in tmp_path.iterdir()).decode("latin-1")
+    assert not [place for place in (kept_bytes, *map(str, replies)) if key[:16] in place]
 
 
 # what a server does not take
@@ -455,6 +601,43 @@ def test_a_response_that_is_lost_makes_no_second_batch() -> None:
     """The server makes it, and its answer never comes: no kill, only a broken connection."""
     with BatchServer(hold={"made": 3.0}) as server:
         texts(go(client_of(server, timeout_s=0.5), questions(5)))
+        assert once_each(server, 5) and len(server.batches) == 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 500])
+def test_a_making_that_fails_when_all_is_done_makes_no_second_batch(status: int) -> None:
+    with BatchServer(lost=[status]) as server:
+        texts(go(client_of(server), questions(5)))
+        assert once_each(server, 5) and len(server.batches) == 1
+
+
+def test_a_clear_no_says_nothing_of_an_earlier_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is listed late, and in between the server has too much to do."""
+    find = batches.BatchApi.find
+    finds: list[int] = []
+
+    async def late(self: batches.BatchApi, *of: Any) -> Any:
+        server.first["POST /v1/batches"] = [429] if not finds else []
+        finds.append(1)
+        return None if len(finds) == 1 else await find(self, *of)
+
+    monkeypatch.setattr(batches.BatchApi, "find", late)
+    with BatchServer(lost=[500], retry_after_s=0.05) as server:
+        texts(go(client_of(server), questions(5)))
+        assert once_each(server, 5) and len(server.batches) == 1
+
+
+def test_a_list_may_hold_nothing_in_the_place_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = batches.BatchApi._page
+
+    async def with_nothing(self: batches.BatchApi, after: dict[str, Any]) -> Any:
+        found = await page(self, after)
+        found.data.insert(0, None)
+        return found
+
+    monkeypatch.setattr(batches.BatchApi, "_page", with_nothing)
+    with BatchServer(lost=[500]) as server:
+        texts(go(client_of(server), questions(5)))
         assert once_each(server, 5) and len(server.batches) == 1
 
 
@@ -562,6 +745,90 @@ def test_another_account_s_key_does_not_ask_everything_again(tmp_path: Path) -> 
         server.batches["batch_0"] = mine
         texts(go(kept(tmp_path, client_of(server)), questions(4)))
         assert once_each(server, 4)
+
+
+def test_who_asks_again_after_an_error_is_answered_by_the_old_batch(tmp_path: Path) -> None:
+    async def twice(client: Any) -> list[Any]:
+        failed = await ask_all(client, questions(4))
+        server.batches["batch_0"] = hidden.pop()
+        replies = await ask_all(client, questions(4))
+        await client.close()
+        return [failed, replies]
+
+    with BatchServer() as server:
+        hidden: list[dict[str, Any]] = []
+
+        def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
+            if batch["status"] == "completed" and not tried:
+                tried.append(1)
+                hidden.append(server.batches.pop("batch_0"))
+                return {**batch, "status": "in_progress"}
+            return batch
+
+        tried: list[int] = []
+        server.shown = shown
+        failed, replies = asyncio.run(twice(kept(tmp_path, client_of(server))))
+        assert {type(reply) for reply in failed} == {ClientDown}
+        texts(replies)
+        assert once_each(server, 4) and len(server.batches) == 1
+
+
+def test_the_first_request_is_waited_for_on_leaving(tmp_path: Path) -> None:
+    """It is sent, and will be paid for."""
+
+    async def leave(client: OpenAIBatchClient, recorder: ReplayClient) -> list[Any]:
+        asking = asyncio.create_task(ask_all(recorder, questions(3)))
+        while not server.counts()["received"]:
+            await asyncio.sleep(0.01)
+        client.finish()
+        await recorder.settle()
+        replies = await asyncio.wait_for(asking, 1)
+        await recorder.close()
+        return replies
+
+    with BatchServer(delay_s=0.5) as server:
+        client = client_of(server, probe=True)
+        replies = asyncio.run(leave(client, kept(tmp_path, client)))
+        assert [type(reply) for reply in replies] == [Response, NoAnswer, NoAnswer] and not server.files
+        texts(go(kept(tmp_path, client_of(server, probe=True)), questions(3)))
+        assert once_each(server, 3)
+
+
+def test_leaving_sends_no_first_request_again(tmp_path: Path) -> None:
+    async def leave(client: OpenAIBatchClient) -> list[Any]:
+        asking = asyncio.create_task(ask_all(client, questions(3)))
+        while not server.counts()["received"]:
+            await asyncio.sleep(0.01)
+        await client.close()
+        return await asyncio.wait_for(asking, 1)
+
+    with BatchServer(delay_s=0.2, faults=1, kinds=("500",)) as server:
+        replies = asyncio.run(leave(client_of(server, probe=True)))
+        assert {type(reply) for reply in replies} == {NoAnswer} and server.counts()["received"] == 1
+
+
+def test_another_name_of_the_server_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with BatchServer(work_s=0.3) as server:
+        cut_short(kept(tmp_path, client_of(server)), questions(4), lambda: server.counts()["GET /v1/batches/ID"] > 0)
+        other = server.base_url.replace("127.0.0.1", "localhost")
+        texts(go(kept(tmp_path, client_of(server, base_url=other)), questions(1, first=9)))
+    assert f"4 requests of {server.model} are in batches at {server.base_url}; asking at {other}" in caplog.text
+
+
+def test_a_state_that_nobody_knows_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with BatchServer(shown=lambda batch, looks: {**batch, "status": "paused"} if looks < 5 else batch) as server:
+        texts(go(client_of(server), questions(2)))
+        assert once_each(server, 2)
+    assert caplog.text.count("batch 1 (batch_0) is in a state that the protocol does not know") == 1
+
+
+def test_a_batch_that_outlasts_its_window_is_told_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_following, "_LATE_S", -86400.0)
+    with BatchServer(work_s=0.3) as server:
+        texts(go(client_of(server), questions(2)))
+    assert caplog.text.count("has not ended, and was to be worked off within 24h") == 1
 
 
 def test_models_and_servers_of_one_ledger_are_kept_apart(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ Requests in flight count with the most they can cost. Knows no server; keeps not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evalkit.errors import BudgetSpent
 from evalkit.prices import Price
 from evalkit.protocols import Client
+from evalkit.recording import Request
 from evalkit.records import Message, Response
 
 __all__ = ["MOST_TOKENS_PER_CHARACTER", "TOKENS_PER_CHARACTER", "BudgetedClient"]
@@ -38,9 +40,22 @@ class BudgetedClient:
         self._max_calls, self._max_cost = max_calls, max_cost
         self.spent_calls, self.spent_cost = spent_calls, spent_cost
         self._reserved = 0.0
+        self._under_way: dict[str, float] = {}  # by key, the most a request costs that an earlier command sent
+
+    def count_under_way(self, requests: Sequence[Request]) -> None:
+        """Count what an earlier command handed in and is not answered yet; asked for again, it is not counted twice."""
+        for request in requests:
+            asked = json.loads(request.text)
+            messages = [Message(message["role"], message["content"]) for message in asked["messages"]]
+            self._under_way[request.key] = self._most(messages, asked["max_tokens"])
+        self.spent_calls += len(requests)
+        self._reserved += sum(self._under_way.values())
 
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
         """The reply of the client behind. Raises BudgetSpent before sending what would go over a limit."""
+        key = Request.of(self.name, messages, **options).key if self._under_way else ""
+        if (most := self._under_way.pop(key, None)) is not None:
+            return await self._ask(messages, options, most)
         if self._max_calls is not None and self.spent_calls >= self._max_calls:
             raise BudgetSpent(
                 "--max-calls",
@@ -58,6 +73,9 @@ class BudgetedClient:
             )
         self.spent_calls += 1
         self._reserved += most
+        return await self._ask(messages, options, most)
+
+    async def _ask(self, messages: Sequence[Message], options: Mapping[str, Any], most: float) -> Response:
         try:
             response = await self._live.generate(messages, **options)
         finally:

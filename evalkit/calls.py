@@ -121,14 +121,16 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
         client = registry.create("clients", "replay", path=path, record_from=guard, cache=config.cache)
         ending.push_async_callback(client.close)
         in_batches = batched(config)
+        handed_in = requests_in_batches(store.folder / BATCHES, live.name)
         if in_batches:
             live.keep_in(store.folder / BATCHES, client.record_batched)  # type: ignore[attr-defined]
-        elif handed_in := requests_in_batches(store.folder / BATCHES, live.name):
+        elif handed_in:
             told = "%d requests of %s are in batches: --client openai-batch fetches their answers, this one asks anew"
-            _LOG.warning(told, handed_in, live.name)
+            _LOG.warning(told, len(handed_in), live.name)
         before = client.spent()
         guard.spent_calls = before.calls
         guard.spent_cost = _spent_cost(listed, before)
+        guard.count_under_way(handed_in)
         ending.callback(_keep_spending, store, client, listed)
         ending.push_async_callback(client.settle)
         left = False

@@ -18,6 +18,7 @@ from evalkit.budget import TOKENS_PER_CHARACTER, BudgetedClient
 from evalkit.errors import BudgetSpent, NoAnswer
 from evalkit.pipeline import run
 from evalkit.prices import Price
+from evalkit.recording import Request
 from evalkit.records import Message, Response
 from evalkit.store import RunStore
 from tests.servers import ChatServer
@@ -70,6 +71,23 @@ def test_a_server_that_tells_no_usage_spends_what_was_reckoned() -> None:
     most = PRICE.cost(MOST * 40, 10)
     results = ask_all(BudgetedClient(live, max_cost=7.5 * most, price=PRICE), 20)
     assert live.asked == Counter(type(result) for result in results)[Response] == 7
+
+
+def test_what_is_under_way_in_batches_counts_once() -> None:
+    """Handed in by an earlier command and not answered yet: paid all the same, and not again when it is asked for."""
+    asked = [[Message("user", f"{'x' * 40}{number}")] for number in range(6)]
+    handed_in = [Request.of("m", messages, max_tokens=10) for messages in asked]
+    most = PRICE.cost(MOST * 41, 10)
+    for limits in ({"max_calls": 10}, {"max_cost": 10.5 * most}):
+        live = Metered(prompt_tokens=int(MOST * 41))
+        client = BudgetedClient(live, price=PRICE, **limits)
+        client.count_under_way(handed_in)
+        assert client.spent_calls == 6 and client.spent_cost == 0
+        others = ask_all(client, 20, 41)
+        assert sum(isinstance(one, Response) for one in others) == 4
+        again = [asyncio.run(client.generate(messages, max_tokens=10)) for messages in asked]
+        assert all(isinstance(one, Response) for one in again) and live.asked == client.spent_calls == 10
+        assert client.spent_cost == pytest.approx(10 * PRICE.cost(live.prompt_tokens, 10))
 
 
 def test_what_earlier_commands_spent_counts() -> None:

@@ -161,18 +161,20 @@ class Ledger:
         self._database.close()
 
 
-def requests_in_batches(path: Path, model: str) -> int:
-    """How many requests of a model are in batches that have not ended; 0 where there is no ledger."""
+def requests_in_batches(path: Path, model: str) -> list[Request]:
+    """The requests of a model that are in batches which have not ended; none where there is no ledger."""
     if not path.is_file():
-        return 0
+        return []
     try:
         with closing(open_to_read(path, "batches")) as database:
-            row = database.execute(
-                "SELECT total(count) FROM batches WHERE ended IS NULL AND batch IS NOT NULL AND model = ?", (model,)
-            ).fetchone()
+            rows = database.execute(
+                "SELECT DISTINCT key, request FROM requests JOIN batches USING (number) "
+                "WHERE ended IS NULL AND batch IS NOT NULL AND model = ? ORDER BY key",
+                (model,),
+            ).fetchall()
     except sqlite3.DatabaseError:
-        return 0
-    return int(row[0])
+        return []
+    return [Request(key, model, text) for key, text in rows]
 
 
 def _packed(dialect: Dialect) -> str:

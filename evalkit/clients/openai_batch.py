@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from evalkit.clients.batch_following import Follower, Result
 from evalkit.clients.batch_lines import ask_of, cut_batch, form_of
+from evalkit.clients.batch_room import Room
 from evalkit.clients.batches import BatchApi, TooLarge
 from evalkit.clients.dialects import Constraints, Dialect
 from evalkit.clients.endpoints import expect, is_number
@@ -29,10 +30,6 @@ from evalkit.records import Message, Response
 __all__ = ["OpenAIBatchClient"]
 
 _LOG = logging.getLogger(__name__)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 600.0  # until a server that is full may have room
-_LEAST_REQUESTS, _LEAST_REFUSALS = 100, 3  # a small batch is refused so often before a smaller one is tried
-_TAKEN = 3  # batches in a row, until a server that had no room gets several at a time again
-_DOUBLINGS = 10  # of a pause, at most
 Record: TypeAlias = Callable[[Sequence[tuple[Request, Recorded]]], None]
 
 
@@ -112,11 +109,10 @@ class OpenAIBatchClient:
         self._batches: dict[str, Batch] = {}  # handed in, or about to be
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
-        self._stopped: dict[
-            str, Batch
-        ] = {}  # by request: batches that nobody follows and that are not known to be over
+        self._stopped: dict[str, Batch] = {}  # by request: batches not known to be over, that nobody follows
         self._probed: str | None = None  # the request that is asked without a batch now
-        self._left = self._alone = False
+        self._room = Room(max_requests)
+        self._left = False
 
     def keep_in(self, path: Path, record: Record) -> None:
         """Write what is handed in down in the ledger at ``path``, and hand all answers to ``record``, asked for or not."""
@@ -210,9 +206,7 @@ class OpenAIBatchClient:
         self._answers, self._known, self._waiting, self._batches, self._tasks = {}, {}, {}, {}, set()
         self._attempts, self._stopped, self._probed = Counter(), {}, None
         self._added, self._ended = asyncio.Event(), asyncio.Event()
-        self._left = self._alone = False
-        self._size = self._fitting = self._most_requests
-        self._refusals, self._small_refusals, self._taken, self._pause_s, self._loop = 0, 0, 0, 0.0, loop
+        self._left, self._room, self._loop = False, Room(self._most_requests), loop
         for url, count in self._ledger.elsewhere().items():
             told = (f"{count:,}", self.name, url, self._url)
             _LOG.warning("%s requests of %s are in batches at %s; asking at %s, their answers are not fetched", *told)
@@ -249,8 +243,6 @@ class OpenAIBatchClient:
         else:
             answer.set_result(result)
 
-    # handing in
-
     async def _hand_in_for_ever(self) -> None:
         while not self._left:
             await self._added.wait()
@@ -274,14 +266,14 @@ class OpenAIBatchClient:
             await self._api.look()
         left = len(self._waiting)  # what is collected meanwhile may be the beginning of more
         while left > 0:
-            while self._alone and self._batches:  # the server has no room for a second one
+            while self._room.alone and self._batches:  # the server has no room for a second one
                 self._ended.clear()
                 await self._ended.wait()
-            await asyncio.sleep(self._pause_s)
+            await asyncio.sleep(self._room.pause_s)
             if not self._waiting:
                 return
             dialect = Dialect(self._dialect.kind, set(self._dialect.refused))
-            batch = cut_batch(self._waiting, self._endpoint, dialect, self._size, self._most_bytes)
+            batch = cut_batch(self._waiting, self._endpoint, dialect, self._room.size, self._most_bytes)
             left -= len(batch.requests)
             for key in batch.requests:
                 del self._waiting[key]
@@ -310,35 +302,11 @@ class OpenAIBatchClient:
             fix = "use fewer examples, or smaller ones"
             self._resolve(key, RequestRefused("request", expected="a line that fits a file", seen=reason, fix=fix))
             return
-        self._size = self._fitting = max(1, len(batch.requests) // 2)
-        _LOG.warning(
-            "%s takes no batch of %d requests (%s); trying %d", self._url, len(batch.requests), reason, self._size
-        )
+        self._room.too_large(len(batch.requests))
+        told = (self._url, len(batch.requests), reason, self._room.size)
+        _LOG.warning("%s takes no batch of %d requests (%s); trying %d", *told)
         for request in batch.requests.values():
             self._collect(request)
-
-    def _wait_for_room(self, batch: Batch, reason: str) -> None:
-        """A server that has too much to do takes smaller batches, one at a time, and after a while."""
-        count, half = len(batch.requests), max(1, len(batch.requests) // 2)
-        if half < _LEAST_REQUESTS and self._small_refusals < _LEAST_REFUSALS:  # it is full of others, most likely
-            self._size = min(count, _LEAST_REQUESTS)
-            self._small_refusals += 1
-        else:
-            self._size = half
-        self._alone, self._taken = True, 0
-        self._refusals += 1
-        self._pause_s = min(_FIRST_PAUSE_S * 2 ** min(self._refusals - 1, _DOUBLINGS), _LONGEST_PAUSE_S)
-        told = (self._url, reason, self._size, self._pause_s)
-        _LOG.warning("%s has no room (%s); batches of at most %d from now on, the next in %.0f s", *told)
-
-    def _has_room(self) -> None:
-        """A batch was taken: after a while the next ones are as large as before, and not alone."""
-        self._refusals, self._small_refusals, self._pause_s = 0, 0, 0.0
-        self._taken += 1
-        self._size = min(2 * self._size, self._fitting)
-        self._alone = self._alone and self._taken < _TAKEN
-
-    # the first request of a form
 
     async def _probe(self) -> None:
         """Ask the first request of every form that is not known to be answered. Raises ClientDown."""
@@ -371,8 +339,6 @@ class OpenAIBatchClient:
             self._ledger.learn(self._dialect, self._forms)
             if self._left:
                 return
-
-    # what comes back
 
     async def _follow(self, batch: Batch) -> None:
         """Until it has ended, and what came of it is where it belongs."""
@@ -407,9 +373,11 @@ class OpenAIBatchClient:
         for key, settled in result.settled.items():
             self._resolve(key, settled)
         if result.full:
-            self._wait_for_room(batch, result.full)
+            self._room.full(len(batch.requests))
+            told = (self._url, result.full, self._room.size, self._room.pause_s)
+            _LOG.warning("%s has no room (%s); batches of at most %d from now on, the next in %.0f s", *told)
         else:
-            self._has_room()
+            self._room.took()
         for key, reason in result.again.items():
             if key not in self._answers:  # an earlier command wanted to know; nobody does now
                 continue

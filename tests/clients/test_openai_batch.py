@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from evalkit.clients import batch_following, batches, openai_batch
+from evalkit.clients import batch_following, batch_room, batches
 from evalkit.clients.ledger import Ledger, requests_in_batches
 from evalkit.clients.openai import OpenAIClient
 from evalkit.clients.openai_batch import OpenAIBatchClient
@@ -37,8 +37,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(batches, "_FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(openai_batch, "_FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(openai_batch, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(batch_room, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(batch_room, "_LONGEST_PAUSE_S", 0.1)
 
 
 def client_of(server: ChatServer, **options: Any) -> OpenAIBatchClient:
@@ -299,7 +299,7 @@ def test_answers_that_never_come_out_are_not_paid_again(tmp_path: Path, monkeypa
         (reply, *_) = [str(reply) for reply in replies if not isinstance(reply, Response)]
         assert f"batch batch_0 at {server.base_url}: expected the answers to {paid} requests, which it has, " in reply
         assert "fewer in its files; fix: the same command looks again" in reply
-        assert requests_in_batches(tmp_path / "batches.sqlite", server.model) == 20
+        assert len(requests_in_batches(tmp_path / "batches.sqlite", server.model)) == 20
         server.read, server.broken = (lambda content: content), 0
         texts(go(kept(tmp_path, client_of(server)), questions(20)))
         assert once_each(server, 20) and len(server.batches) == 2  # the second one of lines that failed
@@ -399,7 +399,7 @@ def test_a_server_that_is_full_gets_less_at_a_time(caplog: pytest.LogCaptureFixt
 
 
 def test_a_server_that_had_no_room_gets_more_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_batch, "_LEAST_REFUSALS", 1)
+    monkeypatch.setattr(batch_room, "_LEAST_REFUSALS", 1)
     with BatchServer(room=3, work_s=0.02) as server:
 
         def shown(batch: dict[str, Any], _: int) -> dict[str, Any]:
@@ -693,10 +693,10 @@ def test_a_kill_between_recording_and_the_ledger_costs_nothing(tmp_path: Path) -
         recorded: list[int] = []
         client.keep_in(tmp_path / "batches.sqlite", record)
         cut_short(recorder, questions(8), lambda: bool(recorded))
-        assert requests_in_batches(tmp_path / "batches.sqlite", server.model) == 8
+        assert len(requests_in_batches(tmp_path / "batches.sqlite", server.model)) == 8
         texts(go(kept(tmp_path, client_of(server)), questions(9)))
         assert once_each(server, 9)
-        assert requests_in_batches(tmp_path / "batches.sqlite", server.model) == 0
+        assert len(requests_in_batches(tmp_path / "batches.sqlite", server.model)) == 0
 
 
 def test_leaving_says_what_stays_and_the_next_command_fetches_it(

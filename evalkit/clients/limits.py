@@ -22,10 +22,8 @@ __all__ = ["Bucket", "Limits", "Permit", "TokenRatio", "duration_s"]
 _SOON_S = 1e-6  # shorter waits are rounding errors
 _LONGEST_TOLD_S = 300.0  # what a server says is believed for so long
 _PRIOR_CHARACTERS = 4000.0  # of prompts that weigh as much as the ratio we begin with
-_MOST_PER_CHARACTER, _MOST_BESIDES = (
-    16,
-    1000,
-)  # tokens of a prompt: four for each byte of a letter, and what servers add
+_MOST_PER_CHARACTER = 16  # tokens of a prompt: four for each byte of a letter …
+_MOST_BESIDES = 1000  # … and what servers add to it
 _MOST_OVER = 8  # times a reply may be as long as was asked for: some models think first
 _LONGEST_DEBT_MIN = 5.0  # of what replies took beyond what was reckoned
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}

@@ -67,7 +67,8 @@ def scores_figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(max(4.2, 0.9 + 0.86 * sum(widths)), 1.15 + 2.25 * len(setups)), layout=engine)
     grid = figure.subplots(len(setups), len(strips), sharey="row", squeeze=False, width_ratios=widths)
     for line, setup in zip(grid, setups, strict=True):
-        line[0].set_ylabel(f"{setup_title(setup, setups)}\n{style.METRIC_TITLES[metrics[setup]]}")
+        name = setup_title(setup, setups).replace(" · ", "\n")  # a line each: an axis is not high
+        line[0].set_ylabel(f"{name}\n{style.METRIC_TITLES[metrics[setup]]}")
         _draw_row(line, strips, panels, points[setup], metrics[setup], is_last=setup == setups[-1])
     for letter, axes, name in zip("abcde", grid[0], strips, strict=False):
         _head(axes, letter, _title(panels, name))
@@ -91,7 +92,8 @@ def _head(axes: Axes, letter: str, title: str) -> None:
 
 def setup_title(setup: Setup, setups: Sequence[Setup]) -> str:
     """The scorer; with explainer and judge where several share it."""
-    several = [part for place, part in ((1, setup[1]), (2, setup[2])) if len({other[place] for other in setups}) > 1]
+    mine = [other for other in setups if other[0] == setup[0]]
+    several = [part for place, part in ((1, setup[1]), (2, setup[2])) if len({other[place] for other in mine}) > 1]
     return " · ".join([setup[0], *several])
 
 

@@ -81,11 +81,13 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     """The view for a terminal: one row per dictionary and scorer, "mean ± se" of AUROC, or the scorer's own metric.
 
     Beside it the shuffled null, z over it and, where it was run, the lexical baseline; then balanced accuracy. Explainer
-    and judge have columns only where there are several.
+    and judge have columns only where there are several; so has the metric, where scorers have different ones.
     """
     lined = _has_a_line(table)
     rows, others = table[lined], table[~lined]
     keys = ["dictionary", "scorer"] + [name for name in ("explainer", "judge") if rows[name].nunique() > 1]
+    firsts = {_HEADLINE[metric] for metric in rows["metric"].unique()}
+    firsts = firsts - {_BESIDE} or firsts
     lexical = {_place(row): _plus_minus(row["mean"], row["se"]) for row in others.to_dict("records")}
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows.to_dict("records"):
@@ -93,16 +95,24 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         line = lines.setdefault(key, dict(zip(keys, key, strict=True)))
         line.setdefault("features", f"{row['n_features']}/{row['n_tried']}")
         title = _HEADLINE[str(row["metric"])]
-        line[title] = _plus_minus(row["mean"], row["se"])
-        if title == _BESIDE and rows["metric"].nunique() > 1:
+        if title not in firsts:
+            line[title] = _plus_minus(row["mean"], row["se"])
             continue
+        if len(firsts) > 1:
+            if "metric" in line:  # another one of the same scorer
+                line = lines.setdefault(
+                    (*key, title), {**dict(zip(keys, key, strict=True)), "features": line["features"]}
+                )
+            line["metric"], title = title, "score"
+        line[title] = _plus_minus(row["mean"], row["se"])
         line[f"{title} null"] = _plus_minus(row["null_mean"], row["null_se"])
         line[f"{title} z"] = "–" if pd.isna(row["z"]) else f"{row['z']:.1f}"
         if found := lexical.get(_place(row)):
             line[f"{title} lexical"] = found
     there = {name for line in lines.values() for name in line}
-    columns = [f"{title}{part}" for title in _HEADLINE.values() for part in ("", " null", " z", " lexical")]
-    columns = [*keys, "features", *columns]
+    titles = ("score", *(title for title in _HEADLINE.values() if title in firsts))
+    columns = [f"{title}{part}" for title in titles for part in ("", " null", " z", " lexical")]
+    columns = [*keys, "features", "metric", *columns, *([] if _BESIDE in firsts else [_BESIDE])]
     return pd.DataFrame(list(lines.values()), columns=[name for name in columns if name in there]).fillna("–")
 
 

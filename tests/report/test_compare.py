@@ -156,7 +156,9 @@ def test_mistakes_are_one_line(frames: RunFrames) -> None:
 def test_deciles_test_their_positives_against_all_negatives(frames: RunFrames) -> None:
     judgements = frames.judgements.copy()
     judgements.loc[judgements["label"], "decile"] = judgements.loc[judgements["label"], "item"] % 10
-    table = decile_table(replace(frames, judgements=judgements)).set_index(["dictionary", "scorer", "decile"]).sort_index()
+    table = (
+        decile_table(replace(frames, judgements=judgements)).set_index(["dictionary", "scorer", "decile"]).sort_index()
+    )
     mine = judgements.query("source == @FIRST and scorer == 'fuzzing' and control == ''")
     expected = []
     for _, group in mine.groupby("feature"):

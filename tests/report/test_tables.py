@@ -301,6 +301,21 @@ def test_the_headline_is_one_line_per_dictionary_and_scorer(table: pd.DataFrame)
     assert list(alone.columns[3:]) == ["balanced acc.", "balanced acc. null", "balanced acc. z"]
 
 
+def test_scorers_with_metrics_of_their_own_share_the_columns_of_the_headline(table: pd.DataFrame) -> None:
+    own = table[(table["scorer"] == "fuzzing") & (table["metric"] == "auroc")].assign(
+        scorer="simulation", metric="pearson"
+    )
+    view = headline(pd.concat([table, own], ignore_index=True))
+    assert list(view.columns) == [
+        *("dictionary", "scorer", "features", "metric", "score", "score null", "score z", "balanced acc.")
+    ]
+    assert len(view) == len(NAMES) * 3 and set(view["metric"]) == {"AUROC", "Pearson r"}
+    assert set(view.loc[view["metric"] == "Pearson r", "balanced acc."]) == {"–"}
+    plain = headline(table)
+    mine = view[view["scorer"] != "simulation"].reset_index(drop=True)
+    assert mine["score"].tolist() == plain["AUROC"].tolist() and mine["score z"].tolist() == plain["AUROC z"].tolist()
+
+
 def test_in_the_headline_the_lexical_baseline_is_a_column(table: pd.DataFrame) -> None:
     """In the other views it keeps its rows; where it is the only judge it has them in the headline too."""
     lexical = table.assign(explainer="words", judge="lexical", mean=0.25, se=0.125)

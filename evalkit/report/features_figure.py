@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import gaussian_kde
 
+from evalkit.metrics import Scores
 from evalkit.report import style
 from evalkit.report.rows import Row
 from evalkit.report.scores_figure import setup_title
@@ -73,8 +74,8 @@ def _prepare(axes: Axes, labels: Sequence[str], title: str, metric: str) -> None
 
 def _draw_row(axes: Axes, y: float, row: Row, shade: str) -> None:
     real, shuffled = macro_mean(row.real), macro_mean(row.shuffled)
-    _outline(axes, y, row.shuffled.values, style.GREY, filled=False)
-    _outline(axes, y, row.real.values, shade, filled=True)
+    _outline(axes, y, row.shuffled, style.GREY, filled=False)
+    _outline(axes, y, row.real, shade, filled=True)
     if 0 < real.n <= _MOST_DOTS:
         dots = np.sort(row.real.values)
         depth = y - 0.1 - 0.22 * _spread_out(real.n)
@@ -89,11 +90,13 @@ def _draw_row(axes: Axes, y: float, row: Row, shade: str) -> None:
         axes.text(0.5, y, "no feature scored", ha="center", va="center", fontsize=7.5, color=style.GREY)
 
 
-def _outline(axes: Axes, y: float, values: NDArray[np.float64], shade: str, *, filled: bool) -> None:
+def _outline(axes: Axes, y: float, scores: Scores, shade: str, *, filled: bool) -> None:
     """Half a violin standing on y: the kernel density of the scores, at most 0.45 high, within their range."""
+    values = scores.values
     if len(values) < 3 or np.ptp(values) == 0:
         return
-    x = np.linspace(max(0.0, values.min() - 0.05), min(1.0, values.max() + 0.05), 200)
+    least, most = scores.bounds or (-np.inf, np.inf)
+    x = np.linspace(max(least, values.min() - 0.05), min(most, values.max() + 0.05), 200)
     density = gaussian_kde(values)(x)
     height = y + 0.45 * density / density.max()
     if filled:

@@ -130,7 +130,8 @@ async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
         before = client.spent()
         guard.spent_calls = before.calls
         guard.spent_cost = _spent_cost(listed, before)
-        guard.count_under_way(handed_in)
+        if in_batches:  # another client asks these anew, and pays for them again
+            guard.count_under_way(handed_in)
         ending.callback(_keep_spending, store, client, listed)
         ending.push_async_callback(client.settle)
         left = False

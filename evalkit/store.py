@@ -232,7 +232,9 @@ class RunStore:
     def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
         """Keep the reason why a feature has no explanation; it is tried again on resume. Scores of an older one go."""
         with self._writing() as connection:
-            _forget_scores(connection, source, feature, explainer)  # of the explanation that it had, where it had one
+            query = "SELECT 1 FROM explanations WHERE source = ? AND feature = ? AND explainer = ? AND text IS NOT NULL"
+            if connection.execute(query, (source, feature, explainer)).fetchone():
+                _forget_scores(connection, source, feature, explainer)
             connection.execute(
                 "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?, '')",
                 (source, feature, explainer, reason),

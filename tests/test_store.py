@@ -95,6 +95,16 @@ def test_a_failed_second_explanation_takes_the_scores_of_the_first_along(tmp_pat
     assert len(read_run(tmp_path).judgements) == 0
 
 
+def test_what_cannot_be_explained_at_all_takes_no_scores_along(tmp_path: Path) -> None:
+    """It fails again at every resume: the shuffled scores of the others would be made again each time."""
+    with RunStore.create(tmp_path, IDENTITY) as store:
+        fill(store)
+        store.write_score(key("3", "words", "shuffled"), score("3"), judge_version="2")
+        for _ in range(2):
+            store.write_failed_explanation(SOURCE.name, "5", "words", "no words")
+        assert len(store.finished_scores()) == 2
+
+
 def test_a_failed_second_score_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, IDENTITY) as store:
         fill(store)

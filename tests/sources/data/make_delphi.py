@@ -1,7 +1,7 @@
 """Makes tests/sources/data/delphi with eai-delphi itself: latent caches of two hook points of a random model.
 
-    pip install --no-deps --target /tmp/delphi eai-delphi==0.1.3 …    (see tests/delphi_library.py for what it needs)
-    PYTHONPATH=/tmp/delphi:. python tests/sources/data/make_delphi.py [folder]
+    pip install --no-deps --target FOLDER eai-delphi==0.1.3 …    (see tests/delphi_library.py for what it needs)
+    PYTHONPATH=FOLDER:. python tests/sources/data/make_delphi.py [folder]
 
 ``latents/`` is what the library's own cache writes (splits, tokens, config); ``tokenizer/`` the tokenizer. ``expected.npz``
 holds, beside it, the dense activations (sequence, position, latent) of each hook point as the model's hooks give them, and

@@ -19,6 +19,8 @@ __all__ = [
     "NO_EXPLAINER",
     "REAL",
     "SHUFFLED",
+    "THOUGHT_END",
+    "THOUGHT_START",
     "Activations",
     "Answer",
     "Example",
@@ -42,10 +44,9 @@ __all__ = [
     "TokenBatch",
 ]
 
-_THOUGHT = re.compile(
-    r"\s*(?:<(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)>|\[THINK\]|◁think▷|<\|channel\|>analysis)",
-    re.IGNORECASE,
-)
+_TAG = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)"
+THOUGHT_START = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷|<\|channel\|>analysis", re.IGNORECASE)
+THOUGHT_END = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
 BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
 NO_EXPLAINER = "none"  # the explainer of tests that need no explanation
@@ -332,4 +333,4 @@ class Response:
     @property
     def in_thought(self) -> bool:
         """Whether the reply ends before its thought does, so that what stands in it is no answer yet."""
-        return _THOUGHT.match(self.answer) is not None
+        return THOUGHT_START.match(self.answer.lstrip()) is not None

@@ -14,17 +14,15 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from evalkit.errors import CorpusError
 from evalkit.markup import MARK_SHARE, marked_tokens
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId
-from explainers.units import Kind, units
+from explainers.units import Kind, Tally, heaviest, nothing_active, phrase_of, units
 
 __all__ = ["PatternsExplainer", "shared_pattern"]
 
-_KIND_SHARE = 0.25  # of all weight, for a kind of unit to be mentioned
 _NATS_PER_WORD = 4.0  # what a word of a pattern's name costs
 _LEAST_SHARE = 0.25  # of the marked units, that a pattern must cover
 _LEAST_WORDS = 4  # different ones that a pattern must cover
@@ -55,26 +53,16 @@ class Place:
 
 
 @dataclass(slots=True)
-class _Weighed:
-    """One word (case folded) or piece of punctuation, over all places."""
+class _Tally(Tally):
+    """``before``: the word before its last marked place."""
 
-    kind: Kind
-    excess: float = 0.0
-    marked: int = 0
-    silent: int = 0
-    forms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    before: str = ""  # of its last marked place
+    before: str = ""
 
     @property
-    def weight(self) -> float:
-        return self.excess * self.marked / (self.marked + self.silent + 1)
-
-    @property
-    def form(self) -> str:
-        """The spelling that carried most activation, on one line and not too long."""
-        spelling = min(self.forms, key=lambda form: (-self.forms[form], form))
-        plain = " ".join("".join(letter if letter.isprintable() else " " for letter in spelling).split())
-        return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 1] + "…"
+    def plain(self) -> str:
+        """Its form on one line and not too long."""
+        text = " ".join("".join(letter if letter.isprintable() else " " for letter in self.form).split())
+        return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 class PatternsExplainer:
@@ -96,38 +84,21 @@ class PatternsExplainer:
         places = [list(_places(one, examples, self.share)) for one in (*windows, *examples.negatives)]
         weighed = _weighed(place for window in places for place in window)
         if not weighed:
-            raise CorpusError(
-                f"{examples.source} feature {feature}",
-                expected=f"a window with a token above the threshold {examples.threshold:g}",
-                seen=f"none in {len(examples.positives)} windows",
-                fix="collect more text, or leave this feature out",
-            )
-        text = self._named(weighed)
+            raise nothing_active(feature, examples)
+        text = phrase_of(weighed, self.floor, self.n_words, _clause)
         if pattern := shared_pattern([place for window in places for place in window]):
             text = f"{text.removeprefix(_ONE_WORD)} ({pattern})"
         return Explanation(examples.source, feature, self.name, self.version, text)
 
-    def _named(self, weighed: Sequence[_Weighed]) -> str:
-        total = sum(one.weight for one in weighed)
-        clauses: list[tuple[float, str]] = []
-        kinds: tuple[Kind, ...] = ("word", "punctuation", "space")
-        for kind in kinds:
-            mine = [one for one in weighed if one.kind == kind]
-            weight = sum(one.weight for one in mine)
-            if mine and weight >= _KIND_SHARE * total:
-                named = [one for one in mine if one.weight >= self.floor * mine[0].weight][: self.n_words]
-                clauses.append((-weight, _clause(kind, named)))
-        return "; ".join(clause for _, clause in sorted(clauses))
 
-
-def _clause(kind: Kind, named: Sequence[_Weighed]) -> str:
+def _clause(kind: Kind, named: Sequence[_Tally]) -> str:
     if kind == "word" and len(named) == 1:
-        return _ONE_WORD + named[0].form
+        return _ONE_WORD + named[0].plain
     if kind == "word":
-        return ", ".join(f"{one.before} {one.form}" if one.marked == 1 and one.before else one.form for one in named)
+        return ", ".join(f"{one.before} {one.plain}" if one.marked == 1 and one.before else one.plain for one in named)
     if kind == "punctuation":
-        return "the punctuation " + " and ".join(f'"{one.form}"' for one in named)
-    return " and ".join(one.form for one in named)
+        return "the punctuation " + " and ".join(f'"{one.plain}"' for one in named)
+    return " and ".join(one.plain for one in named)
 
 
 def _places(example: Example, examples: ExplainExamples, share: float) -> Iterator[Place]:
@@ -161,20 +132,16 @@ def _places(example: Example, examples: ExplainExamples, share: float) -> Iterat
         end = unit.start + (0 if unit.kind == "space" else len(unit.text))
 
 
-def _weighed(places: Iterable[Place]) -> list[_Weighed]:
-    """Units with a marked place, heaviest first; equal ones in alphabetical order."""
-    found: dict[tuple[Kind, str], _Weighed] = {}
+def _weighed(places: Iterable[Place]) -> list[_Tally]:
+    found: dict[tuple[Kind, str], _Tally] = {}
     for place in places:
-        one = found.setdefault((place.kind, place.text.casefold()), _Weighed(place.kind))
+        one = found.setdefault((place.kind, place.text.casefold()), _Tally(place.kind))
         if not place.excess:
             one.silent += 1
             continue
-        one.excess += place.excess
-        one.marked += 1
-        one.forms[place.text] += place.excess
+        one.mark(place.text, place.excess)
         one.before = place.before[1] if len(place.before[1]) <= _LONGEST else ""
-    marked = [(key, one) for key, one in found.items() if one.marked]
-    return [one for _, one in sorted(marked, key=lambda pair: (-pair[1].weight, pair[0]))]
+    return heaviest(found)
 
 
 def shared_pattern(places: Sequence[Place]) -> str | None:

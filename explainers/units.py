@@ -1,20 +1,26 @@
 """What explainers that ask no model count: the words of a window, and what tokens hold between words.
 
-A unit is a whole word of the text, joined from its tokens, or the punctuation or white space of one token. Pure functions
-of one example.
+A unit is a whole word of the text, joined from its tokens, or the punctuation or white space of one token. Over all
+windows, a unit weighs its excess activation summed over its marked occurrences, times the share of all its occurrences
+that are marked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, TypeVar
 
+from evalkit.errors import CorpusError
 from evalkit.markup import token_spans, words
-from evalkit.records import Example
+from evalkit.records import Example, ExplainExamples, FeatureId
 
-__all__ = ["Kind", "Unit", "units"]
+__all__ = ["Kind", "Tally", "Unit", "heaviest", "nothing_active", "phrase_of", "units"]
 
 Kind: TypeAlias = Literal["word", "punctuation", "space"]
+_KINDS: tuple[Kind, ...] = ("word", "punctuation", "space")
+_KIND_SHARE = 0.25  # of all weight, for a kind of unit to be mentioned
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,69 @@ class Unit:
     text: str
     start: int
     tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is known of one unit (case folded) over all windows; ``excess`` is relative to the feature's peak."""
+
+    kind: Kind
+    excess: float = 0.0
+    marked: int = 0
+    silent: int = 0
+    forms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def mark(self, text: str, excess: float) -> None:
+        """Count an occurrence that is marked."""
+        self.excess += excess
+        self.marked += 1
+        self.forms[text] += excess
+
+    @property
+    def weight(self) -> float:
+        return self.excess * self.marked / (self.marked + self.silent + 1)
+
+    @property
+    def form(self) -> str:
+        """The spelling that carried most activation."""
+        return min(self.forms, key=lambda form: (-self.forms[form], form))
+
+
+AnyTally = TypeVar("AnyTally", bound=Tally)
+
+
+def heaviest(found: Mapping[tuple[Kind, str], AnyTally]) -> list[AnyTally]:
+    """Units with a marked occurrence, heaviest first; equal ones in alphabetical order."""
+    marked = [(key, one) for key, one in found.items() if one.marked]
+    return [one for _, one in sorted(marked, key=lambda pair: (-pair[1].weight, pair[0]))]
+
+
+def phrase_of(
+    tallies: Sequence[AnyTally], floor: float, most: int, clause: Callable[[Kind, Sequence[AnyTally]], str]
+) -> str:
+    """The clauses of all kinds of unit that carry enough weight, the heaviest kind first.
+
+    A clause names at most ``most`` units, none below the share ``floor`` of its heaviest one's weight.
+    """
+    total = sum(one.weight for one in tallies)
+    clauses: list[tuple[float, str]] = []
+    for kind in _KINDS:
+        mine = [one for one in tallies if one.kind == kind]
+        weight = sum(one.weight for one in mine)
+        if mine and weight >= _KIND_SHARE * total:
+            named = [one for one in mine if one.weight >= floor * mine[0].weight]
+            clauses.append((-weight, clause(kind, named[:most])))
+    return "; ".join(text for _, text in sorted(clauses))
+
+
+def nothing_active(feature: FeatureId, examples: ExplainExamples) -> CorpusError:
+    """Of a feature that fires in none of its windows."""
+    return CorpusError(
+        f"{examples.source} feature {feature}",
+        expected=f"a window with a token above the threshold {examples.threshold:g}",
+        seen=f"none in {len(examples.positives)} windows",
+        fix="collect more text, or leave this feature out",
+    )
 
 
 def units(example: Example) -> list[Unit]:

@@ -9,38 +9,14 @@ unmarked there and in the negatives, so it falls behind without any list of stop
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from evalkit.errors import CorpusError
 from evalkit.markup import MARK_SHARE, marked_tokens
 from evalkit.protocols import Client
 from evalkit.records import ExplainExamples, Explanation, FeatureId
-from explainers.units import Kind, units
+from explainers.units import Kind, Tally, heaviest, nothing_active, phrase_of, units
 
 __all__ = ["WordsExplainer"]
-
-_KIND_SHARE = 0.25  # of all weight, for a kind of unit to be mentioned
-
-
-@dataclass(slots=True)
-class _Unit:
-    """What is known of one word (case folded) or piece of punctuation."""
-
-    kind: Kind
-    excess: float = 0.0
-    marked: int = 0
-    unmarked: int = 0
-    forms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @property
-    def weight(self) -> float:
-        return self.excess * self.marked / (self.marked + self.unmarked + 1)
-
-    @property
-    def form(self) -> str:
-        """The spelling that carried most activation."""
-        return min(self.forms, key=lambda form: (-self.forms[form], form))
 
 
 class WordsExplainer:
@@ -59,50 +35,31 @@ class WordsExplainer:
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
         """Describe the feature by what it fires on. Raises CorpusError where it fires on nothing."""
-        units = self._units(examples)
-        if not units:
-            raise CorpusError(
-                f"{examples.source} feature {feature}",
-                expected=f"a window with a token above the threshold {examples.threshold:g}",
-                seen=f"none in {len(examples.positives)} windows",
-                fix="collect more text, or leave this feature out",
-            )
-        return Explanation(examples.source, feature, self.name, self.version, self._sentence(units))
+        tallies = self._tallies(examples)
+        if not tallies:
+            raise nothing_active(feature, examples)
+        text = phrase_of(tallies, self.floor, self.n_words, _clause)
+        return Explanation(examples.source, feature, self.name, self.version, text)
 
-    def _units(self, examples: ExplainExamples) -> list[_Unit]:
-        """Units with a marked occurrence, heaviest first; equal ones in alphabetical order."""
-        found: dict[tuple[Kind, str], _Unit] = {}
+    def _tallies(self, examples: ExplainExamples) -> list[Tally]:
+        found: dict[tuple[Kind, str], Tally] = {}
         strongest = sorted(examples.positives, key=lambda example: -example.peak)
         for place, example in enumerate([*strongest, *examples.negatives]):
             counts = place < min(self.n_examples, len(strongest))
             flags = marked_tokens(example.activations, examples.threshold, self.share)
             scale = max(examples.peak, example.peak) - examples.threshold
             for there in units(example):
-                unit = found.setdefault((there.kind, there.text.casefold()), _Unit(there.kind))
+                unit = found.setdefault((there.kind, there.text.casefold()), Tally(there.kind))
                 if not any(flags[token] for token in there.tokens):
-                    unit.unmarked += 1
+                    unit.silent += 1
                 elif counts:
                     excess = max(example.activations[token] for token in there.tokens) - examples.threshold
-                    unit.excess += excess / scale
-                    unit.marked += 1
-                    unit.forms[there.text] += excess / scale
-        marked = [(key, unit) for key, unit in found.items() if unit.marked]
-        return [unit for _, unit in sorted(marked, key=lambda pair: (-pair[1].weight, pair[0]))]
-
-    def _sentence(self, units: list[_Unit]) -> str:
-        total = sum(unit.weight for unit in units)
-        clauses: list[tuple[float, str]] = []
-        kinds: tuple[Kind, ...] = ("word", "punctuation", "space")
-        for kind in kinds:
-            mine = [unit for unit in units if unit.kind == kind]
-            weight = sum(unit.weight for unit in mine)
-            if mine and weight >= _KIND_SHARE * total:
-                named = [unit.form for unit in mine if unit.weight >= self.floor * mine[0].weight]
-                clauses.append((-weight, _clause(kind, named[: self.n_words])))
-        return "; ".join(clause for _, clause in sorted(clauses))
+                    unit.mark(there.text, excess / scale)
+        return heaviest(found)
 
 
-def _clause(kind: Kind, named: list[str]) -> str:
+def _clause(kind: Kind, tallies: Sequence[Tally]) -> str:
+    named = [one.form for one in tallies]
     if kind == "word":
         return f"the word {named[0]}" if len(named) == 1 else "words such as " + ", ".join(named)
     if kind == "punctuation":

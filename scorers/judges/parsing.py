@@ -12,6 +12,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from evalkit.records import THOUGHT_END, THOUGHT_START
+
 __all__ = [
     "Unparsable",
     "gives_yes_or_no",
@@ -31,10 +33,6 @@ _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’"}
 _INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
 _FULL_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("、"): ","}
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
-
-_TAG = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)"
-_THOUGHT_START = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷|<\|channel\|>analysis", re.IGNORECASE)
-_THOUGHT_END = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # what may stand around a list of one
@@ -74,10 +72,10 @@ def parse_list(text: str, count: int) -> tuple[bool, ...]:
     An answer is a number equal to 0 or 1, or true, false, yes or no, bare or quoted. Prose around a list is tolerated, but
     not around a list of one, which might be a mere reference such as "[1]". Raises Unparsable, and nothing else.
     """
-    reply = _THOUGHT_END.split(_visible(text))[-1].strip()
+    reply = THOUGHT_END.split(_visible(text))[-1].strip()
     if len(reply) > _LONGEST:
         raise Unparsable(f"a reply of {len(reply)} characters: {_short(text)}")
-    if _THOUGHT_START.search(reply):
+    if THOUGHT_START.search(reply):
         raise Unparsable(f"the reply ends within a thought: {_short(text)}")
     if "[" in reply or "]" in reply:
         answers = _in_brackets(reply, text)

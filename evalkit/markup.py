@@ -25,7 +25,8 @@ TOP_LEVEL = 10
 
 # what chat templates use to say who speaks, in the families of models in use
 _CONTROL = re.compile(
-    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|think|tool_call|(?:start|end)_of_(?:turn|image))>)|\[(?=/?(?:INST|SYSTEM_PROMPT|[A-Z]+_[A-Z_]+)\])"
+    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|think|tool_call|(?:start|end)_of_(?:turn|image))>)"
+    r"|\[(?=/?(?:INST|[A-Z]+_[A-Z_]+)\])"
 )
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _PIECE = re.compile(r"(?P<open><<)|(?P<close>>>)|(?P<guarded>([<>])\\+(?=\4))")

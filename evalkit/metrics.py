@@ -244,10 +244,8 @@ def _auprc(
     true = w_pos[owner] * (n_pos[owner] - _below(pos, owner, n))  # (block,) weight of positives at least as confident
     false = w_neg[owner] * (n_neg[owner] - _below(neg, owner, n))
     total = true + false
-    precision = np.where(
-        total > 0, true / np.where(total > 0, total, 1), 0.0
-    )  # nothing above weighs anything: no precision
-    total = np.where(total > 0, total, 1)
+    total = np.where(total > 0, total, 1.0)  # where nothing as confident weighs anything, precision is 0
+    precision = true / total
     average = np.bincount(owner, pos * precision, n) / n_pos
     # A judgement counts in the precision at every block not above its own.
     gain, loss = (pos * w_pos[owner] * (1 - precision) / total, pos * w_neg[owner] * precision / total)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BASELINE",
+    "CONTROL_MARK",
     "NO_EXPLAINER",
     "REAL",
     "SHUFFLED",
@@ -49,6 +50,7 @@ THOUGHT_START = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷|<\|channel\|>analys
 THOUGHT_END = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
 BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
+CONTROL_MARK = "/null-"  # in the name of a dictionary that is a control
 NO_EXPLAINER = "none"  # the explainer of tests that need no explanation
 
 FeatureId: TypeAlias = str  # the decimal index of an SAE latent; "<token id>@<context>.<position>" for an RQAE centre

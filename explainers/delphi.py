@@ -18,12 +18,11 @@ from typing import Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature
 from evalkit.protocols import Client
-from evalkit.records import ExplainExamples, Explanation, FeatureId
+from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["DelphiFilesExplainer"]
 
-_CONTROL = "/null-"  # in the name of a dictionary that is a control
 CARD = "evalkit.json"
 _NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
 _NO_EXPLANATION = frozenset({"explanation could not be parsed", "no explanation found", ""})
@@ -62,7 +61,7 @@ class DelphiFilesExplainer:
         """
         explained = [name for name in sources if self.explains(name)]
         if not explained:
-            self._place(next((name for name in sources if _CONTROL not in name), "no dictionary"), "0")
+            self._place(next((name for name in sources if CONTROL_MARK not in name), "no dictionary"), "0")
         modules = [self._place(name, "0")[0] for name in explained]
         if len(set(modules)) < len(modules) or not explained:
             raise BadConfig(
@@ -78,7 +77,9 @@ class DelphiFilesExplainer:
         """Whether these files may be about the features of this source: never about a control that is not listed."""
         if self.module is None and source in self._listed:
             return True
-        if _CONTROL in source or not (self.source is None or source == self.source or fnmatchcase(source, self.source)):
+        if CONTROL_MARK in source or not (
+            self.source is None or source == self.source or fnmatchcase(source, self.source)
+        ):
             return False
         return len(self._fitting(source)) == 1
 

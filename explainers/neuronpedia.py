@@ -14,13 +14,11 @@ from typing import Any, Protocol
 
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.protocols import Client
-from evalkit.records import ExplainExamples, Explanation, FeatureId
+from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
 from evalkit.sources.neuronpedia_explanations import ExportedExplanations
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["NeuronpediaExplainer"]
-
-_CONTROL = "/null-"  # in the name of a control
 
 
 class _Export(Protocol):
@@ -78,7 +76,7 @@ class NeuronpediaExplainer:
         """Whether there are explanations of the features of this source. Raises BadConfig where there are of none."""
         if self._export is None:
             return source in self._opened()
-        if _CONTROL in source:
+        if CONTROL_MARK in source:
             return False
         return self.source is None or source == self.source or fnmatchcase(source, self.source)
 

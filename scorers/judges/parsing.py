@@ -46,7 +46,7 @@ _DENIES_NEXT = re.compile(
     re.IGNORECASE,
 )
 _TAKES_BACK = re.compile(
-    r"\b(?:wait|correction|on second thought|scratch that|let me (?:re|cor)"
+    r"\b(?:wait|correction|on second thought|scratch that|let me (?:reconsider|recheck|redo|correct)"
     r"|(?<!if this )(?<!if that )(?<!if it )(?:is|was|are|were|that['’]s) (?:wrong|incorrect|a mistake)"
     r"|i (?:cannot|can['’]t|could not|couldn['’]t) (?:tell|say|judge|answer|decide|determine))\b",
     re.IGNORECASE,

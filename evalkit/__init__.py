@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from evalkit.api import load_scorer as load_scorer
     from evalkit.api import load_source as load_source
     from evalkit.api import run as run
-    from evalkit.config import RunConfig as RunConfig
+    from evalkit.config.run_config import RunConfig as RunConfig
     from evalkit.errors import ClientDown as ClientDown
     from evalkit.errors import ContextOverflow as ContextOverflow
     from evalkit.errors import EvalkitError as EvalkitError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from evalkit.records import Site as Site
     from evalkit.records import SourceInfo as SourceInfo
     from evalkit.records import SubjectInfo as SubjectInfo
-    from evalkit.store import read_run as read_run
+    from evalkit.store.run_store import read_run as read_run
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,7 @@ _HOMES = {
         "load_source",
         "run",
     ),
-    "evalkit.config": ("RunConfig",),
+    "evalkit.config.run_config": ("RunConfig",),
     "evalkit.errors": ("ClientDown", "ContextOverflow", "EvalkitError", "NoAnswer", "RequestRefused"),
     "evalkit.records": (
         "Answer",
@@ -67,7 +67,7 @@ _HOMES = {
         "SourceInfo",
         "SubjectInfo",
     ),
-    "evalkit.store": ("read_run",),
+    "evalkit.store.run_store": ("read_run",),
 }
 _HOME_OF = {name: module for module, exported in _HOMES.items() for name in exported}
 

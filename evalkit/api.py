@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from evalkit import registry
 
 if TYPE_CHECKING:
-    from evalkit.config import RunConfig
-    from evalkit.examples import FeatureExamples
+    from evalkit.collect.example_files import FeatureExamples
+    from evalkit.config.run_config import RunConfig
     from evalkit.protocols import Client, Explainer, FeatureSource, Judge, Progress, Scorer
     from evalkit.records import FeatureId
-    from evalkit.report.frames import RunFrames
+    from evalkit.store.frames import RunFrames
 
 __all__ = [
     "collect_examples",
@@ -68,9 +68,10 @@ def collect_examples(
     config: RunConfig, folder: str | Path, *, progress: Progress | None = None
 ) -> dict[str, dict[FeatureId, FeatureExamples]]:
     """Collect a run's examples into ``folder`` (skipping what is there); by source name, then feature."""
-    from evalkit import collecting, pipeline
-    from evalkit.progress import SILENT
-    from evalkit.store import RunStore
+    from evalkit.collect import stage as collecting
+    from evalkit.pipeline import stages as pipeline
+    from evalkit.store.run_store import RunStore
+    from evalkit.util.progress import SILENT
 
     pipeline.run(config, Path(folder), stages=("collect",), progress=progress or SILENT)
     with RunStore.open(Path(folder)) as store:
@@ -79,9 +80,9 @@ def collect_examples(
 
 def run(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> RunFrames:
     """Run all stages on ``folder`` (skipping what is there) and return the records as data frames."""
-    from evalkit import pipeline
-    from evalkit.progress import SILENT
-    from evalkit.store import read_run
+    from evalkit.pipeline import stages as pipeline
+    from evalkit.store.run_store import read_run
+    from evalkit.util.progress import SILENT
 
     pipeline.run(config, Path(folder), progress=progress or SILENT)
     return read_run(folder)

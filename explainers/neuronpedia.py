@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.protocols import Client
 from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
-from evalkit.sources.neuronpedia_explanations import ExportedExplanations
+from evalkit.sources.dumps.neuronpedia_explanations import ExportedExplanations
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["NeuronpediaExplainer"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from evalkit.markup import MARK_SHARE, marked_tokens
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId
-from explainers.units import Kind, Tally, heaviest, nothing_active, phrase_of, units
+from explainers.word_units import Kind, Tally, heaviest, nothing_active, phrase_of, units
 
 __all__ = ["PatternsExplainer", "shared_pattern"]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from evalkit.markup import MARK_SHARE, marked_tokens
 from evalkit.protocols import Client
 from evalkit.records import ExplainExamples, Explanation, FeatureId
-from explainers.units import Kind, Tally, heaviest, nothing_active, phrase_of, units
+from explainers.word_units import Kind, Tally, heaviest, nothing_active, phrase_of, units
 
 __all__ = ["WordsExplainer"]
 

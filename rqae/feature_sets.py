@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rqae.codebook import canonical_indices
 from rqae.config import RqaeConfig
+from rqae.encoding.codebook import canonical_indices
 from rqae.errors import RqaeError
 from rqae.features import random_codes
 from rqae.model import RQAE

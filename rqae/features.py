@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rqae.batches import derived_generator
-from rqae.codebook import normalised
+from rqae.encoding.codebook import normalised
 from rqae.errors import RqaeError
 from rqae.model import RQAE
+from rqae.training.batches import derived_generator
 
 __all__ = ["intensity", "intensity_literal", "layer_weights", "random_codes", "scaled_vectors"]
 

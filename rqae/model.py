@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rqae.blocked import BlockedEncoder
 from rqae.checkpoint import read_checkpoint, write_checkpoint
-from rqae.codebook import canonical_indices, grid_codebook, normalised
 from rqae.config import RqaeConfig
+from rqae.encoding.blocked import BlockedEncoder
+from rqae.encoding.codebook import canonical_indices, grid_codebook, normalised
 from rqae.errors import RqaeError
 
 __all__ = ["RQAE", "initial_codebook"]

@@ -19,7 +19,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rqae.codebook import normalised
+from rqae.encoding.codebook import normalised
 from rqae.errors import RqaeError
 from rqae.feature_sets import FeatureSet, check_codes
 from rqae.features import intensity, layer_weights

@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rqae.codebook import normalised
+from rqae.encoding.codebook import normalised
+from rqae.encoding.literal import choose_codes
 from rqae.errors import RqaeError
 from rqae.feature_sets import FeatureSet, check_codes
 from rqae.features import layer_weights
-from rqae.literal import choose_codes
 from rqae.model import RQAE
 
 __all__ = [

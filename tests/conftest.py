@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 # started in the background by a shell, we would hand an ignored Ctrl-C on to every process that a test starts
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
 _TEXT = (
     "The whale swam under the ship. Nobody on deck saw it, and the sea was calm.\n\n"
     'A number such as 1851 or 3.14 is a token too; so are (brackets) and "quotes".\n'
@@ -21,7 +22,7 @@ _TEXT = (
 def _pulled(name: str) -> Path:
     from filelock import FileLock
 
-    from evalkit.models import pull
+    from evalkit.subject.download import pull
 
     folder = ROOT / "models" / name
     folder.parent.mkdir(exist_ok=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import evalkit
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 OURS = ("evalkit", "explainers", "scorers", "rqae")
 CONTRACTS = {"evalkit.records", "evalkit.errors", "evalkit.protocols"}
 
@@ -26,7 +26,7 @@ RULES = {
     "rqae": {"rqae"},
 }
 # a file that may import more than its folder: what an export holds is known in one place, which loads no torch
-MORE = {"explainers/neuronpedia.py": {"evalkit.sources.neuronpedia_explanations"}}
+MORE = {"explainers/neuronpedia.py": {"evalkit.sources.dumps.neuronpedia_explanations"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -119,7 +119,7 @@ def test_help_takes_less_than_a_second(command: tuple[str, ...]) -> None:
 def test_reading_results_needs_no_torch() -> None:
     code = """
 import sys
-import evalkit.report.tables, evalkit.report.plots, evalkit.store
+import evalkit.report.tables, evalkit.report.plots.files, evalkit.store.run_store
 print("torch" in sys.modules)
 """
     assert run_python(code).stdout.strip() == "False"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_folders import write_run
+from tests.support.paths import ROOT
+from tests.support.run_folders import write_run
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

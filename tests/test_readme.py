@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import evalkit
 import rqae
 from evalkit.cli import app
-from evalkit.prices import read_prices
-from tests.run_folders import write_run
+from evalkit.llm.accounting.prices import read_prices
+from tests.support.paths import ROOT
+from tests.support.run_folders import write_run
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

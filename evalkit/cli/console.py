@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from evalkit.progress import SILENT
 from evalkit.protocols import Progress as ProgressReporter
+from evalkit.util.progress import SILENT
 
 if TYPE_CHECKING:
     from rich.progress import Progress

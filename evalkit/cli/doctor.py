@@ -13,7 +13,7 @@ from evalkit.cli.console import STDERR
 from evalkit.errors import BadConfig
 
 if TYPE_CHECKING:
-    from evalkit.doctor import Finding
+    from evalkit.doctor.checks import Finding
 
 __all__ = ["register"]
 
@@ -46,7 +46,7 @@ def doctor(
 
     Example: `evalkit doctor --client openai:my-model --base-url http://localhost:8000/v1`
     """
-    from evalkit.doctor import diagnose, is_well
+    from evalkit.doctor.checks import diagnose, is_well
 
     if client is None and (base_url or client_option):
         option = "--base-url" if base_url else "--client-option"

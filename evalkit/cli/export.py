@@ -32,7 +32,7 @@ def export(
 
     Example: `evalkit export runs/demo --format delphi --out exported --judge embedding`
     """
-    from evalkit.delphi_files import export_delphi
+    from evalkit.delphi.export import export_delphi
     from evalkit.errors import BadConfig
 
     if format != "delphi":

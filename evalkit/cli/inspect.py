@@ -99,7 +99,7 @@ def inspect(
         require(module, "model")
     from evalkit.inspection.figures import draw_parts
     from evalkit.inspection.inspect import inspect_dictionary
-    from evalkit.inspection.settings import Settings, parse_depths
+    from evalkit.inspection.parts.settings import Settings, parse_depths
     from evalkit.inspection.tables import check_format, render_inspection
 
     shown = check_format("json" if as_json else format)

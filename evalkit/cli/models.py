@@ -32,7 +32,7 @@ def pull(
 
     Example: `evalkit models pull smollm2-135m`
     """
-    from evalkit.models import pull as pull_model
+    from evalkit.subject.download import pull as pull_model
 
     with progress_bars() as progress:
         folder = pull_model(name, to=to, source=source, progress=progress)  # type: ignore[arg-type]

@@ -242,8 +242,8 @@ _FIELDS = {
 
 def config_of_run(options: dict[str, Any]) -> Any:
     """The configuration that the options of ``run`` or ``collect`` say. Raises BadConfig."""
-    from evalkit.config import RunConfig
-    from evalkit.feature_choice import parse_features
+    from evalkit.config.feature_selection import parse_features
+    from evalkit.config.run_config import RunConfig
 
     if options.get("preset") is not None:
         options = _given(options)
@@ -272,7 +272,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def config_of_folder(run: Path, **options: Any) -> Any:
     """The configuration of an existing run, with what the options change. Raises MissingFile, BadConfig."""
-    from evalkit.pipeline import load_config
+    from evalkit.pipeline.stages import load_config
 
     return load_config(run, **_fields(options))
 

@@ -14,7 +14,7 @@ __all__ = ["print_plan", "print_spending"]
 
 def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
     """The plan on stdout."""
-    from evalkit.planning import plan
+    from evalkit.pipeline.plan import plan
 
     planned = plan(config, folder)
     if as_json:
@@ -76,7 +76,7 @@ def _duration(seconds: float) -> str:
 
 def print_spending(folder: Path) -> None:
     """What language models were asked for a run, beside the estimate of its first command, on stderr."""
-    from evalkit.store import RunStore
+    from evalkit.store.run_store import RunStore
 
     with RunStore.open(folder) as store:
         for asked in store.asked():

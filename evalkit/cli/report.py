@@ -47,7 +47,7 @@ def table(
     from evalkit.errors import BadConfig
     from evalkit.report.footer import footer
     from evalkit.report.tables import headline, headline_rows, summary_table
-    from evalkit.store import read_run
+    from evalkit.store.run_store import read_run
 
     if by not in (None, "decile"):
         raise BadConfig("--by", expected="decile", seen=repr(by), fix="use --by decile, or leave it out")
@@ -85,7 +85,7 @@ def compare(
     Example: `evalkit compare runs/demo --metric auroc --between dictionaries`
     """
     from evalkit.report.compare import BETWEEN, compare_notes, compare_rows
-    from evalkit.store import read_run
+    from evalkit.store.run_store import read_run
 
     found = compare_rows(
         read_run(run), metric, between=tuple(between) if between else BETWEEN, baseline=baseline, controls=controls
@@ -94,8 +94,8 @@ def compare(
 
 
 def _print(table: Any, format: str, notes: Sequence[str], out: Path | None) -> None:
-    from evalkit.files import write_bytes
     from evalkit.report.render import render
+    from evalkit.util.atomic_files import write_bytes
 
     rendered = render(table, format, notes)
     data = rendered.encode() if isinstance(rendered, str) else rendered
@@ -115,8 +115,8 @@ def plot(
 
     Example: `evalkit plot runs/demo --metric balanced_accuracy`
     """
-    from evalkit.report.plots import plot_run
-    from evalkit.store import read_run
+    from evalkit.report.plots.files import plot_run
+    from evalkit.store.run_store import read_run
 
     for path in plot_run(read_run(run), out or run / "plots", metric=metric):
         sys.stdout.write(f"{path}\n")

@@ -215,7 +215,7 @@ def _execute(config: Any, out: Path, stages: tuple[str, ...], *, dry_run: bool =
     if dry_run:
         print_plan(config, out, as_json=as_json)
         return
-    from evalkit.pipeline import run as run_stages
+    from evalkit.pipeline.stages import run as run_stages
 
     with progress_bars() as progress:
         run_stages(config, out, stages=stages, progress=progress)

@@ -39,7 +39,7 @@ def sweep(
 
     Example: `evalkit sweep results/sweeps/gemma2_2b.toml --dry-run`
     """
-    from evalkit.sweep import read_sweep
+    from evalkit.config.sweep_file import read_sweep
 
     config = read_sweep(
         spec, model=model, corpus=corpus, client=client, batch_size=batch_size, device=device, force=force or None
@@ -48,13 +48,13 @@ def sweep(
     if dry_run:
         print_plan(config, folder, as_json=as_json)
         return
-    from evalkit.files import write_bytes
-    from evalkit.pipeline import run
+    from evalkit.pipeline.stages import run
     from evalkit.report.footer import footer
-    from evalkit.report.plots import plot_run
+    from evalkit.report.plots.files import plot_run
     from evalkit.report.render import render
     from evalkit.report.tables import headline, headline_rows, summary_table
-    from evalkit.store import read_run
+    from evalkit.store.run_store import read_run
+    from evalkit.util.atomic_files import write_bytes
 
     with progress_bars() as progress:
         run(config, folder, progress=progress)

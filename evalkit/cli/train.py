@@ -15,8 +15,8 @@ from evalkit.cli.console import progress_bars
 from evalkit.errors import BadConfig, require
 
 if TYPE_CHECKING:
-    from evalkit.subject import Dtype
-    from rqae.gradients import Precision
+    from evalkit.subject.model import Dtype
+    from rqae.training.gradients import Precision
 
 __all__ = ["app"]
 
@@ -54,9 +54,9 @@ def sae(
     Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_saes`
     """
     require("torch", "model")
+    from evalkit.training.activation_text import TextSpec, open_text
     from evalkit.training.dictionaries import train_sae_dictionary
     from evalkit.training.sae import SaeTrainingConfig
-    from evalkit.training.text import TextSpec, open_text
 
     spec = TextSpec(
         model, site, corpus, held_out, work, max_tokens=max_tokens, dtype=cast("Dtype", dtype), device=device
@@ -105,10 +105,10 @@ def rqae(
     Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """
     require("torch", "model")
-    from evalkit.subject import usable_device
+    from evalkit.subject.model import usable_device
+    from evalkit.training.activation_text import TextSpec, open_text
     from evalkit.training.dictionaries import train_rqae_dictionary
-    from evalkit.training.text import TextSpec, open_text
-    from rqae.training import RqaeTrainingConfig
+    from rqae.training.loop import RqaeTrainingConfig
 
     if precision not in ("float32", "bfloat16"):
         raise BadConfig("--precision", expected="float32 or bfloat16", seen=repr(precision), fix="use one of these")

@@ -13,10 +13,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from evalkit.inspection.keeping import Part
-from evalkit.inspection.panels import DRAW
-from evalkit.inspection.sae_panels import DRAW as DRAW_SAE
-from evalkit.report import style
+from evalkit.inspection.parts.cache import Part
+from evalkit.inspection.rqae.panels import DRAW
+from evalkit.inspection.sae.panels import DRAW as DRAW_SAE
+from evalkit.report.plots import style
 
 __all__ = ["draw_parts", "part_figure"]
 

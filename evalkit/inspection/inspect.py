@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evalkit.errors import BadConfig
-from evalkit.files import storage_errors
-from evalkit.inspection.compute import Measured
-from evalkit.inspection.keeping import Part, bind, keep, kept
+from evalkit.inspection.parts.cache import Part, bind, keep, kept
+from evalkit.inspection.parts.settings import PARTS_OF, Settings, parse_parts
 from evalkit.inspection.plain_plans import DirectionsPlan, ExportPlan
-from evalkit.inspection.rqae_plan import RqaePlan
-from evalkit.inspection.sae_plan import SaePlan
-from evalkit.inspection.settings import PARTS_OF, Settings, parse_parts
-from evalkit.progress import SILENT
+from evalkit.inspection.rqae.compute import Measured
+from evalkit.inspection.rqae.plan import RqaePlan
+from evalkit.inspection.sae.plan import SaePlan
 from evalkit.protocols import ExampleSource, FeatureSource, Progress
-from evalkit.run_folder import acquire
 from evalkit.sources import load_source
-from evalkit.sources.directions import DirectionsSource
-from evalkit.sources.neuronpedia import NeuronpediaSource
-from evalkit.sources.rqae import RqaeSource
-from evalkit.sources.sae import SaeSource
+from evalkit.sources.dumps.neuronpedia import NeuronpediaSource
+from evalkit.sources.formats.directions import DirectionsSource
+from evalkit.sources.rqae.source import RqaeSource
+from evalkit.sources.sae.source import SaeSource
+from evalkit.store.run_folder import acquire
+from evalkit.util.atomic_files import storage_errors
+from evalkit.util.progress import SILENT
 
 __all__ = ["Inspection", "inspect_dictionary"]
 

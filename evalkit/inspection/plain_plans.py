@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evalkit.errors import BadFile
-from evalkit.inspection.compute import Measured
-from evalkit.inspection.firing_part import firing_shares
-from evalkit.inspection.geometry_part import geometry
-from evalkit.inspection.keeping import Part, digest
-from evalkit.inspection.settings import Settings
+from evalkit.inspection.parts.cache import Part, digest
+from evalkit.inspection.parts.firing import firing_shares
+from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.settings import Settings
+from evalkit.inspection.rqae.compute import Measured
 from evalkit.protocols import Progress
-from evalkit.sources.directions import DirectionsSource
-from evalkit.sources.neuronpedia import NeuronpediaSource
+from evalkit.sources.dumps.neuronpedia import NeuronpediaSource
+from evalkit.sources.formats.directions import DirectionsSource
 
 __all__ = ["DirectionsPlan", "ExportPlan"]
 

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from evalkit.errors import BadConfig
-from evalkit.inspection import sae_tables
-from evalkit.inspection.keeping import Part
+from evalkit.inspection.parts.cache import Part
+from evalkit.inspection.sae import tables as sae_tables
 from evalkit.report.render import render
 
 __all__ = ["FORMATS", "TITLES", "check_format", "render_inspection"]

@@ -15,11 +15,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from evalkit.config.presets import find_preset
 from evalkit.errors import BadConfig, InputError
-from evalkit.presets import find_preset
-from evalkit.report.frames import RunFrames
 from evalkit.report.rows import Row, Source, score_rows
-from evalkit.stats import Estimate, difference
+from evalkit.stats.standard_errors import Estimate, difference
+from evalkit.store.frames import RunFrames
 
 __all__ = ["BETWEEN", "COMPARE_COLUMNS", "compare_notes", "compare_rows", "holm"]
 

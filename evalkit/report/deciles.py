@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from evalkit.errors import InputError
-from evalkit.report.frames import RunFrames
 from evalkit.report.rows import score_rows
-from evalkit.stats import macro_mean
+from evalkit.stats.standard_errors import macro_mean
+from evalkit.store.frames import RunFrames
 
 __all__ = ["DECILE_COLUMNS", "decile_notes", "decile_table"]
 

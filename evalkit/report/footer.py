@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from evalkit.presets import find_preset
+from evalkit.config.presets import find_preset
 from evalkit.records import NO_EXPLAINER
-from evalkit.report.frames import RunFrames
-from evalkit.report.plumbing import notes
 from evalkit.report.rows import Row, score_rows, sorted_sources
-from evalkit.stats import macro_mean
-from evalkit.variance import features_needed, spread_of
+from evalkit.report.small_model_marks import notes
+from evalkit.stats.standard_errors import macro_mean
+from evalkit.stats.variance import features_needed, spread_of
+from evalkit.store.frames import RunFrames
 
 __all__ = ["footer"]
 

@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from evalkit.config.presets import find_preset
 from evalkit.errors import BadConfig
-from evalkit.metrics import ALL_METRICS, METRICS, RANKING_METRICS, Scores, score_features
-from evalkit.presets import find_preset
 from evalkit.records import BASELINE, REAL, SHUFFLED
-from evalkit.report.frames import RunFrames, check_frames
-from evalkit.report.plumbing import labelled
+from evalkit.report.small_model_marks import labelled
+from evalkit.stats.metrics import ALL_METRICS, METRICS, RANKING_METRICS, Scores, score_features
+from evalkit.store.frames import RunFrames, check_frames
 
 __all__ = ["Row", "Setup", "Source", "check_metric", "is_baseline", "score_rows", "sorted_sources"]
 

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evalkit.report.frames import RunFrames
 from evalkit.report.rows import Row, Setup, is_baseline, score_rows
-from evalkit.stats import macro_mean, paired_difference
+from evalkit.stats.standard_errors import macro_mean, paired_difference
+from evalkit.store.frames import RunFrames
 
 __all__ = ["TABLE_COLUMNS", "headline", "headline_rows", "summary_table"]
 

@@ -19,10 +19,10 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.files import write_bytes
 from evalkit.records import Site
-from evalkit.sources.sae_weights import SaeWeights
-from evalkit.sources.stored import whole
+from evalkit.sources.sae.weights import SaeWeights
+from evalkit.util.atomic_files import write_bytes
+from evalkit.util.tensor_files import whole
 
 __all__ = ["Card", "CorpusPart", "sae_folder", "write_card", "write_sae"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evalkit.files import write_bytes
-from evalkit.report import style
-from rqae.training import TrainingReport
+from evalkit.report.plots import style
+from evalkit.util.atomic_files import write_bytes
+from rqae.training.loop import TrainingReport
 
 __all__ = ["training_figure", "write_curves"]
 

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evalkit.errors import BadConfig
-from evalkit.files import storage_errors
-from evalkit.final_norm import denormalise, normalise
-from evalkit.inspection.fit import measure_rqae_fit
-from evalkit.inspection.language_model import LanguageModel
-from evalkit.inspection.losses import measure_losses
-from evalkit.progress import SILENT
+from evalkit.fit.losses import measure_losses
+from evalkit.fit.rqae import measure_rqae_fit
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
-from evalkit.sources.gemma_scope import read_weights
-from evalkit.sources.sae_weights import measure_fit
-from evalkit.training.activations import SINK_RATIO, ActivationStore
+from evalkit.sources.formats.gemma_scope import read_weights
+from evalkit.sources.sae.weights import measure_fit
+from evalkit.subject.final_norm import denormalise, normalise
+from evalkit.subject.language_model import LanguageModel
+from evalkit.training.activation_store import SINK_RATIO, ActivationStore
+from evalkit.training.activation_stream import ActivationStream
+from evalkit.training.activation_text import LossText, TrainingText
 from evalkit.training.cards import Card, write_card, write_sae
 from evalkit.training.curves import write_curves
 from evalkit.training.sae import SaeTrainingConfig, train_sae
-from evalkit.training.streaming import ActivationStream
-from evalkit.training.text import LossText, TrainingText
+from evalkit.util.atomic_files import storage_errors
+from evalkit.util.progress import SILENT
 from rqae import RQAE
-from rqae.training import RqaeTrainingConfig, train_rqae
+from rqae.training.loop import RqaeTrainingConfig, train_rqae
 
 if TYPE_CHECKING:
     from torch import Tensor

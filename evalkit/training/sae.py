@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import BadConfig, BadFile, CorpusError
-from evalkit.files import atomic_path
-from evalkit.progress import SILENT
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
-from evalkit.sources.sae_weights import SaeFit, SaeWeights, measure_fit
-from evalkit.training.activations import ActivationStore
+from evalkit.sources.sae.weights import SaeFit, SaeWeights, measure_fit
+from evalkit.training.activation_store import ActivationStore
+from evalkit.util.atomic_files import atomic_path
+from evalkit.util.progress import SILENT
 
 __all__ = ["SaeTrainingConfig", "TrainingReport", "train_sae"]
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evalkit.final_norm import normalise
-from evalkit.subject import Subject
-from evalkit.training.activations import ActivationStore
-from rqae.batches import ArrayBatches
-from rqae.initialisation import greedy_layers
+from evalkit.subject.final_norm import normalise
+from evalkit.subject.model import Subject
+from evalkit.training.activation_store import ActivationStore
 from rqae.model import initial_codebook
 from rqae.progress import SILENT
-from rqae.trainer import Trainer
-from rqae.training import RqaeTrainingConfig, held_out_fvu
+from rqae.training.batches import ArrayBatches
+from rqae.training.initialisation import greedy_layers
+from rqae.training.loop import RqaeTrainingConfig, held_out_fvu
+from rqae.training.trainer import Trainer
 
 SITE, QUANTIZERS, ROWS, HELD_OUT, START = "layers.15", 256, 300_000, 8192, 65_536
 DEPTHS = (16, 64, 256)

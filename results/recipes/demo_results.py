@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from evalkit.report.footer import footer
-from evalkit.report.plots import plot_run
+from evalkit.report.plots.files import plot_run
 from evalkit.report.render import render
 from evalkit.report.tables import headline, summary_table
-from evalkit.store import read_run
+from evalkit.store.run_store import read_run
 
 ROOT = Path(__file__).parent.parent.parent
 BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"

@@ -21,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from evalkit.corpus import Corpus, tokenize_corpus
-from evalkit.final_norm import denormalise, normalise
+from evalkit.corpus.contexts import Corpus, tokenize_corpus
 from evalkit.records import Site, SubjectInfo
-from evalkit.sources.gemma_scope import read_weights
-from evalkit.sources.sae_weights import measure_fit
-from evalkit.subject import Subject
-from evalkit.training.activations import ActivationStore
+from evalkit.sources.formats.gemma_scope import read_weights
+from evalkit.sources.sae.weights import measure_fit
+from evalkit.subject.final_norm import denormalise, normalise
+from evalkit.subject.model import Subject
+from evalkit.training.activation_store import ActivationStore
+from evalkit.training.activation_text import LossText, TrainingText, corpus_parts, full_contexts
 from evalkit.training.dictionaries import train_rqae_dictionary, train_sae_dictionary
 from evalkit.training.sae import SaeTrainingConfig
-from evalkit.training.text import LossText, TrainingText, corpus_parts, full_contexts
 from rqae import RQAE
-from rqae.training import RqaeTrainingConfig
+from rqae.training.loop import RqaeTrainingConfig
 
 MODEL, SITE = "smollm2-135m", "layers.15"
 CONTEXTS = {"train": 18_900, "held-out": 820, "demo": 1_600}

@@ -24,7 +24,7 @@ from evalkit.records import Answer, JudgeItem, Pick, Simulation
 from scorers.judges.groups import why_no_pick
 from scorers.judges.minilm import Embedder, find_model
 from scorers.judges.pieces import competing
-from scorers.judges.units import spread, units
+from scorers.judges.text_units import spread, units
 
 __all__ = ["EmbeddingJudge"]
 

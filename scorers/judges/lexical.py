@@ -16,7 +16,7 @@ from evalkit.markup import words
 from evalkit.records import Answer, JudgeItem, Pick, Simulation, Span
 from scorers.judges.groups import why_no_pick
 from scorers.judges.terms import COMMONEST_WORDS, Term, stem, terms
-from scorers.judges.units import spread
+from scorers.judges.text_units import spread
 
 __all__ = ["LexicalJudge"]
 

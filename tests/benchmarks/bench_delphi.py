@@ -35,12 +35,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.corpus_readers import locate, read_pieces
-from evalkit.delphi_bridge import MAX_TOKENS, library, record_of
-from evalkit.models import pull
+from evalkit.corpus.readers import locate, read_pieces
+from evalkit.corpus.token_text import token_pieces
+from evalkit.delphi.library import MAX_TOKENS, library, record_of
 from evalkit.records import Example, ExplainExamples, Explanation, Message, Response, ScoreExamples, TestExamples
 from evalkit.registry import create
-from evalkit.token_text import token_pieces
+from evalkit.subject.download import pull
 
 BATCH, EACH, LENGTH = 5, 50, 32
 WORDS = ("people", "first", "great", "function", "States", "time", "they", "without")

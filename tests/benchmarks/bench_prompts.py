@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evalkit.records import Message, Response
-from scorers.judges.llm import LlmJudge
-from tests.scorers.real_windows import cut_windows, frequent_words, items_of
+from scorers.judges.llm.judge import LlmJudge
+from tests.support.real_windows import cut_windows, frequent_words, items_of
 
 N_FEATURES = 8
 SETTINGS = [{"batch_size": 5}, {"batch_size": 10}, {"batch_size": 20}, {"mode": "single"}]
@@ -67,7 +67,7 @@ def unshared(requests: Sequence[Sequence[int]]) -> int:
 def main() -> None:
     from transformers import AutoTokenizer
 
-    from evalkit.models import pull
+    from evalkit.subject.download import pull
 
     root = Path(__file__).resolve().parents[2]
     folder = pull("smollm2-135m", to=root / "models/smollm2-135m", source="registry")

@@ -18,10 +18,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from evalkit.models import pull
 from evalkit.records import JudgeItem, Message
 from evalkit.registry import create
-from scorers.judges.llm import list_prompt, list_schema
+from evalkit.subject.download import pull
+from scorers.judges.llm.judge import list_prompt, list_schema
 
 ROUNDS = 3
 OBJECTS = ["a ship", "the river", "two horses", "an old coat", "the engine", "a letter", "bread", "the moon"]

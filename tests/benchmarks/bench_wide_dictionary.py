@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evalkit.sources import load_source
-from evalkit.sources.sae import SaeSource
+from evalkit.sources.sae.source import SaeSource
 
 ALIVE_SHARE = 4  # one of so many of the drawn latents is alive
 TIMED_LATENTS = 8192  # of the full encode

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.recording import Recording
-from evalkit.store import RunStore
+from evalkit.llm.accounting.answer_store import Recording
+from evalkit.store.run_store import RunStore
 from tests.engines.test_runs import SMALL, evalkit
 
 pytestmark = pytest.mark.slow

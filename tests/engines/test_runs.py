@@ -20,12 +20,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from evalkit.recording import Recording
-from evalkit.report.frames import RunFrames
-from evalkit.store import read_run
+from evalkit.llm.accounting.answer_store import Recording
+from evalkit.store.frames import RunFrames
+from evalkit.store.run_store import read_run
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent.parent
 EVALKIT = [sys.executable, "-m", "evalkit"]
 KEY = "sk-planted-0123456789abcdef"
 ASKED = ["--explainer", "default", "--judge", "llm", "--judge", "llm:single"]

@@ -10,7 +10,7 @@ import pytest
 
 from evalkit.records import Response
 from evalkit.registry import create
-from scorers.judges.llm_simulate import locate, parse_levels
+from scorers.judges.llm.simulate import locate, parse_levels
 
 pytestmark = pytest.mark.slow
 WINDOWS = [

@@ -14,8 +14,8 @@ import pytest
 from evalkit.errors import ClientDown, ContextOverflow
 from evalkit.records import Message, Response
 from evalkit.registry import create
-from scorers.judges.llm import list_schema
-from scorers.judges.parsing import parse_list, probability_of_yes
+from scorers.judges.llm.judge import list_schema
+from scorers.judges.llm.parsing import parse_list, probability_of_yes
 
 pytestmark = pytest.mark.slow
 Result = TypeVar("Result")

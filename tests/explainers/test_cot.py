@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evalkit.clients.dialects import Ask, Dialect
+from evalkit.llm.clients.server.dialects import Ask, Dialect
 from evalkit.records import Response
 from explainers.cot import SCHEMA, CotExplainer, cot_prompt, parse_conclusion
 from tests.explainers.test_default import EXAMPLES, GOLDEN, Scripted

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from evalkit.config import RunConfig
+from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, BadFile, CorpusError, MissingFile, UnknownFeature
-from evalkit.pipeline import run
+from evalkit.pipeline.stages import run
 from evalkit.records import ExplainExamples, Explanation
 from evalkit.registry import parse_part
-from evalkit.store import RunStore
+from evalkit.store.run_store import RunStore
 from explainers.neuronpedia import NeuronpediaExplainer
 from tests.sources.data.make_neuronpedia import MODEL, SOURCE, WORDS, write_dump, write_lines
 from tests.sources.data.make_neuronpedia import lines as make_lines

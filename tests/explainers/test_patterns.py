@@ -14,7 +14,7 @@ from evalkit.errors import CorpusError
 from evalkit.records import Example, ExplainExamples
 from evalkit.registry import create
 from explainers.patterns import PatternsExplainer
-from explainers.units import units
+from explainers.word_units import units
 from tests.explainers.test_words import window
 
 NAMES = ["Anna", "Boris", "Clara", "David", "Edith", "Felix", "Greta", "Henry", "Irma", "Jakob", "Karin", "Lewis"]

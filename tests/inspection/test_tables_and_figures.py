@@ -13,8 +13,8 @@ import pytest
 
 from evalkit.errors import BadConfig
 from evalkit.inspection.figures import draw_parts
-from evalkit.inspection.keeping import Part, keep
-from evalkit.inspection.sae_match import EXAMPLE_SETS, MADE_FROM
+from evalkit.inspection.parts.cache import Part, keep
+from evalkit.inspection.rqae.sae_match import EXAMPLE_SETS, MADE_FROM
 from evalkit.inspection.tables import check_format, render_inspection
 
 ABOUT = {

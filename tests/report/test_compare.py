@@ -13,9 +13,9 @@ from statsmodels.stats.multitest import multipletests
 from evalkit.errors import BadConfig, InputError
 from evalkit.report.compare import COMPARE_COLUMNS, compare_notes, compare_rows, holm
 from evalkit.report.deciles import decile_table
-from evalkit.report.frames import RunFrames
 from evalkit.report.rows import score_rows
-from tests.report.simulated import NAMES, simulate
+from evalkit.store.frames import RunFrames
+from tests.support.simulated import NAMES, simulate
 
 FIRST, SECOND = "smollm2/layers.15/sae/2k/l0-16", "smollm2/layers.15/sae/2k/l0-64"
 RQAES = [name for name in NAMES if "/rqae/" in name]

@@ -16,11 +16,11 @@ from sklearn.metrics import f1_score, roc_auc_score
 from evalkit.errors import BadConfig, InputError
 from evalkit.report.compare import compare_rows
 from evalkit.report.footer import footer
-from evalkit.report.frames import RunFrames
-from evalkit.report.plumbing import labelled, notes
 from evalkit.report.render import FORMATS, render
+from evalkit.report.small_model_marks import labelled, notes
 from evalkit.report.tables import TABLE_COLUMNS, headline, headline_rows, summary_table
-from tests.report.simulated import NAMES, simulate
+from evalkit.store.frames import RunFrames
+from tests.support.simulated import NAMES, simulate
 
 SAE, RQAE, PLANTED = NAMES[4], NAMES[0], NAMES[-1]
 

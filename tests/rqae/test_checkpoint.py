@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rqae import RQAE, RqaeConfig, RqaeError
-from tests.rqae.models import random_rqae
+from tests.support.random_rqae import random_rqae
 
 CONFIGS = [RqaeConfig(24, 4, 5, 6), RqaeConfig(24, 3, 4, 3, "fsq"), RqaeConfig(24, 4, 19, 5, "vq")]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rqae import RQAE, RqaeConfig, RqaeError, intensity, layer_weights, random_codes
 from rqae.features import intensity_literal
-from tests.rqae.models import random_rqae
+from tests.support.random_rqae import random_rqae
 
 
 def some_codes(model, count, seed):

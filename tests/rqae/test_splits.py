@@ -11,7 +11,7 @@ from rqae import RQAE, RqaeConfig, RqaeError, random_codes, splits
 from rqae.feature_sets import FeatureSet
 from rqae.features import intensity_literal
 from rqae.splits import SplitTree, m_split, parting_depth, similarity_by_depth
-from tests.rqae.models import random_rqae
+from tests.support.random_rqae import random_rqae
 
 DEPTH = 10
 MODEL = random_rqae(RqaeConfig(16, num_quantizers=DEPTH))

@@ -20,7 +20,7 @@ from rqae.vmf import (
     mean_resultant,
     relevance,
 )
-from tests.rqae.models import random_rqae
+from tests.support.random_rqae import random_rqae
 
 KAPPAS = [1e-9, 1e-4, 0.03, 0.5, 1, 5, 12, 31.9, 32, 32.1, 77, 300, 2500, MAX_KAPPA]
 

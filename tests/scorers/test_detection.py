@@ -11,7 +11,7 @@ import pytest
 from evalkit.records import Answer, JudgeItem, TestExamples
 from scorers.detection import DetectionScorer
 from scorers.fuzzing import FuzzingScorer
-from tests.scorers.builders import EXPLANATION, OracleJudge, examples, random_test, window
+from tests.support.builders import EXPLANATION, OracleJudge, examples, random_test, window
 
 TEST = random_test(20, seed=0)
 CALIBRATION = random_test(20, seed=1, first=1000)

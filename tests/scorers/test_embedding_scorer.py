@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evalkit.config import RunConfig
+from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig
-from evalkit.parts import make_tests
+from evalkit.evaluate.components import make_tests
 from evalkit.records import Answer, Example, Explanation, JudgeItem, Score, ScoreExamples, TestExamples
 from evalkit.registry import create
 from scorers.cutoff import fit_cutoff
@@ -20,7 +20,7 @@ from scorers.detection import DetectionScorer
 from scorers.embedding import EmbeddingScorer
 from scorers.judges.embedding import EmbeddingJudge
 from scorers.judges.minilm import Embedder
-from tests.scorers.builders import OracleJudge, examples, random_test
+from tests.support.builders import OracleJudge, examples, random_test
 
 SEA = [
     "the schooner left harbour at dawn",

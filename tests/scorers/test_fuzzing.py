@@ -10,7 +10,7 @@ import pytest
 from evalkit.markup import marked_tokens, spans, token_spans
 from evalkit.records import Answer, Example, JudgeItem, Score, TestExamples
 from scorers.fuzzing import NO_ROOM, NOT_ACTIVE, FuzzingScorer
-from tests.scorers.builders import EXPLANATION, OracleJudge, examples, random_test, window
+from tests.support.builders import EXPLANATION, OracleJudge, examples, random_test, window
 
 TEST = random_test(30, seed=3)
 BY_TEXT = {example.text: example for part in (TEST.positives, TEST.decoys) for example in part}

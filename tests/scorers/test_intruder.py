@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import scorers.judges.llm as llm
+import scorers.judges.llm.judge as llm
 from evalkit.errors import BadConfig, ContextOverflow, NoAnswer, RequestRefused
 from evalkit.records import Explanation, JudgeItem, Message, Pick, Response, Score, ScoreExamples, TestExamples
 from evalkit.registry import create
 from scorers.intruder import Group, IntruderScorer
 from scorers.judges.embedding import EmbeddingJudge
-from scorers.judges.llm import LlmJudge
-from scorers.judges.llm_pick import parse_pick, pick_prompt
+from scorers.judges.llm.judge import LlmJudge
+from scorers.judges.llm.parsing import Unparsable
+from scorers.judges.llm.pick import parse_pick, pick_prompt
 from scorers.judges.minilm import Embedder
-from scorers.judges.parsing import Unparsable
-from tests.scorers.builders import window
+from tests.support.builders import window
+from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "prompts"
-PROMPTS = Path(llm.__file__).parent / "prompts"
+PROMPTS = Path(llm.__file__).parent.parent / "prompts"
 NOTHING = Explanation("source", "7", "none", "", "")
 CHI_SQUARE_4 = 18.47  # its 99.9% point at 4 degrees of freedom
 CHI_SQUARE_16 = 39.25

@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 from evalkit.markup import marked_tokens, runs, spans
 from evalkit.records import Example
 from scorers.marking import admissible_tokens, false_marks, start_counts
-from tests.scorers.builders import random_test, window
+from tests.support.builders import random_test, window
 
 THETA = 0.5
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalkit.errors import BadConfig
-from evalkit.metrics import score_features
 from evalkit.records import Example, Score, ScoreExamples, Simulation, TestExamples
 from evalkit.registry import create
+from evalkit.stats.metrics import score_features
 from scorers.simulation import SimulationScorer, moments
-from tests.scorers.builders import EXPLANATION, examples, random_test, window
+from tests.support.builders import EXPLANATION, examples, random_test, window
 
 TEST = random_test(30, seed=0)
 

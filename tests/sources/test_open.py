@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from evalkit.errors import BadConfig, BadFile, MissingExtra, MissingFile
 from evalkit.sources import load_source, open_dictionaries, open_dictionary
-from tests.dictionaries import write_rqae
+from tests.support.dictionaries import write_rqae
 
 D, N = 8, 64
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from evalkit.errors import BadConfig, BadFile, CorpusError
-from evalkit.progress import SILENT
 from evalkit.records import Site, TokenBatch
-from evalkit.sources.gemma_scope import GemmaScopeReader
-from evalkit.sources.stored import whole
-from evalkit.training.activations import ActivationStore
+from evalkit.sources.formats.gemma_scope import GemmaScopeReader
+from evalkit.training.activation_store import ActivationStore
 from evalkit.training.cards import Card, CorpusPart, sae_folder, write_sae
 from evalkit.training.sae import SaeTrainingConfig, train_sae
+from evalkit.util.progress import SILENT
+from evalkit.util.tensor_files import whole
 
 D, TRUE, ACTIVE = 40, 48, 3.0
 SMALL = SaeTrainingConfig(width=64, l0=ACTIVE, tokens=200_000, batch_size=512, dead_after=20_000, learning_rate=5e-3)

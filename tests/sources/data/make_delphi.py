@@ -1,6 +1,6 @@
 """Makes tests/sources/data/delphi with eai-delphi itself: latent caches of two hook points of a random model.
 
-    pip install --no-deps --target FOLDER eai-delphi==0.1.3 …    (see tests/delphi_library.py for what it needs)
+    pip install --no-deps --target FOLDER eai-delphi==0.1.3 …    (see tests/support/delphi_library.py for what it needs)
     PYTHONPATH=FOLDER:. python tests/sources/data/make_delphi.py [folder]
 
 ``latents/`` is what the library's own cache writes (splits, tokens, config); ``tokenizer/`` the tokenizer. ``expected.npz``
@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from tests.conftest import byte_level_tokenizer
-from tests.delphi_library import without_engine
+from tests.support.delphi_library import without_engine
 
 SEQUENCES, LENGTH, WIDTH, TOP_K, WINDOW = 72, 48, 48, 2, 16
 N_SPLITS = {"layers.0": 3, "layers.1.mlp": 1}

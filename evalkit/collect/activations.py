@@ -1,0 +1,199 @@
+"""One pass over the corpus for all dictionaries: where every chosen feature is active, and how strongly.
+
+The corpus is cut into shards of a fixed number of contexts. A shard's file holds, per source, every (token, feature,
+activation) above the feature's threshold: exact, small because features are sparse, and mergeable by putting files side
+by side. A shard that is on disk is never computed again. Knows the subject model only as "something that gives hidden
+states"; knows nothing about windows, explainers or judges. Writes ``collected/shard-*.npz`` under its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evalkit.errors import BadFile
+from evalkit.protocols import FeatureSource, Progress, TokenSource
+from evalkit.records import Activations, FeatureId, TokenBatch
+from evalkit.util.atomic_files import atomic_path
+from evalkit.util.progress import SILENT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "SHARD_CONTEXTS",
+    "Chosen",
+    "Collection",
+    "HiddenStates",
+    "active_entries",
+    "collect",
+    "valid_tokens",
+]
+
+_LOG = logging.getLogger(__name__)
+SHARD_CONTEXTS = 64
+
+
+class HiddenStates(Protocol):
+    """Gives raw hidden states by site: the subject model, or something that remembers some of them.
+
+    ``limits``: by site, the norm above which a token is an attention sink and masked like BOS.
+    """
+
+    @property
+    def limits(self) -> Mapping[str, float]: ...
+
+    def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """(batch, pos, d_model) float32 per site path."""
+
+
+class ContextCorpus(Protocol):
+    """What the pass needs of a corpus."""
+
+    @property
+    def n_contexts(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def batch(self, rows: NDArray[np.int64]) -> TokenBatch: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A bound source and the features of it that this run scores."""
+
+    source: FeatureSource
+    features: tuple[FeatureId, ...]
+
+
+def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
+    """(batch, pos) bool: not masked in the corpus, and no attention sink (a state whose norm exceeds ``limit``)."""
+    sound: Tensor = hidden.norm(dim=-1) <= limit
+    return sound & torch.from_numpy(batch.valid).to(hidden.device)
+
+
+def active_entries(
+    chosen: Chosen, hidden: Tensor, batch: TokenBatch, valid: Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """(row in the flattened batch, feature index, excess) where the activation exceeds the feature's threshold.
+
+    The excess is the activation minus the threshold: positive whatever the sign of the threshold.
+    """
+    source, features = chosen.source, chosen.features
+    if isinstance(source, TokenSource):
+        values = source.token_activations(batch, features)
+    else:
+        values = source.activations(hidden, features)  # (batch, pos, feature)
+    thresholds = torch.tensor([source.threshold(feature) for feature in features], dtype=values.dtype)
+    excess = values - thresholds.to(values.device)
+    active = (excess > 0) & valid.to(values.device)[..., None]
+    rows, columns = active.flatten(0, 1).nonzero(as_tuple=True)
+    picked = excess.flatten(0, 1)[rows, columns]
+    return rows.cpu().numpy(), columns.cpu().numpy(), picked.float().cpu().numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The shard files of a finished or unfinished pass."""
+
+    folder: Path
+    n_contexts: int
+    context_length: int
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_contexts // SHARD_CONTEXTS)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.npz"
+
+    def rows(self, shard: int) -> NDArray[np.int64]:
+        first = shard * SHARD_CONTEXTS
+        return np.arange(first, min(first + SHARD_CONTEXTS, self.n_contexts))
+
+    def missing(self) -> list[int]:
+        return [shard for shard in range(self.n_shards) if not self.path(shard).exists()]
+
+    def read(self, source: int) -> Activations:
+        """All entries of the source with that index. Raises BadFile for a damaged shard."""
+        tokens, features, values, n_tokens = [], [], [], 0
+        for shard in range(self.n_shards):
+            path = self.path(shard)
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    base = shard * SHARD_CONTEXTS * self.context_length
+                    tokens.append(arrays[f"{source}.token"].astype(np.int64) + base)
+                    features.append(arrays[f"{source}.feature"].astype(np.int64))
+                    values.append(arrays[f"{source}.value"])
+                    n_tokens += int(arrays["n_tokens"][source])
+            except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                raise BadFile(
+                    str(path), expected="a shard of this run", seen=str(error), fix="delete the file and run again"
+                ) from error
+        return Activations(np.concatenate(tokens), np.concatenate(features), np.concatenate(values), n_tokens)
+
+
+def collect(
+    corpus: ContextCorpus,
+    states: HiddenStates,
+    chosen: Sequence[Chosen],
+    folder: Path,
+    *,
+    batch_size: int,
+    progress: Progress = SILENT,
+) -> Collection:
+    """Compute the shards that are missing. ``batch_size``, in contexts, changes speed and memory only."""
+    collection = Collection(folder, corpus.n_contexts, corpus.context_length)
+    missing = collection.missing()
+    if not missing:
+        return collection
+    task = progress.start(
+        "collect activations", sum(len(collection.rows(s)) for s in missing) * corpus.context_length, "tokens"
+    )
+    for shard in missing:
+        _LOG.debug("shard %06d: forward passes begin", shard)
+        arrays = _collect_shard(corpus, states, chosen, collection.rows(shard), batch_size, progress, task)
+        with atomic_path(collection.path(shard)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
+    progress.finish(task)
+    return collection
+
+
+def _collect_shard(
+    corpus: ContextCorpus,
+    states: HiddenStates,
+    chosen: Sequence[Chosen],
+    rows: NDArray[np.int64],
+    batch_size: int,
+    progress: Progress,
+    task: int,
+) -> dict[str, NDArray[np.generic]]:
+    found: list[list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in chosen]
+    n_tokens = [0 for _ in chosen]
+    for first in range(0, len(rows), batch_size):
+        batch = corpus.batch(rows[first : first + batch_size])
+        by_site = states.hidden(batch)
+        valid = {site: valid_tokens(hidden, batch, states.limits[site]) for site, hidden in by_site.items()}
+        for index, one in enumerate(chosen):
+            site = one.source.site.path
+            n_tokens[index] += int(valid[site].sum())
+            token, feature, value = active_entries(one, by_site[site], batch, valid[site])
+            parts = found[index]
+            parts.append((token + first * corpus.context_length, feature, value))
+        progress.advance(task, batch.token_ids.size)
+    arrays: dict[str, NDArray[np.generic]] = {"n_tokens": np.asarray(n_tokens, dtype=np.int64)}
+    small = np.uint16 if SHARD_CONTEXTS * corpus.context_length <= 1 << 16 else np.uint32
+    for index, parts in enumerate(found):
+        arrays[f"{index}.token"] = np.concatenate([part[0] for part in parts]).astype(small)
+        arrays[f"{index}.feature"] = np.concatenate([part[1] for part in parts]).astype(np.uint32)
+        arrays[f"{index}.value"] = np.concatenate([part[2] for part in parts]).astype(np.float32)
+    return arrays

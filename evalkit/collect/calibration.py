@@ -1,0 +1,206 @@
+"""What has to be known before the pass over the corpus: hidden states of a small sample of contexts, kept on disk.
+
+From it come the RQAE features (one token occurrence each), the thresholds that are corpus quantiles, which features are
+alive, and how well each dictionary reconstructs. The pass itself takes these contexts' states from here, so no context
+goes through the subject model twice. Knows no explainer and no judge. Writes ``calibration.safetensors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from evalkit.collect.activations import ContextCorpus
+from evalkit.errors import BadFile, CorpusError
+from evalkit.protocols import Progress
+from evalkit.records import FeatureId, TokenBatch
+from evalkit.seeds import derive, hash_priorities
+from evalkit.util.atomic_files import write_bytes
+from evalkit.util.progress import SILENT
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "top_share_threshold"]
+
+SINK_RATIO = 10.0  # a token whose state is so many times longer than the median is an attention sink
+_BATCH = 16  # contexts per forward
+
+
+class _Corpus(ContextCorpus, Protocol):
+    documents: NDArray[np.int64]
+
+
+class _Subject(Protocol):
+    def hidden(self, token_ids: NDArray[np.int64]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Centre:
+    """One token occurrence of the explain pool that an RQAE feature is made from."""
+
+    feature: FeatureId
+    context: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Hidden states of some contexts, by site; a HiddenStates that asks the subject model only for the others.
+
+    ``rows`` (context,) are corpus rows, ascending; ``sample`` marks those of the uniform sample (the rest hold centres).
+    ``limits`` are the norms that tell attention sinks, by site.
+    """
+
+    corpus: _Corpus
+    subject: _Subject
+    rows: NDArray[np.int64]
+    sample: NDArray[np.bool_]
+    states: dict[str, Float[Tensor, "context pos d_model"]]
+    limits: dict[str, float]
+
+    def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Hidden states of a batch, remembered where possible."""
+        places = np.minimum(np.searchsorted(self.rows, batch.contexts), len(self.rows) - 1)
+        known = self.rows[places] == batch.contexts
+        fresh = self.subject.hidden(batch.token_ids[~known]) if not known.all() else {}
+        result = {}
+        for site, states in self.states.items():
+            shape = (len(known), *states.shape[1:])
+            merged = torch.empty(shape, dtype=torch.float32, device=fresh[site].device if fresh else states.device)
+            merged[torch.from_numpy(known)] = states[places[known]].float().to(merged.device)
+            if fresh:
+                merged[torch.from_numpy(~known)] = fresh[site]
+            result[site] = merged
+        return result
+
+    def sample_batches(self) -> Sequence[TokenBatch]:
+        """The uniform sample, in batches of whole contexts."""
+        rows = self.rows[self.sample]
+        return [self.corpus.batch(rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)]
+
+    def centre_states(self, site: str, centres: Sequence[Centre]) -> Float[Tensor, "centre d_model"]:
+        """Raw hidden states of the centres."""
+        rows = np.searchsorted(self.rows, [centre.context for centre in centres])
+        return self.states[site][rows, [centre.position for centre in centres]].float()
+
+
+def choose_centres(corpus: _Corpus, pools: NDArray[np.uint8], n: int, seed: int) -> list[Centre]:
+    """n token ids drawn uniformly from the unique ids of the explain pool, one occurrence of each; by hash.
+
+    ``pools`` (context,): 0 where a context belongs to the explain pool.
+
+    Raises CorpusError when there are fewer unique ids.
+    """
+    rows = np.flatnonzero(pools == 0)
+    best_priority: dict[int, int] = {}
+    best_place: dict[int, int] = {}
+    for first in range(0, len(rows), 256):
+        batch = corpus.batch(rows[first : first + 256])
+        places = (batch.contexts[:, None] * corpus.context_length + np.arange(corpus.context_length))[batch.valid]
+        ids = batch.token_ids[batch.valid]
+        priorities = hash_priorities(derive(seed, "centre occurrence"), places)
+        order = np.argsort(priorities)
+        unique, where = np.unique(ids[order], return_index=True)
+        for token, place, priority in zip(
+            unique.tolist(), places[order][where].tolist(), priorities[order][where].tolist(), strict=True
+        ):
+            if priority < best_priority.get(token, 1 << 64):
+                best_priority[token], best_place[token] = priority, place
+    if len(best_place) < n:
+        raise CorpusError(
+            "corpus",
+            expected=f"at least {n} different tokens in the explain pool",
+            seen=str(len(best_place)),
+            fix="use a longer corpus or fewer --features",
+        )
+    tokens = np.array(sorted(best_place), dtype=np.int64)
+    drawn = tokens[np.argsort(hash_priorities(derive(seed, "centre token"), tokens))[:n]]
+    centres = []
+    for token in drawn.tolist():
+        context, position = divmod(best_place[token], corpus.context_length)
+        centres.append(Centre(f"{token}@{context}.{position}", context, position))
+    return centres
+
+
+def calibrate(
+    corpus: _Corpus,
+    subject: _Subject,
+    path: Path,
+    *,
+    sites: Sequence[str],
+    n_contexts: int,
+    centres: Sequence[Centre],
+    seed: int,
+    progress: Progress = SILENT,
+) -> Calibration:
+    """Read the states from ``path``, or compute and keep them."""
+    order = np.argsort(hash_priorities(derive(seed, "calibration"), np.arange(corpus.n_contexts)))
+    sample = order[:n_contexts]
+    rows = np.unique(np.concatenate([sample, [centre.context for centre in centres]]).astype(np.int64))
+    if path.exists():
+        states = _read(path, rows, sites)
+    else:
+        states = _compute(corpus, subject, rows, sites, progress)
+        write_bytes(path, save({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}))
+    in_sample = np.isin(rows, sample)
+    valid = torch.from_numpy(corpus.batch(rows[in_sample]).valid)
+    limits = {
+        site: SINK_RATIO * float(found[torch.from_numpy(in_sample)][valid].float().norm(dim=-1).median())
+        for site, found in states.items()
+    }
+    return Calibration(corpus, subject, rows, in_sample, states, limits)
+
+
+def _compute(
+    corpus: _Corpus, subject: _Subject, rows: NDArray[np.int64], sites: Sequence[str], progress: Progress
+) -> dict[str, Tensor]:
+    task = progress.start("calibrate", len(rows) * corpus.context_length, "tokens")
+    parts: dict[str, list[Tensor]] = {site: [] for site in sites}
+    for first in range(0, len(rows), _BATCH):
+        batch = corpus.batch(rows[first : first + _BATCH])
+        by_site = subject.hidden(batch.token_ids)
+        for site in sites:
+            parts[site].append(_compact(by_site[site].cpu()))
+        progress.advance(task, batch.token_ids.size)
+    progress.finish(task)
+    states = {}
+    for site, found in parts.items():
+        exact = all(part.dtype == torch.bfloat16 for part in found)
+        states[site] = torch.cat([part if exact else part.float() for part in found])
+    return states
+
+
+def _compact(states: Tensor) -> Tensor:
+    """bfloat16 where that loses nothing (a bfloat16 forward), else as it is."""
+    half = states.to(torch.bfloat16)
+    return half if torch.equal(half.float(), states) else states
+
+
+def _read(path: Path, rows: NDArray[np.int64], sites: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            if not np.array_equal(stored.get_tensor("rows").numpy(), rows):
+                raise ValueError("other contexts")
+            return {site: stored.get_tensor(f"site.{site}") for site in sites}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadFile(
+            str(path), expected="the calibration states of this run", seen=str(error), fix="delete it and run again"
+        ) from error
+
+
+def top_share_threshold(values: Float[Tensor, "token feature"], shares: Sequence[float]) -> list[float]:
+    """Per feature, the value that the given share of tokens exceeds (ties count as not exceeding)."""
+    ordered = values.sort(dim=0, descending=True).values
+    last = len(values) - 1
+    places = [min(last, max(1, round(share * len(values)))) for share in shares]
+    return [float(ordered[place, column]) for column, place in enumerate(places)]

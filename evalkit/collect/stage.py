@@ -1,0 +1,277 @@
+"""The first stage of a run: corpus and dictionaries in, examples out.
+
+Binds what the other modules do (contexts, grid, calibration, features, activations, windows) in their order; each part
+skips what is on disk. Dumps with ready examples need neither corpus nor subject model (see ``ready_examples``). Writes
+``corpus/``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run folder, and the tables
+``sources`` and ``features``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evalkit.collect.dump_examples import check_ready, gather_ready, write_ready
+from evalkit.collect.example_files import ExampleStore, FeatureExamples, rows_of
+from evalkit.collect.sampling import Counts, draw_windows, windows_of
+from evalkit.config.run_config import RunConfig
+from evalkit.corpus.windows import Grid, build_grid
+from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
+from evalkit.protocols import FeatureSource, Progress
+from evalkit.records import FeatureId
+from evalkit.store.run_store import FeatureRow, RunStore
+from evalkit.util.atomic_files import write_bytes
+
+if TYPE_CHECKING:
+    from evalkit.collect.activations import Collection
+    from evalkit.collect.preparation import Prepared
+    from evalkit.corpus.contexts import Corpus
+
+__all__ = ["collect_stage", "open_sources", "read_examples"]
+
+
+def open_sources(config: RunConfig) -> list[FeatureSource]:
+    """All dictionaries of the configuration, unbound; or all dumps.
+
+    Raises BadConfig for both in one run, and for dictionaries without a subject model.
+    """
+    require("torch", "model")
+    from evalkit.sources import open_dictionaries
+
+    subject = PurePosixPath(config.model or "").name  # where a dictionary does not say whose it is
+    wanted = [
+        (s.path, {**s.model_dump(exclude_none=True, exclude={"path"}), "subject": subject}) for s in config.specs()
+    ]
+    sources = open_dictionaries(wanted)
+    if not check_ready(sources):
+        config.subject()
+    return sources
+
+
+def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
+    """Corpus → examples. Nothing is loaded when the examples of every source are there."""
+    if _collected(store):
+        return
+    started = time.monotonic()
+    sources = open_sources(config)
+    if ready := check_ready(sources):
+        material = gather_ready(config, ready, progress)
+        _check_manifest(store.folder / "collected" / "manifest.json", material.manifest())
+        detail = write_ready(config, store, material)
+        store.write_stage("collect", time.monotonic() - started, detail)
+        return
+    for module in ("torch", "transformers", "safetensors"):
+        require(module, "model")
+    from evalkit.collect.activations import collect
+    from evalkit.collect.calibration import calibrate, choose_centres
+    from evalkit.collect.preparation import prepare
+    from evalkit.collect.promoted_tokens import promoted_by_source
+    from evalkit.corpus.contexts import tokenize_corpus
+    from evalkit.fit.gate import admit
+    from evalkit.protocols import CentredSource
+    from evalkit.subject.download import find_model
+    from evalkit.subject.model import Subject
+
+    sites = list(dict.fromkeys(source.site.path for source in sources))
+    outs = [source.site.out for source in sources]
+    model = find_model(config.subject())
+    subject = Subject.load(
+        model,
+        sites=list(dict.fromkeys([*sites, *outs])),
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+    )
+    corpus = tokenize_corpus(
+        config.corpus,
+        subject.tokenizer,
+        store.folder / "corpus",
+        context_length=config.context_length,
+        text_field=config.text_field,
+        split=config.split,
+        max_tokens=config.max_tokens,
+        skip_first=config.skip_first,
+        revision=config.revision,
+        progress=progress,
+    )
+    measured = admit(
+        [source.bind(subject.info) for source in sources],
+        subject,
+        corpus,
+        store.folder / "fit.json",
+        seed=config.seed,
+        force=config.force,
+        progress=progress,
+    )
+    subject.sites = tuple(sites)  # what transcoders reconstruct was read for the check alone
+    grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)
+    _check_enough(config, corpus, grid)
+    needs_centres = any(isinstance(source, CentredSource) for source in sources)
+    centres = choose_centres(corpus, grid.context_pools, config.n_features, config.seed) if needs_centres else []
+    calibration = calibrate(
+        corpus,
+        subject,
+        store.folder / "calibration.safetensors",
+        sites=sites,
+        n_contexts=config.calibration_contexts,
+        centres=centres,
+        seed=config.seed,
+        progress=progress,
+    )
+    text = _decoder(subject.tokenizer)
+    prepared = prepare(config, sources, subject.info, calibration, centres, lambda token: text((token,))[0], measured)
+    _check_manifest(store.folder / "collected" / "manifest.json", _manifest(prepared))
+    store.write_sources([one.info for one in prepared], [one.measured for one in prepared])
+    collection = collect(
+        corpus,
+        calibration,
+        [one.chosen for one in prepared],
+        store.folder / "collected",
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+    promoted = promoted_by_source([one.chosen for one in prepared], subject, model, revision=config.revision)
+    _sample(config, store, prepared, collection, corpus, grid, promoted, text, progress)
+    detail = {"tokens": corpus.n_tokens, "windows": len(grid), "duplicate_windows": grid.n_duplicates}
+    store.write_stage("collect", time.monotonic() - started, detail)
+
+
+def _manifest(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": one.chosen.source.name,
+            "thresholds": {f: float(f"{one.chosen.source.threshold(f):.6g}") for f in one.chosen.features},
+            "fvu": float(f"{one.measured.get('fvu_measured', 0.0):.6g}"),
+        }
+        for one in prepared
+    ]
+
+
+def _check_manifest(path: Path, manifest: list[dict[str, Any]]) -> None:
+    """Shards made with these very dictionaries and thresholds go on; with others (a file was replaced) they must not."""
+    if not path.exists():
+        write_bytes(path, (json.dumps(manifest, indent=1) + "\n").encode())
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = [new["source"] for old, new in zip(known, manifest, strict=False) if old != new]
+    if changed or len(known) != len(manifest):
+        raise RunMismatch(
+            str(path.parent.parent),
+            expected="the dictionaries, model and device that its collection began with",
+            seen=f"other values of {changed[0]}"
+            if changed
+            else f"{len(manifest)} dictionaries instead of {len(known)}",
+            fix="restore them, use another --out, or delete the folder to start over",
+        )
+
+
+def _collected(store: RunStore) -> bool:
+    """Whether the examples of every source are there."""
+    if not store.stage_done("collect"):
+        return False
+    examples = ExampleStore(store.folder / "examples")
+    paths = [examples.windows_path, *(examples.path(index) for index in range(len(store.source_names())))]
+    return all(path.exists() for path in paths)
+
+
+def _check_enough(config: RunConfig, corpus: Corpus, grid: Grid) -> None:
+    least = config.n_positives + config.n_negatives
+    for pool, name in enumerate(("explain", "score")):
+        if (seen := int((grid.pools == pool).sum())) < least:
+            raise CorpusError(
+                config.corpus,
+                expected=f"at least {least} windows in each pool",
+                seen=f"{seen} in the {name} pool ({corpus.n_documents} documents, {corpus.n_tokens} tokens)",
+                fix="use a longer corpus with more documents, or fewer --positives and --negatives",
+            )
+
+
+def _sample(
+    config: RunConfig,
+    store: RunStore,
+    prepared: Sequence[Prepared],
+    collection: Collection,
+    corpus: Corpus,
+    grid: Grid,
+    promoted: Sequence[Mapping[FeatureId, tuple[str, ...]]],
+    text: Callable[[tuple[int, ...]], tuple[str, ...]],
+    progress: Progress,
+) -> None:
+    examples = ExampleStore(store.folder / "examples")
+    counts = Counts(**config.counts())
+    used: set[int] = set()
+    in_score_pool = int((grid.pools == 1).sum())
+    task = progress.start("sample windows", len(prepared), "dictionaries")
+    for index, one in enumerate(prepared):
+        source, features = one.chosen.source, one.chosen.features
+        activations = collection.read(index)
+        rows, records = [], []
+        for position, (feature, windows) in enumerate(
+            zip(features, windows_of(activations, len(features), grid), strict=True)
+        ):
+            draw = draw_windows(windows, grid, counts, source=source.name, feature=feature, seed=config.seed)
+            rows += rows_of(feature, windows, draw, grid)
+            explain_peaks = windows.peaks[grid.pools[windows.rows] == 0]
+            records.append(
+                FeatureRow(
+                    source=source.name,
+                    feature=feature,
+                    position=position,
+                    status="ok" if draw.reason is None else "ineligible",
+                    reason=draw.reason,
+                    density=windows.n_active_tokens / activations.n_tokens,
+                    threshold=source.threshold(feature),
+                    peak=windows.maximum,
+                    explain_peak=float(explain_peaks.max(initial=0.0)),
+                    window_share=float((grid.pools[windows.rows] == 1).sum() / in_score_pool),
+                    promoted=promoted[index].get(feature, ()),
+                )
+            )
+        examples.write_source(index, source.name, rows)
+        store.write_features(source.name, records)
+        used.update(row.row for row in rows)
+        progress.advance(task)
+    progress.finish(task)
+
+    def pieces(row: int) -> tuple[str, ...]:
+        batch = corpus.batch(grid.contexts[row : row + 1])
+        start = int(grid.starts[row])
+        return text(tuple(batch.token_ids[0, start : start + grid.window_length].tolist()))
+
+    examples.write_windows(grid, np.array(sorted(used), dtype=np.int64), pieces)
+
+
+def _decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], tuple[str, ...]]:
+    from evalkit.corpus.token_text import token_pieces
+
+    @cache
+    def pieces(ids: tuple[int, ...]) -> tuple[str, ...]:
+        return token_pieces(tokenizer, ids)
+
+    return pieces
+
+
+def read_examples(store: RunStore, seed: int) -> dict[str, dict[FeatureId, FeatureExamples]]:
+    """The examples of every source of a run, by source and feature. Raises MissingFile before collection is done."""
+    if not _collected(store):
+        raise MissingFile(
+            str(store.folder),
+            expected="a run whose examples are collected",
+            seen="none yet",
+            fix="run `evalkit collect`",
+        )
+    examples = ExampleStore(store.folder / "examples")
+    windows = examples.windows()
+    found = {}
+    for index, name in enumerate(store.source_names()):
+        rows = store.features(name)
+        peaks = {row.feature: row.explain_peak for row in rows}
+        promoted = {row.feature: row.promoted for row in rows}
+        found[name] = examples.read_source(index, windows, peaks, seed, promoted)
+    return found

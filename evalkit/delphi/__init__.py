@@ -1,0 +1,1 @@
+"""Working beside eai-delphi: its own parts, and its files."""

@@ -1,0 +1,1 @@
+"""``evalkit doctor``: looks the installation over."""

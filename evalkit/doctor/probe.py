@@ -1,0 +1,71 @@
+"""Asks a client one tiny question, to see whether its model answers.
+
+Makes the client as a run would, except that it gives up soon, and closes it afterwards. Records nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evalkit import registry
+from evalkit.protocols import Client
+from evalkit.records import Message, Response
+from evalkit.util.run_async import wait_for
+
+__all__ = ["Reply", "probe"]
+
+_QUESTION = "Reply with the word yes."
+_MAX_TOKENS = 8
+_ATTEMPTS = 2
+_LONGEST_S = 900.0  # an engine may have to load a large model first
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer. ``model``: the client's name. ``seconds``: to the answer, with the start of an engine."""
+
+    model: str
+    seconds: float
+    response: Response
+
+
+def probe(spec: str, base_url: str | None = None, options: Sequence[str] = ()) -> Reply:
+    """The answer of the client ``NAME:VALUE`` with ``key=value`` options.
+
+    Raises PluginError, BadConfig, MissingExtra, whatever asking it raises, and TimeoutError.
+    """
+    client = _make(spec, base_url, options)
+    started = time.monotonic()
+    response = wait_for(_ask(client))
+    return Reply(client.name, time.monotonic() - started, response)
+
+
+def _make(spec: str, base_url: str | None, options: Sequence[str]) -> Client:
+    from evalkit.config.run_config import RunConfig
+    from evalkit.llm.session import client_part
+
+    given = dict(registry.parse_option(option) for option in options)
+    if base_url is not None:
+        given["base_url"] = base_url
+    part = client_part(RunConfig(model="-", dictionaries=("-",), client=spec, client_options=given))
+    assert part is not None  # a spec was given
+    hasty = {}
+    with contextlib.suppress(TypeError, ValueError):  # what has no signature
+        if "max_attempts" in inspect.signature(registry.load_class("clients", part.name)).parameters:
+            hasty["max_attempts"] = _ATTEMPTS
+    client: Client = registry.create("clients", part.name, **{**hasty, **part.options})
+    return client
+
+
+async def _ask(client: Client) -> Response:
+    try:
+        async with asyncio.timeout(_LONGEST_S):
+            return await client.generate([Message("user", _QUESTION)], max_tokens=_MAX_TOKENS)
+    finally:
+        if (close := getattr(client, "close", None)) is not None:
+            await close()

@@ -1,0 +1,1 @@
+"""The second and third stage: explaining features and scoring explanations."""

@@ -1,0 +1,106 @@
+"""The explainers, judges and scorers that a configuration names, under the names that records carry.
+
+Finds them in the registry and says which scorer asks which judge. Reaches no model; raises PluginError, BadConfig,
+MissingFile and MissingExtra where one cannot be made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from evalkit import registry
+from evalkit.collect.stage import open_sources
+from evalkit.config.run_config import RunConfig
+from evalkit.errors import BadConfig
+from evalkit.evaluate.judging import Test
+from evalkit.protocols import Client, Explainer, Judge, Scorer
+from evalkit.records import BASELINE
+
+__all__ = ["make_explainers", "make_tests", "recorded_as"]
+
+
+def make_explainers(config: RunConfig, client: Client | None) -> dict[str, Explainer]:
+    """The configured explainers by recorded name."""
+    parts = [registry.parse_part("explainers", text) for text in config.explainers]
+    return dict(recorded_as(part, _explainer(part, config), client) for part in parts)
+
+
+def _explainer(part: registry.Part, config: RunConfig) -> Any:
+    given: dict[str, Any] = {}
+    if getattr(registry.load_class("explainers", part.name), "uses_sources", False):
+        given["sources"] = partial(open_sources, config)
+    return registry.create("explainers", part.name, **given, **part.options)
+
+
+def make_tests(config: RunConfig, client: Client | None) -> list[Test]:
+    """Every configured scorer with every judge that can answer it, or with its own; those that ask a model get ``client``.
+
+    ``config.repeats`` times for judges that ask a model; others would say the same again. With the control "lexical" also
+    the tests of that baseline. Raises BadConfig for a scorer that none of the judges can answer.
+    """
+    judges = [(repeat, *made) for text in config.judges for repeat, made in _repeated(text, config, client)]
+    tests: list[Test] = []
+    for text in config.scorers:
+        part = registry.parse_part("scorers", text)
+        scorer: Scorer = registry.create("scorers", part.name, **part.options)
+        own: str | None = getattr(scorer, "own_judge", None)
+        asked = judges if own is None else [(repeat, *made) for repeat, made in _repeated(own, config, client)]
+        method = getattr(scorer, "asks", "judge")
+        fitting = [(repeat, name, judge) for repeat, name, judge in asked if hasattr(judge, method)]
+        if asked and not fitting:
+            raise BadConfig(
+                f"scorer {text!r}",
+                expected=f"a judge with a method {method}",
+                seen=f"{', '.join(dict.fromkeys(name for _, name, _ in asked))}",
+                fix="add another --judge, or leave this scorer out",
+            )
+        tests += [Test(part.label, scorer, name, judge, repeat) for repeat, name, judge in fitting]
+        if "lexical" in config.controls and own is None and method == "judge":
+            tests.append(_baseline(part.label, scorer, config, tests))
+    return tests
+
+
+def _baseline(label: str, scorer: Scorer, config: RunConfig, tests: list[Test]) -> Test:
+    explainer, name = BASELINE
+    judge = next((test.judge for test in tests if test.judge_name == name), None) or _judge(
+        registry.parse_part("judges", name), config, None
+    )
+    return Test(label, scorer, name, judge, explainers=(explainer,))
+
+
+def _repeated(text: str, config: RunConfig, client: Client | None) -> list[tuple[int, tuple[str, Judge]]]:
+    """A judge for each repeat. Names do not tell repeats apart, records do."""
+    part = registry.parse_part("judges", text)
+    made = [(0, recorded_as(part, _judge(part, config, client), client))]
+    cls = registry.load_class("judges", part.name)
+    if not getattr(cls, "uses_client", False):
+        return made
+    seeded = "seed" in inspect.signature(cls).parameters
+    for repeat in range(1, config.repeats):
+        options = {**part.options, "seed": int(part.options.get("seed", 0)) + repeat} if seeded else part.options
+        other = _judge(registry.Part(part.name, part.label, options), config, client)
+        made.append((repeat, recorded_as(part, other, client)))
+    return made
+
+
+def _judge(part: registry.Part, config: RunConfig, client: Client | None) -> Any:
+    cls = registry.load_class("judges", part.name)
+    given: dict[str, Any] = {}
+    if getattr(cls, "uses_client", False):
+        given["client"] = client
+    elif part.name == "embedding":
+        given = {"model": config.embedding_model, "device": config.device}
+    elif getattr(cls, "uses_subject", False):
+        given = {"model": config.subject(), "dtype": config.dtype, "device": config.device, "revision": config.revision}
+    return registry.create("judges", part.name, **{**given, **part.options})
+
+
+def recorded_as(part: registry.Part, made: Any, client: Client | None) -> tuple[str, Any]:
+    """A part with the name it is recorded by: with that of the model behind it, so two models never share a record.
+
+    That model is the client's for parts that ask it (``uses_client``), or what the part itself calls its ``variant``.
+    """
+    behind = client.name if client and getattr(made, "uses_client", False) else getattr(made, "variant", None)
+    return (f"{part.label}@{behind}" if behind else part.label), made

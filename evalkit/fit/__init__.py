@@ -1,0 +1,1 @@
+"""How well a dictionary reconstructs its site, and whether it may be scored there."""

@@ -1,0 +1,233 @@
+"""Does a dictionary belong to this model, site and normalisation? Asked on a few thousand tokens before a run spends more.
+
+A dictionary that is fed the wrong layer, or misses a normalisation, still gives activations, explanations and scores;
+only its reconstruction tells. So every source reconstructs its own site and both neighbouring layers, and an SAE also as
+if other normalisations or biases had been declared. It passes when nothing fits better than that. Knows no text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from evalkit.collect.activations import valid_tokens
+from evalkit.collect.calibration import SINK_RATIO
+from evalkit.errors import SiteMismatch
+from evalkit.fit.measure import Fit, States, measure
+from evalkit.protocols import FeatureSource, Progress
+from evalkit.records import Site, TokenBatch
+from evalkit.sources.sae.source import SaeSource
+from evalkit.sources.sae.transforms import Centre, LayerNorm, Scale, UnitNorm
+from evalkit.util.progress import SILENT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FitReport", "check_fit", "fit_sites", "gather_states"]
+
+_LOG = logging.getLogger(__name__)
+_TOKENS, _FEWEST, _OTHERWISE = (
+    4096,
+    512,
+    512,
+)  # tokens at its own site and neighbours; the least; for other declarations
+_JUDGED = 64  # tokens that a verdict needs
+_WORK, _ACTIVATING = (
+    1 << 37,
+    512,
+)  # multiply-adds of a check that are worth full samples; an activation counts as so many
+_BETTER = 0.85  # another declaration must leave so little of the error to be believed
+_NEARER = 0.98  # and a neighbouring layer so little: less is no evidence (right ones were seen at 0.92 and below)
+_TIE = 1e-4  # of FVU: rounding, where a dictionary reconstructs any state
+_OFFSET = 0.7  # and so must taking away the mean error
+_LIKELY = "likely a wrong layer, normalisation (√d, average norm), b_dec, decoder or model"
+_DECLARED = 1.5  # how far measured FVU and L0 may be from the declared ones
+
+
+class _Subject(Protocol):
+    def layer_neighbours(self, site: str) -> tuple[str, ...]: ...
+
+    def hidden(self, token_ids: Any, *, sites: Sequence[str] | None = None) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What the check found of one source. ``refusal`` is the error it would stop the run with, None where it passes."""
+
+    name: str
+    own: Fit | None = None
+    neighbours: Mapping[str, float] = field(default_factory=dict)  # FVU by site
+    warnings: tuple[str, ...] = ()
+    refusal: SiteMismatch | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the run's record of the source."""
+        found: dict[str, Any] = {"fit_neighbours": dict(self.neighbours)} if self.neighbours else {}
+        if self.own is not None:
+            measured = self.own.as_json()
+            found |= {f"{name}_measured": value for name, value in measured.items() if name != "n_tokens"}
+            found["fit_tokens"] = self.own.n_tokens
+        if self.warnings:
+            found["fit_warnings"] = list(self.warnings)
+        if self.refusal is not None:
+            found["fit_refused"] = {name: getattr(self.refusal, name) for name in ("expected", "seen", "fix")}
+        return found
+
+
+def fit_sites(subject: _Subject, site: Site) -> list[tuple[str, str]]:
+    """Where a source reads and what it reconstructs: its own pair first, then those one layer earlier and later."""
+    pairs = [(site.path, site.out)]
+    if site.reconstructs is None:
+        return pairs + [(near, near) for near in subject.layer_neighbours(site.path)]
+    near_in, near_out = subject.layer_neighbours(site.path), subject.layer_neighbours(site.out)
+    return pairs + list(zip(near_in, near_out, strict=False))
+
+
+def gather_states(
+    subject: _Subject, batches: Sequence[TokenBatch], sites: Sequence[str], progress: Progress = SILENT
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Per site, states (batch, pos, d) and norms-checked valid marks of each batch; attention sinks are masked."""
+    states: dict[str, list[Tensor]] = {site: [] for site in sites}
+    task = progress.start("fit check: hidden states", sum(batch.token_ids.size for batch in batches), "tokens")
+    for batch in batches:
+        for site, found in subject.hidden(batch.token_ids, sites=sites).items():
+            states[site].append(found)
+        progress.advance(task, batch.token_ids.size)
+    progress.finish(task)
+    marked = {}
+    for site, parts in states.items():
+        norms = [part.norm(dim=-1)[torch.from_numpy(batch.valid)] for part, batch in zip(parts, batches, strict=True)]
+        limit = SINK_RATIO * float(torch.cat(norms).median()) if sum(map(len, norms)) else 0.0
+        marked[site] = [(part, valid_tokens(part, batch, limit)) for part, batch in zip(parts, batches, strict=True)]
+    return marked
+
+
+def check_fit(
+    source: FeatureSource, pairs: Sequence[tuple[str, str]], states: Mapping[str, list[tuple[Tensor, Tensor]]]
+) -> FitReport:
+    """The verdict on one bound source: ``pairs`` from ``fit_sites``, ``states`` of all of them from ``gather_states``."""
+    if not getattr(source, "reconstructs", True):
+        return FitReport(source.name)
+    sets = [_rows(states, read, out) for read, out in pairs]
+    own = sets[0]
+    if (
+        min(len(one.read) for one in sets) < _JUDGED
+    ):  # too few to say anything; whether a run has enough is said elsewhere
+        return FitReport(source.name, warnings=(f"no fit check: {len(own.read)} tokens, {_JUDGED} needed",))
+    if isinstance(source, SaeSource):
+        count = _n_tokens(source, len(own.read))
+        sets = [replace(one, read=one.read[:count], target=one.target[:count]) for one in sets]
+    fits = measure(source, sets)
+    others: dict[str, tuple[float, float]] = {}
+    if isinstance(source, SaeSource):
+        few = replace(own, read=own.read[:_OTHERWISE], target=own.target[:_OTHERWISE])
+        otherwise = _otherwise(source, few)
+        as_declared, *found = measure(source, [few, *otherwise.values()])
+        others = {words: (fit.fvu, as_declared.fvu) for words, fit in zip(otherwise, found, strict=True)}
+    return _judged(source, pairs, fits, others)
+
+
+def _rows(states: Mapping[str, list[tuple[Tensor, Tensor]]], read: str, out: str) -> States:
+    """The tokens that are valid at both sites, one under the other."""
+    marks = [first[1] & second[1] for first, second in zip(states[read], states[out], strict=True)]
+    x, target = (
+        torch.cat([part[mark] for (part, _), mark in zip(states[site], marks, strict=True)]) for site in (read, out)
+    )
+    return States(x, target)
+
+
+def _n_tokens(source: SaeSource, there: int) -> int:
+    """Fewer tokens for a very wide dictionary."""
+    affordable = _WORK // (source.weights.width * max(_ACTIVATING, source.weights.d_model))
+    return max(min(there, _FEWEST), min(there, _TOKENS, affordable))
+
+
+def _otherwise(source: SaeSource, own: States) -> dict[str, States]:
+    """The same states, read as they would be if something else had been declared; by the words for it."""
+    d = own.read.shape[-1]
+    norm = float(own.read.float().norm(dim=-1).mean())
+    found = {
+        f"scaled to an average norm of √d (times {d**0.5 / norm:.3g})": replace(own, further=(Scale(d**0.5 / norm),)),
+        f"scaled to an average norm of 1 (times {1 / norm:.3g})": replace(own, further=(Scale(1 / norm),)),
+        "multiplied by √d": replace(own, further=(Scale(d**0.5),)),
+        "divided by √d": replace(own, further=(Scale(d**-0.5),)),
+        "scaled to norm √d, each token": replace(own, further=(UnitNorm(),)),
+        "layer-normalised": replace(own, further=(LayerNorm(),)),
+        "centred": replace(own, further=(Centre(),)),
+    }
+    weights = source.weights
+    if source.steps:
+        found[f"read without the declared transform ({source.transform()})"] = replace(own, own_steps=False)
+    if weights.shift is not None:
+        found["read without subtracting b_dec"] = replace(own, offset=weights.shift)
+    elif weights.d_model == weights.d_out:
+        found["read with b_dec subtracted"] = replace(own, offset=-weights.b_dec)
+    return found
+
+
+def _judged(
+    source: FeatureSource,
+    pairs: Sequence[tuple[str, str]],
+    fits: Sequence[Fit],
+    others: Mapping[str, tuple[float, float]],
+) -> FitReport:
+    own, path = fits[0], pairs[0][0]
+    near = {read: fit.fvu for (read, _), fit in zip(pairs[1:], fits[1:], strict=True)}
+    found = _explanations(own, path, near, others)
+    better = min(found, key=lambda one: one.fvu, default=None)
+    refusal = None
+    if own.fired is not None and not bool((own.fired > 0).any()):
+        refusal = _refused(source, "latents that fire", f"none on {own.n_tokens} tokens", _LIKELY)
+    elif better is not None and better.fvu < 1:
+        refusal = _refused(source, better.expected, better.seen, better.fix)
+    elif better is not None or not own.fvu < 1:
+        refusal = _refused(source, "a reconstruction better than the mean (FVU below 1)", f"FVU {own.fvu:.3f}", _LIKELY)
+    return FitReport(source.name, own, near, tuple(_warnings(source, own)), refusal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Explanation:
+    """Something that leaves less error (``fvu``) than what is declared."""
+
+    fvu: float
+    expected: str
+    seen: str
+    fix: str
+
+
+def _explanations(
+    own: Fit, path: str, near: Mapping[str, float], others: Mapping[str, tuple[float, float]]
+) -> list[_Explanation]:
+    found = []
+    for site, fvu in near.items():
+        if fvu < _NEARER * own.fvu - _TIE:
+            seen = f"FVU {own.fvu:.3f}, and {fvu:.3f} at {site}"
+            found.append(_Explanation(fvu, f"the least error at its own site {path}", seen, f"try --site {site}"))
+    for words, (fvu, declared) in others.items():
+        if fvu < _BETTER * declared - _TIE:
+            seen = f"FVU {declared:.3f}, and {fvu:.3f} when the states are {words}"
+            fix = "declare that input transform (wrong or missing normalisation)"
+            found.append(_Explanation(fvu, "the least error as declared", seen, fix))
+    if own.fvu_centred < _OFFSET * own.fvu - _TIE:
+        seen = f"FVU {own.fvu:.3f}, of which {1 - own.fvu_centred / own.fvu:.0%} is one constant vector"
+        fix = "check b_dec (added twice?) and the centring of the input"
+        found.append(_Explanation(own.fvu_centred, "a reconstruction that is right on average", seen, fix))
+    return found
+
+
+def _refused(source: FeatureSource, expected: str, seen: str, fix: str) -> SiteMismatch:
+    return SiteMismatch(source.name, expected=expected, seen=seen, fix=f"{fix}; --force goes on and marks the results")
+
+
+def _warnings(source: FeatureSource, own: Fit) -> list[str]:
+    info = source.info
+    found = []
+    if isinstance(fvu := info.declared.get("fvu"), int | float) and own.fvu > _DECLARED * fvu:
+        found.append(f"FVU is {own.fvu:.3f} on this corpus, {fvu:.3f} is declared")
+    if info.l0 and own.l0 is not None and not 1 / _DECLARED < own.l0 / info.l0 < _DECLARED:
+        found.append(f"L0 is {own.l0:.1f} on this corpus, {info.l0:g} is declared")
+    return found

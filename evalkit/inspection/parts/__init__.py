@@ -1,0 +1,1 @@
+"""What measurements of SAEs and RQAEs share."""

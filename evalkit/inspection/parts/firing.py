@@ -1,0 +1,55 @@
+"""The part ``density`` of an inspection: how many features fire how often.
+
+Knows shares of tokens, however they came about: measured on a text, or said by an export.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evalkit.inspection.rqae.compute import Measured, Rows
+
+__all__ = ["RATE_EDGES", "firing_shares"]
+
+RATE_EDGES = np.linspace(
+    -6, 0, 25
+)  # log10 of the share of tokens a feature fires on; rarer ones count in the first bin
+
+
+def firing_shares(
+    rates: NDArray[np.float64], features: NDArray[np.int64], n_tokens: int | None, features_are: str = "latents"
+) -> Measured:
+    """Of features (n,) that fire on these shares of tokens (n,). ``n_tokens`` None: nobody says of how many."""
+    alive = rates[rates > 0]
+    counts = np.histogram(np.clip(np.log10(alive), RATE_EDGES[0], 0), RATE_EDGES)[0]
+    rows: Rows = [{"low": None, "high": None, "latents": int((rates == 0).sum())}]
+    rows += [
+        {"low": low, "high": high, "latents": count}
+        for low, high, count in zip(RATE_EDGES[:-1].tolist(), RATE_EDGES[1:].tolist(), counts.tolist(), strict=True)
+    ]
+    for row in rows:
+        row["share"] = row["latents"] / max(1, len(rates))
+    order = np.argsort(-rates, kind="stable")[:10]
+    median = float(np.median(alive)) if len(alive) else None
+    further: dict[str, Any] = {
+        "tokens": n_tokens,
+        "latents": len(rates),
+        "median": median,
+        "most": [{"latent": int(features[at]), "rate": float(rates[at])} for at in order if rates[at]],
+        "features_are": features_are,
+    }
+    most = ", ".join(f"{one['latent']} ({one['rate']:.1%})" for one in further["most"][:5])
+    of = "of tokens, as the export says," if n_tokens is None else f"of {n_tokens:,} tokens"
+    notes = [
+        f"Bins of log10 of the share {of} on which one of the {features_are} fires; median of those that do: "
+        f"{_rate(median)}.",
+        f"Most often: {most or 'none'}.",
+    ]
+    return Measured(rows, further, notes)
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"1 in {1 / value:,.0f} tokens" if value < 0.1 else f"{value:.1%}"

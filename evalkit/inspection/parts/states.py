@@ -1,0 +1,273 @@
+"""What the parts of an inspection work on, each made when it is first asked for: subject model, contexts, codes, latents.
+
+``States`` serves every dictionary, ``Material`` adds what an RQAE's parts need: one pass over the corpus encodes all tokens
+and, where an SAE is compared, records where its latents fire; it goes on where it was interrupted, and what is on disk is
+not computed again. Hidden states are never kept: parts that need some ask for their contexts again. Writes ``corpus/``,
+``codes/``, ``latents/`` and ``norm_limit.json`` (``norm_limit_out.json`` for a transcoder) under the inspection's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evalkit.collect.activations import Chosen, Collection, active_entries, valid_tokens
+from evalkit.collect.calibration import SINK_RATIO
+from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.errors import BadFile, CorpusError
+from evalkit.inspection.parts.settings import Settings
+from evalkit.protocols import Progress
+from evalkit.records import Activations, Site, TokenBatch
+from evalkit.seeds import derive, hash_priorities
+from evalkit.sources.rqae.shared_encoder import rqae_errors
+from evalkit.sources.rqae.source import RqaeSource
+from evalkit.subject.download import find_model
+from evalkit.subject.final_norm import normalise
+from evalkit.subject.language_model import LanguageModel
+from evalkit.subject.model import Dtype, Subject
+from evalkit.util.atomic_files import atomic_path, storage_errors, write_bytes
+from rqae import RQAE
+from rqae.searching.code_store import CodeStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Material", "States"]
+
+Ints = NDArray[np.int64]
+_FORWARD = 16  # contexts per forward
+_LIMIT_CONTEXTS = 32  # that the norm of an attention sink is measured on
+
+
+class States:
+    """The subject model at a dictionary's site, the corpus, and hidden states of it.
+
+    ``whole``: whether losses will be asked for, so that the model is loaded once and whole.
+    """
+
+    def __init__(
+        self, settings: Settings, site: Site, folder: Path, progress: Progress, *, whole: bool = False
+    ) -> None:
+        self._settings, self._folder, self._progress = settings, folder, progress
+        self._whole = whole
+        self._model_name = site.model
+        self.site = site.path
+        self.out = site.out
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        """The whole subject model."""
+        settings = self._settings
+        return LanguageModel.load(
+            self._model,
+            sites=self._sites,
+            dtype=cast("Dtype", settings.dtype),
+            device=settings.device,
+            revision=settings.revision,
+        )
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The subject model, read at the site and, of a transcoder, at the one it reconstructs."""
+        settings = self._settings
+        if self._whole:
+            return self.language.subject
+        return Subject.load(
+            self._model,
+            sites=self._sites,
+            dtype=cast("Dtype", settings.dtype),
+            device=settings.device,
+            revision=settings.revision,
+        )
+
+    @property
+    def _model(self) -> str:
+        return find_model(self._settings.model or self._model_name)
+
+    @property
+    def _sites(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.site, self.out)))
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The contexts."""
+        settings = self._settings
+        return tokenize_corpus(
+            settings.corpus,
+            self.subject.tokenizer,
+            self._folder / "corpus",
+            context_length=settings.context_length,
+            text_field=settings.text_field,
+            split=settings.split,
+            max_tokens=settings.max_tokens,
+            revision=settings.revision,
+            progress=self._progress,
+        )
+
+    @cached_property
+    def limit(self) -> float:
+        """The norm above which a state is an attention sink's: ten times the median of some contexts' tokens."""
+        return self._limit_at(self.site, "norm_limit.json")
+
+    def _limit_at(self, site: str, file: str) -> float:
+        path = self._folder / file
+        if path.exists():
+            try:
+                return float(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise BadFile(str(path), expected="a number", seen=str(error), fix="delete the folder") from error
+        norms = []
+        for batch in self._batches(self.sample("norm limit", _LIMIT_CONTEXTS * self.corpus.context_length)):
+            states = self.subject.hidden(batch.token_ids)[site]
+            norms.append(states[torch.from_numpy(batch.valid)].norm(dim=-1).cpu())
+        found = torch.cat(norms)
+        if not len(found):
+            raise CorpusError(
+                self._settings.corpus, expected="at least one valid token", seen="none", fix="use a longer corpus"
+            )
+        limit = SINK_RATIO * float(found.median())
+        write_bytes(path, json.dumps(limit).encode())
+        return limit
+
+    def sample(self, purpose: str, tokens: int, seed: int = 0) -> Ints:
+        """Contexts drawn by hash, in their order, with at least so many tokens together if there are as many."""
+        corpus = self.corpus
+        order = np.argsort(hash_priorities(derive(seed, purpose), np.arange(corpus.n_contexts)), kind="stable")
+        before = np.cumsum(corpus.lengths[order]) - corpus.lengths[order]
+        return np.sort(order[before < tokens])
+
+    def hidden(self, contexts: Ints) -> Iterator[Tensor]:
+        """Raw hidden states (n, d_model) of the valid tokens of some contexts, sinks left out, by and by."""
+        for batch in self._batches(contexts):
+            states = self._hidden(batch)
+            yield states[valid_tokens(states, batch, self.limit)]
+
+    def pairs(self, contexts: Ints) -> Iterator[tuple[Tensor, Tensor]]:
+        """States (n, d_in) at the site and (n, d_out) at the one reconstructed, of valid tokens, sinks at either out."""
+        out_limit = self.limit if self.out == self.site else self._limit_at(self.out, "norm_limit_out.json")
+        for batch in self._batches(contexts):
+            states = self.subject.hidden(batch.token_ids)
+            read, wanted = states[self.site], states[self.out]
+            valid = valid_tokens(read, batch, self.limit) & valid_tokens(wanted, batch, out_limit)
+            yield read[valid], wanted[valid]
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        return self.subject.hidden(batch.token_ids)[self.site]
+
+    def _batches(self, contexts: Ints) -> Iterator[TokenBatch]:
+        for start in range(0, len(contexts), _FORWARD):
+            yield self.corpus.batch(contexts[start : start + _FORWARD])
+
+
+class Material(States):
+    """What the parts of an RQAE's inspection work on. ``source`` is the RQAE at its deepest.
+
+    ``latents``: the latents of an SAE to record, with a name for them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: RqaeSource,
+        folder: Path,
+        progress: Progress,
+        *,
+        whole: bool,
+        latents: tuple[str, Chosen] | None = None,
+    ) -> None:
+        super().__init__(settings, source.site, folder, progress, whole=whole)
+        self._source = source
+        self._latents = latents
+
+    @cached_property
+    def source(self) -> RqaeSource:
+        """The RQAE bound to the subject model, on its device. Raises SiteMismatch, BadConfig."""
+        self._source.encoder.model.to(self.subject.device)
+        return self._source.bind(self.subject.info)
+
+    @property
+    def rqae(self) -> RQAE:
+        """The RQAE itself."""
+        return self.source.encoder.model
+
+    @cached_property
+    def codes(self) -> CodeStore:
+        """The codes of all valid tokens of the corpus that are no attention sinks."""
+        source, corpus, limit = self.source, self.corpus, self.limit
+        name = f"{source.label} of {corpus.settings.digest}, {corpus.n_tokens} tokens"
+        shards = range(self._shards.n_shards)
+        with storage_errors(self._folder / "codes"), rqae_errors(BadFile):
+            return CodeStore.build(
+                self._folder / "codes",
+                self.rqae,
+                shards,
+                lambda shard: self._read_shard(shard, limit),
+                identity=name,
+                total=corpus.n_tokens,
+                progress=self._progress,
+            )
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """The number of each token of the code store, context × length + position, rising."""
+        places = self.codes.places.astype(np.int64)
+        return places[:, 0] * self.corpus.context_length + places[:, 1]
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Where the recorded latents fire. Raises BadFile for a damaged record."""
+        _ = self.codes  # the pass that records them, if it has not been
+        if missing := self._shards.missing():
+            task = self._progress.start("record latents", len(missing), "shards")
+            for shard in missing:
+                self._read_shard(shard, self.limit)
+                self._progress.advance(task)
+            self._progress.finish(task)
+        return self._shards.read(0)
+
+    def normed(self, rows: Ints) -> Iterator[tuple[Ints, Tensor]]:
+        """For rising rows of the code store, final-normed states (n, d_model) by and by, and their places in ``rows``."""
+        places = self.codes.places[rows].astype(np.int64)
+        task = self._progress.start("hidden states", len(rows), "tokens")
+        for batch in self._batches(np.unique(places[:, 0])):
+            low, high = np.searchsorted(places[:, 0], [batch.contexts[0], batch.contexts[-1] + 1])
+            states = self._hidden(batch)[np.searchsorted(batch.contexts, places[low:high, 0]), places[low:high, 1]]
+            yield np.arange(low, high), normalise(states, self.subject.info)
+            self._progress.advance(task, int(high - low))
+        self._progress.finish(task)
+
+    @cached_property
+    def _shards(self) -> Collection:
+        name = self._latents[0] if self._latents else "none"
+        return Collection(self._folder / "latents" / name, self.corpus.n_contexts, self.corpus.context_length)
+
+    def _read_shard(self, shard: int, limit: float) -> tuple[Tensor, Ints]:
+        """Final-normed states of a shard's valid tokens and their places; records the latents on the way."""
+        normed, places, entries, count = [], [], [], 0
+        record = self._latents is not None and not self._shards.path(shard).exists()
+        for start, batch in enumerate(self._batches(self._shards.rows(shard))):
+            states = self._hidden(batch)
+            valid = valid_tokens(states, batch, limit)
+            row, position = (index.cpu().numpy() for index in valid.nonzero(as_tuple=True))
+            normed.append(normalise(states[valid], self.subject.info))
+            places.append(np.stack([batch.contexts[row], position], axis=1))
+            count += len(row)
+            if record and self._latents is not None:
+                tokens, features, values = active_entries(self._latents[1], states, batch, valid)
+                entries.append((tokens + start * _FORWARD * self.corpus.context_length, features, values))
+        if record:
+            self._write_entries(shard, entries, count)
+        return torch.cat(normed), np.concatenate(places)
+
+    def _write_entries(self, shard: int, entries: list[tuple[Ints, Ints, NDArray[np.float32]]], count: int) -> None:
+        tokens, features, values = (np.concatenate([entry[place] for entry in entries]) for place in range(3))
+        arrays = {"0.token": tokens, "0.feature": features.astype(np.uint32), "0.value": values}
+        with atomic_path(self._shards.path(shard)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, n_tokens=np.array([count], np.int64), **arrays)

@@ -1,0 +1,156 @@
+"""One function per part of the inspection of an SAE or transcoder: the rows of its table, what its figure needs, and notes.
+
+Each asks the module that holds the measurement and puts the answer into JSON values. Knows no folder and no figure.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evalkit.errors import BadConfig
+from evalkit.fit.losses import measure_losses
+from evalkit.fit.sae import SaeMeasure, measure_rows
+from evalkit.inspection.parts.firing import firing_shares
+from evalkit.inspection.parts.settings import Settings
+from evalkit.inspection.parts.states import States
+from evalkit.inspection.rqae.compute import Measured, Rows, ablations
+from evalkit.protocols import Progress
+from evalkit.sources.sae.source import SaeSource
+
+__all__ = ["SaeMaterial", "check_loss", "density", "fit", "loss"]
+
+_BINS = 40  # of what is counted by token
+
+
+class SaeMaterial(States):
+    """The sampled tokens of an inspection and what one pass over the dictionary finds on them."""
+
+    def __init__(
+        self, settings: Settings, source: SaeSource, folder: Any, progress: Progress, *, whole: bool = False
+    ) -> None:
+        super().__init__(settings, source.site, folder, progress, whole=whole)
+        self._source = source
+
+    @cached_property
+    def source(self) -> SaeSource:
+        """The dictionary bound to the subject model. Raises SiteMismatch."""
+        return self._source.bind(self.subject.info)
+
+    @cached_property
+    def contexts(self) -> NDArray[np.int64]:
+        """Drawn by hash, with at least ``fit_tokens`` tokens together if there are as many."""
+        return self.sample("fit", self._settings.fit_tokens, self._settings.seed)
+
+    @cached_property
+    def measured(self) -> SaeMeasure:
+        """Fit and firing counts: ``fit`` and ``density`` share the pass."""
+        source = self.source
+        task = self._progress.start("hidden states", len(self.contexts), "contexts")
+        read, wanted = [], []
+        for hidden, target in self.pairs(self.contexts):
+            read.append(hidden)
+            wanted.append(target)
+        self._progress.finish(task)
+        same = self.out == self.site
+        hidden = torch.cat(read)
+        task = self._progress.start(f"{source.weights.width:,} latents on {len(hidden):,} tokens", None, "tokens")
+        found = measure_rows(source, hidden, None if same else torch.cat(wanted))
+        self._progress.finish(task)
+        return found
+
+
+def fit(material: SaeMaterial) -> Measured:
+    """L0, FVU, cosine, shrinkage and the share of latents alive."""
+    found, declared = material.measured, material.source.declared
+    row = {
+        "tokens": found.n_tokens,
+        "l0": found.l0,
+        "l0_declared": declared.get("l0", material.source.l0),
+        "fvu": found.fvu,
+        "fvu_declared": declared.get("fvu"),
+        "cosine": float(found.cosines.mean()),
+        "norm_ratio": float(found.norm_ratios.mean()),
+        "rescale": found.rescale,
+        "fvu_rescaled": found.fvu_rescaled,
+        "alive_share": found.alive_share,
+        "alive_declared": declared.get("alive_share"),
+    }
+    further = {"by_token": {"l0": _histogram(found.active, whole=True)}}
+    further["by_token"] |= {"cosine": _histogram(found.cosines), "norm_ratio": _histogram(found.norm_ratios)}
+    notes = [
+        f"{found.n_tokens:,} tokens; BOS, the first token of a context and attention sinks are left out.",
+        "norm ratio: mean of ‖reconstruction‖ / ‖state‖. best rescaling: the one factor on the reconstruction's distance "
+        "from the mean state that lowers the FVU most; above 1 the dictionary shrinks. alive: fires on one of the tokens.",
+    ]
+    return Measured([row], further, notes)
+
+
+def _histogram(values: NDArray[Any], *, whole: bool = False) -> dict[str, list[float]]:
+    """Shares of tokens in equal bins over all but the outermost 0.1% on either side, which count in the first and last."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    if whole:  # bins of whole numbers
+        step = max(1, math.ceil((high - low + 1) / _BINS))
+        edges = np.arange(math.floor(low), math.ceil(high) + step + 1, step) - 0.5
+    else:
+        middle, reach = (low + high) / 2, max((high - low) / 2, 0.01)
+        edges = np.linspace(middle - reach, middle + reach, _BINS + 1)
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    return {"edges": edges.tolist(), "shares": (counts / len(values)).tolist()}
+
+
+def density(material: SaeMaterial) -> Measured:
+    """How many latents fire how often, and how many never do."""
+    found = material.measured
+    return firing_shares(found.counts / found.n_tokens, np.arange(len(found.counts)), found.n_tokens)
+
+
+def check_loss(source: SaeSource) -> None:
+    """Raises BadConfig for a dictionary whose reconstruction cannot take the place of what it reads."""
+    if source.site.out != source.site.path or source.site.path.endswith(":in"):
+        raise BadConfig(
+            "--only loss",
+            expected="a dictionary that reconstructs the output of the module it reads",
+            seen=f"{source.site.path} → {source.site.out}",
+            fix="leave the part loss out",
+        )
+
+
+def loss(material: SaeMaterial, progress: Progress) -> Measured:
+    """Next-token loss with the reconstruction in place, beside those with the states zeroed or all at their mean."""
+    source, contexts = material.source, material.contexts
+    total, count = torch.zeros(source.weights.d_model, dtype=torch.float64), 0
+    for chunk in material.hidden(contexts):
+        total += chunk.double().sum(0).cpu()
+        count += len(chunk)
+    replacements = {"reconstruction": source.reconstruct}
+    replacements |= ablations((total / max(1, count)).float(), source.weights.d_model)
+    found = measure_losses(
+        material.language, material.corpus, contexts, material.site, material.limit, replacements, progress
+    )
+    clean = float(found.clean.mean(dtype=np.float64))
+    rows: Rows = [{"states": "the model's own", "loss": clean, "loss_change": 0.0, "se": 0.0, "recovered_zero": 1.0,
+                   "recovered_mean": 1.0}]  # fmt: skip
+    for name in ("reconstruction", "mean", "zero"):
+        change = found.change(name)
+        rows.append(
+            {
+                "states": name,
+                "loss": clean + change.mean,
+                "loss_change": change.mean,
+                "se": change.se,
+                "recovered_zero": found.recovered(name, "zero"),
+                "recovered_mean": found.recovered(name, "mean"),
+            }
+        )
+    notes = [
+        f"{len(found.clean):,} predictions, nats per token; SE clustered by document. recovered: 1 - loss change / that of "
+        "zeros (of the mean state) in place of the states.",
+        "BOS, the first token of a context and attention sinks keep their own hidden states.",
+    ]
+    return Measured(rows, {"predictions": len(found.clean)}, notes)

@@ -1,0 +1,224 @@
+"""The file of recorded answers: one SQLite row per request, under a key that is the hash of the request's content.
+
+Every answer is committed as soon as it is there, so a crash loses nothing that was paid for. Holds no keys or headers:
+those never reach a request. Knows no client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evalkit.errors import BadFile, StorageError
+from evalkit.records import Message, Response
+from evalkit.util.sqlite import open_to_read, open_to_write
+
+__all__ = ["Recorded", "Recording", "Request", "Spent"]
+
+_TABLE = """CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, request TEXT NOT NULL, response TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, seconds REAL NOT NULL, paid INTEGER NOT NULL
+    ) WITHOUT ROWID"""
+_COLUMNS = "key, model, request, response, prompt_tokens, completion_tokens, seconds"
+# paid: 0 for an answer copied from another recording, 1 for one that was asked for here, 2 for one from a batch
+_ADD = f"INSERT OR IGNORE INTO answers ({_COLUMNS}, paid) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it is recorded: ``text`` is its canonical JSON (sorted keys, no spaces), ``key`` the hash of that."""
+
+    key: str
+    model: str
+    text: str
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        max_tokens: int,
+    ) -> Request:
+        content = {
+            "model": model,
+            "messages": [asdict(message) for message in messages],
+            "schema": schema,
+            "choices": None if choices is None else list(choices),
+            "regex": regex,
+            "logprobs": logprobs,
+            "seed": seed,
+            "max_tokens": max_tokens,
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return cls(hashlib.blake2b(text.encode(), digest_size=20).hexdigest(), model, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An answer with what it took: ``seconds`` from sending to receiving."""
+
+    response: Response
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the answers of a recording took that were asked for it, not copied from another.
+
+    ``batched_…``: the part of it that was asked in batches; ``seconds`` are those of the other calls.
+    """
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_characters: int = 0
+    seconds: float = 0.0
+    batched_calls: int = 0
+    batched_prompt_tokens: int = 0
+    batched_completion_tokens: int = 0
+
+    @property
+    def timed_calls(self) -> int:
+        """Those that ``seconds`` are the time of."""
+        return self.calls - self.batched_calls
+
+
+class Recording:
+    """Open to read, or with ``write=True`` to go on with. Raises BadFile, StorageError."""
+
+    def __init__(self, path: Path, *, write: bool) -> None:
+        self.path = path
+        self._write = write
+        try:
+            if write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._database = open_to_write(path)
+                with self._database:
+                    self._database.execute(_TABLE)
+            else:
+                self._database = _open_to_read(path)
+            self._database.execute(f"SELECT {_COLUMNS} FROM answers LIMIT 1")
+        except OSError as error:
+            raise self._storage_error(error) from error
+        except sqlite3.DatabaseError as error:
+            if write and isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                raise self._storage_error(error) from error
+            raise BadFile(
+                str(path),
+                expected="a recording made by the replay client",
+                seen=str(error),
+                fix="give the path of a recording, or record one first",
+            ) from error
+
+    def models(self) -> list[str]:
+        """Whose answers it holds."""
+        return [row[0] for row in self._database.execute("SELECT DISTINCT model FROM answers ORDER BY model")]
+
+    def find(self, key: str) -> Recorded | None:
+        """The answer to a request. Raises BadFile where the row is damaged."""
+        row = self._database.execute("SELECT response, seconds FROM answers WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        try:
+            return Recorded(_decoded(row[0]), row[1])
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadFile(
+                str(self.path), expected=f"an answer under {key[:12]}", seen=str(error), fix="delete that row"
+            ) from error
+
+    def add(self, request: Request, recorded: Recorded, *, paid: bool) -> None:
+        """Keep an answer; the first one of a request stays. ``paid``: it was asked for here. Raises StorageError."""
+        self._add([_row(request, recorded, int(paid))])
+
+    def add_batched(self, answers: Sequence[tuple[Request, Recorded]]) -> None:
+        """Keep answers that were asked for here in a batch, in one transaction. Raises StorageError."""
+        self._add([_row(request, recorded, 2) for request, recorded in answers])
+
+    def _add(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        try:
+            with self._database:
+                self._database.executemany(_ADD, rows)
+        except sqlite3.OperationalError as error:
+            raise self._storage_error(error) from error
+
+    def add_all(self, other: Recording, model: str) -> None:
+        """Take over another recording's answers of a model, unpaid here. Raises StorageError."""
+        rows = other._database.execute(f"SELECT {_COLUMNS}, 0 FROM answers WHERE model = ?", (model,))
+        try:
+            with self._database:
+                self._database.executemany(_ADD, rows)
+        except sqlite3.OperationalError as error:
+            raise self._storage_error(error) from error
+
+    def spent(self, model: str) -> Spent:
+        """What was paid for here."""
+        row = self._database.execute(
+            "SELECT count(*), total(prompt_tokens), total(completion_tokens), total(length(request)), "
+            "total(seconds * (paid != 2)), total(paid = 2), total(prompt_tokens * (paid = 2)), "
+            "total(completion_tokens * (paid = 2)) FROM answers WHERE paid AND model = ?",
+            (model,),
+        ).fetchone()
+        calls, prompt, completion, characters, seconds, *batched = row
+        return Spent(int(calls), int(prompt), int(completion), int(characters), seconds, *map(int, batched))
+
+    def _storage_error(self, error: Exception) -> StorageError:
+        return StorageError(
+            str(self.path),
+            expected="a file that can be written",
+            seen=str(error),
+            fix="free space on the disk, or record to another folder",
+        )
+
+    def close(self, *, whole: bool = True) -> None:
+        """Close the file; a written one becomes a ``whole``, single file that can be copied. Nothing is lost without."""
+        if self._write and whole:
+            with contextlib.suppress(sqlite3.OperationalError):  # another process has it open
+                self._database.execute("PRAGMA journal_mode = DELETE")
+        self._database.close()
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """A file without any table is an empty recording: who made it was killed in its first moment."""
+    database = open_to_read(path, "sqlite_master")
+    if database.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+        database.close()
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        database.execute(_TABLE)
+    return database
+
+
+def _row(request: Request, recorded: Recorded, paid: int) -> tuple[Any, ...]:
+    response = recorded.response
+    tokens = (response.prompt_tokens, response.completion_tokens)
+    return (request.key, request.model, request.text, _encoded(response), *tokens, recorded.seconds, paid)
+
+
+def _encoded(response: Response) -> str:
+    """JSON proper: a log-probability of minus infinity, which it has no number for, is null."""
+    logprobs = [
+        {token: value if math.isfinite(value) else None for token, value in candidates.items()}
+        for candidates in response.logprobs
+    ]
+    return json.dumps(asdict(response) | {"logprobs": logprobs}, allow_nan=False)
+
+
+def _decoded(text: str) -> Response:
+    answer = json.loads(text)
+    logprobs = tuple(
+        {token: -math.inf if value is None else value for token, value in candidates.items()}
+        for candidates in answer["logprobs"]
+    )
+    return Response(**answer | {"logprobs": logprobs})

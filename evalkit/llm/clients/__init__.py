@@ -1,0 +1,1 @@
+"""Clients, one module per way of reaching a language model."""

@@ -1,0 +1,1 @@
+"""The Batch API: what was submitted, how far it is, and fetching its answers."""

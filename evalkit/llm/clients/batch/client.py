@@ -1,0 +1,400 @@
+"""The client that asks in batches: all that a stage wants to know goes up in one file and is answered within a day.
+
+Requests are collected until no more come, put into batches, handed in and looked at now and then; what comes back is
+recorded under the same keys as answers of the client ``openai``, so that either can go on where the other stopped. What
+was handed in stands in a ledger beside the recording, and is never handed in again. The first request of every form is
+asked at once, without a batch: a wrong key, name or parameter then shows in a second and not in a day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, RequestRefused
+from evalkit.llm.accounting.answer_store import Recorded, Request
+from evalkit.llm.clients.batch.api import BatchApi, TooLarge
+from evalkit.llm.clients.batch.jsonl import ask_of, cut_batch, form_of
+from evalkit.llm.clients.batch.ledger import Batch, Ledger
+from evalkit.llm.clients.batch.poller import Follower, Result
+from evalkit.llm.clients.batch.sizing import Room
+from evalkit.llm.clients.openai import OpenAIClient
+from evalkit.llm.clients.server.dialects import Constraints, Dialect
+from evalkit.llm.clients.server.endpoints import expect, is_number
+from evalkit.records import Message, Response
+
+__all__ = ["OpenAIBatchClient"]
+
+_LOG = logging.getLogger(__name__)
+Record: TypeAlias = Callable[[Sequence[tuple[Request, Recorded]]], None]
+
+
+class OpenAIBatchClient:
+    """Asks ``model`` through the Batch API of the server at ``base_url``, one only; default the hosted API of OpenAI.
+
+    ``probe``: ask the first request of every form without a batch. ``quiet_s``: requests are handed in when for so long
+    none was added. ``look_every_s``: at a batch. ``max_requests`` and ``max_bytes`` of one batch; more become several.
+    ``max_attempts``: batches that a request goes into before it is given up. ``window``: within which the server works a
+    batch off. ``listed_within_s``: so soon after it was made the server lists a batch. ``concurrency``: requests that are
+    collected or in batches at the same time. The others as in the client ``openai``. Raises BadConfig, MissingExtra.
+    """
+
+    main_option = "model"
+    in_process = True  # batches go on without us
+    batched = True
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | Sequence[str] | None = None,
+        temperature: float | None = 0.0,
+        probe: bool = True,
+        quiet_s: float = 5.0,
+        look_every_s: float = 30.0,
+        max_requests: int = 50_000,
+        max_bytes: int = 200_000_000,
+        max_attempts: int = 4,
+        window: str = "24h",
+        listed_within_s: float = 30.0,
+        concurrency: int = 50_000,
+        timeout_s: float = 300.0,
+        api_key_env: str = "OPENAI_API_KEY",
+        constraints: Constraints = "auto",
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        counts = {"max_requests": max_requests, "max_attempts": max_attempts, "concurrency": concurrency}
+        for option, count in counts.items():
+            _expect(option, count, is_number(count, 1, int), "a whole number from 1")
+        _expect("max_bytes", max_bytes, is_number(max_bytes, 1000, int), "a whole number from 1000")
+        times = {"quiet_s": quiet_s, "look_every_s": look_every_s, "listed_within_s": listed_within_s}
+        for option, seconds in times.items():
+            _expect(option, seconds, is_number(seconds, 0.01), "seconds, a number above 0")
+        _expect("probe", probe, isinstance(probe, bool), "true or false")
+        _expect("window", window, isinstance(window, str) and window != "", 'a time such as "24h"')
+        self._online = OpenAIClient(
+            model,
+            base_url=base_url,
+            temperature=temperature,
+            timeout_s=timeout_s,
+            api_key_env=api_key_env,
+            constraints=constraints,
+            extra_body=extra_body,
+        )
+        self._endpoint = self._online.endpoint
+        if len(self._endpoint.urls) > 1:
+            raise BadConfig(
+                "base URL of client 'openai-batch'",
+                expected="one server, which keeps the batches",
+                seen=f"{len(self._endpoint.urls)} URLs",
+                fix="name one, or use --client openai for several servers",
+            )
+        (self._url,) = self._endpoint.urls
+        self.name, self.concurrency = self._endpoint.name, concurrency
+        self._dialect: Dialect = self._online.dialects[self._url]
+        self._probes, self._quiet_s, self._look_every_s = probe, quiet_s, look_every_s
+        self._most_requests, self._most_bytes = max_requests, max_bytes
+        self._max_attempts, self._timeout_s = max_attempts, timeout_s
+        self.window, self._terms = window, (window, listed_within_s)
+        self._path: Path | None = None
+        self._record: Record = lambda answers: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._answers: dict[str, asyncio.Future[Response]] = {}  # that somebody waits for
+        self._known: dict[str, Response | Exception] = {}  # what came when nobody waited for it
+        self._waiting: dict[str, Request] = {}  # collected, in the order of asking
+        self._batches: dict[str, Batch] = {}  # handed in, or about to be
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._attempts: Counter[str] = Counter()
+        self._stopped: dict[str, Batch] = {}  # by request: batches not known to be over, that nobody follows
+        self._probed: str | None = None  # the request that is asked without a batch now
+        self._room = Room(max_requests)
+        self._left = False
+
+    def keep_in(self, path: Path, record: Record) -> None:
+        """Write what is handed in down in the ledger at ``path``, and hand all answers to ``record``, asked for or not."""
+        self._path, self._record = path, record
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        max_tokens: int,
+    ) -> Response:
+        """One reply, when its batch is done. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown, StorageError."""
+        request = Request.of(
+            self.name,
+            messages,
+            schema=schema,
+            choices=choices,
+            regex=regex,
+            logprobs=logprobs,
+            seed=seed,
+            max_tokens=max_tokens,
+        )
+        self._open()
+        if self._left:
+            raise _left()
+        known = self._known.get(request.key)
+        if isinstance(known, Response):
+            return known
+        if (stopped := self._stopped.get(request.key)) is not None:  # which may be answered by now
+            self._go_on(stopped)
+        elif known is not None:
+            raise known
+        answer = self._answers.get(request.key)
+        if answer is None:
+            answer = self._answers[request.key] = asyncio.get_running_loop().create_future()
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, if by nobody
+            if not any(request.key in batch.requests for batch in self._batches.values()):
+                self._collect(request)
+        return await asyncio.shield(answer)
+
+    def finish(self) -> None:
+        """Wait for nothing any more: NoAnswer to all who do. What was handed in is fetched by the next command."""
+        if self._loop is None or self._left:
+            return
+        self._left = True
+        handed_in = [batch for batch in self._batches.values() if batch.id is not None]
+        if handed_in:
+            count = sum(len(batch.requests) for batch in handed_in)
+            told = (self._url, f"{count:,}", len(handed_in))
+            _LOG.warning("%s goes on with %s requests in batches (%d); the same command fetches their answers", *told)
+        for key in list(self._answers):
+            if key != self._probed:  # what is sent is paid for
+                self._resolve(key, _left())
+        for task in self._tasks:
+            if task is not self._handing_in or self._probed is None:
+                task.cancel()
+        if self._probed is not None:
+            self._online.finish()
+
+    async def close(self) -> None:
+        """Leave what is handed in to the next command, and close ledger and connections."""
+        if self._loop is asyncio.get_running_loop():
+            self.finish()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._api.close()
+            self._ledger.close()
+        self._loop = None
+        await self._online.close()
+
+    def _open(self) -> None:
+        """Ledger, connections and the following of open batches, for the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        self._ledger = Ledger(self._path, self.name, self._url)
+        learned = self._ledger.learned()
+        self._forms: set[str] = learned[1] if learned else set()
+        if learned and self._dialect.kind is None:
+            self._dialect.kind = learned[0].kind
+        self._dialect.refused |= learned[0].refused if learned else set()
+        server = self._endpoint.server(self._url, self._dialect, self._timeout_s)
+        self._api = BatchApi(server, self._endpoint.redact, self._endpoint.sdk, self._timeout_s, *self._terms)
+        self._follower = Follower(
+            self._api, self._ledger, self._endpoint, self._url, self._record, look_every_s=self._look_every_s
+        )
+        self._answers, self._known, self._waiting, self._batches, self._tasks = {}, {}, {}, {}, set()
+        self._attempts, self._stopped, self._probed = Counter(), {}, None
+        self._added, self._ended = asyncio.Event(), asyncio.Event()
+        self._left, self._room, self._loop = False, Room(self._most_requests), loop
+        for url, count in self._ledger.elsewhere().items():
+            told = (f"{count:,}", self.name, url, self._url)
+            _LOG.warning("%s requests of %s are in batches at %s; asking at %s, their answers are not fetched", *told)
+        for batch in self._ledger.open_batches():
+            self._batches[batch.name] = batch
+            self._start(self._follow(batch))
+        self._handing_in = self._start(self._hand_in_for_ever())
+
+    def _go_on(self, batch: Batch) -> None:
+        """Follow a batch again."""
+        for key in batch.requests:
+            self._stopped.pop(key, None)
+            self._known.pop(key, None)
+        self._batches[batch.name] = batch
+        self._start(self._follow(batch))
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _collect(self, request: Request) -> None:
+        self._waiting[request.key] = request
+        self._added.set()
+
+    def _resolve(self, key: str, result: Response | Exception) -> None:
+        answer = self._answers.pop(key, None)
+        self._waiting.pop(key, None)
+        if answer is None:
+            self._known[key] = result  # who asks later may have looked into the recording a moment too early
+        elif isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+    async def _hand_in_for_ever(self) -> None:
+        while not self._left:
+            await self._added.wait()
+            while self._added.is_set() and len(self._waiting) < self._most_requests:
+                self._added.clear()
+                await asyncio.sleep(self._quiet_s)
+            self._added.clear()
+            try:
+                await self._hand_in()
+            except Exception as error:  # whatever it is, all who wait must hear of it
+                for key in list(self._waiting):
+                    self._resolve(key, error)
+
+    async def _hand_in(self) -> None:
+        """All that was collected, batch by batch."""
+        if self._probes:
+            await self._probe()
+            if self._left:
+                return
+        elif self._dialect.kind is None:
+            await self._api.look()
+        left = len(self._waiting)  # what is collected meanwhile may be the beginning of more
+        while left > 0:
+            while self._room.alone and self._batches:  # the server has no room for a second one
+                self._ended.clear()
+                await self._ended.wait()
+            await asyncio.sleep(self._room.pause_s)
+            if not self._waiting:
+                return
+            dialect = Dialect(self._dialect.kind, set(self._dialect.refused))
+            batch = cut_batch(self._waiting, self._endpoint, dialect, self._room.size, self._most_bytes)
+            left -= len(batch.requests)
+            for key in batch.requests:
+                del self._waiting[key]
+            await self._hand_in_one(batch)
+
+    async def _hand_in_one(self, batch: Batch) -> None:
+        self._batches[batch.name] = batch
+        try:
+            self._ledger.write(batch)
+            try:
+                await self._follower.hand_in(batch)
+            except TooLarge as error:
+                self._ledger.ended(batch, "too large")
+                self._drop(batch)
+                self._smaller(batch, str(error))
+            else:
+                self._start(self._follow(batch))
+        except Exception as error:
+            self._fail(batch, error)
+            raise
+
+    def _smaller(self, batch: Batch, reason: str) -> None:
+        """Its requests go into smaller batches."""
+        if len(batch.requests) == 1:
+            (key,) = batch.requests
+            fix = "use fewer examples, or smaller ones"
+            self._resolve(key, RequestRefused("request", expected="a line that fits a file", seen=reason, fix=fix))
+            return
+        self._room.too_large(len(batch.requests))
+        told = (self._url, len(batch.requests), reason, self._room.size)
+        _LOG.warning("%s takes no batch of %d requests (%s); trying %d", *told)
+        for request in batch.requests.values():
+            self._collect(request)
+
+    async def _probe(self) -> None:
+        """Ask the first request of every form that is not known to be answered. Raises ClientDown."""
+        firsts: dict[str, Request] = {}
+        for request in self._waiting.values():
+            firsts.setdefault(form_of(request), request)
+        for form, request in firsts.items():
+            if form in self._forms:
+                continue
+            ask = ask_of(request, None)
+            options = {name: getattr(ask, name) for name in ("schema", "choices", "regex", "logprobs", "seed")}
+            self._probed = request.key
+            try:
+                response = await self._online.generate(ask.messages, **options, max_tokens=ask.max_tokens)
+            except (ClientDown, NoAnswer) as error:
+                if self._left:
+                    self._resolve(request.key, _left())
+                    return
+                if isinstance(error, ClientDown):
+                    raise
+                _LOG.info("%s; its batch will show", error)
+                continue
+            except ClientError as error:
+                self._resolve(request.key, error)
+            else:
+                self._resolve(request.key, response)
+            finally:
+                self._probed = None
+            self._forms.add(form)
+            self._ledger.learn(self._dialect, self._forms)
+            if self._left:
+                return
+
+    async def _follow(self, batch: Batch) -> None:
+        """Until it has ended, and what came of it is where it belongs."""
+        try:
+            result = await self._follower.follow(batch)
+            self._drop(batch)
+            self._stop(batch)
+            self._settle(batch, result)
+        except Exception as error:  # whatever it is, all who wait must hear of it, and who asks later
+            self._fail(batch, error)
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        if not any(key in self._answers for key in batch.requests):
+            _LOG.warning("batch %d: %s", batch.number, error)
+        self._drop(batch)
+        self._stop(batch)
+        for key in batch.requests:
+            self._resolve(key, error)
+
+    def _stop(self, batch: Batch) -> None:
+        """Where a batch may still be answered, nothing of it is handed in again: who asks has it followed once more."""
+        if not batch.ended:
+            self._stopped |= dict.fromkeys(batch.requests, batch)
+
+    def _drop(self, batch: Batch) -> None:
+        self._batches.pop(batch.name, None)
+        self._ended.set()
+
+    def _settle(self, batch: Batch, result: Result) -> None:
+        if {parameter for parameter in result.refused if self._dialect.refuse(parameter)}:
+            self._ledger.learn(self._dialect, self._forms)
+        for key, settled in result.settled.items():
+            self._resolve(key, settled)
+        if result.full:
+            self._room.full(len(batch.requests))
+            told = (self._url, result.full, self._room.size, self._room.pause_s)
+            _LOG.warning("%s has no room (%s); batches of at most %d from now on, the next in %.0f s", *told)
+        else:
+            self._room.took()
+        for key, reason in result.again.items():
+            if key not in self._answers:  # an earlier command wanted to know; nobody does now
+                continue
+            self._attempts[key] += reason != ""
+            if self._attempts[key] >= self._max_attempts:
+                expected = f"an answer in {self._max_attempts} batches"
+                fix = "see the reason; the same command tries again"
+                self._resolve(key, NoAnswer(self._url, expected=expected, seen=reason, fix=fix))
+            else:
+                self._collect(batch.requests[key])
+
+
+def _expect(option: str, value: Any, holds: bool, expected: str) -> None:
+    expect(option, value, holds, expected, client="openai-batch")
+
+
+def _left() -> NoAnswer:
+    return NoAnswer(
+        "batches", expected="to wait for them", seen="the end of the command", fix="the same command goes on"
+    )

@@ -1,0 +1,145 @@
+"""The lines of a batch: requests as a server reads them from a file, and what came of each as it writes it into others.
+
+Reaches nobody and writes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+from evalkit.errors import ClientError
+from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.clients.batch.ledger import Batch
+from evalkit.llm.clients.server.dialects import Ask, Dialect, Form, MalformedReply
+from evalkit.llm.clients.server.endpoints import Endpoint
+from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure
+from evalkit.records import Message, Response
+
+__all__ = ["URL", "Line", "Outcome", "ask_of", "cut_batch", "form_of", "outcome", "read_lines", "request_line"]
+
+URL = "/v1/chat/completions"
+_KEY = re.compile(rb'"custom_id"\s*:\s*"(\w{1,200})"')
+Outcome: TypeAlias = Response | Refusal | Transient | ClientError
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What came of one request: a reply's status and body, or why there is none."""
+
+    key: str
+    status: int
+    body: Any
+    error: str = ""
+
+
+def ask_of(request: Request, temperature: float | None) -> Ask:
+    """The request that a recording's text tells of."""
+    content = json.loads(request.text)
+    messages = [Message(message["role"], message["content"]) for message in content["messages"]]
+    rest = {name: content[name] for name in ("schema", "choices", "regex", "logprobs", "seed", "max_tokens")}
+    return Ask(messages, **rest, temperature=temperature)
+
+
+def request_line(key: str, body: dict[str, Any]) -> bytes:
+    """A line of the file that is uploaded, its end included. The key comes back with the answer."""
+    line = {"custom_id": key, "method": "POST", "url": URL, "body": body}
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"  # in ASCII: no character can pass for a line's end
+
+
+def form_of(request: Request) -> str:
+    """What of a request a server might refuse: its fields and the words of its schema, whatever stands in them."""
+    ask = ask_of(request, None)
+    fields = [
+        name for name in ("schema", "choices", "regex", "logprobs", "seed") if getattr(ask, name) not in (None, 0)
+    ]
+    system = ["system"] if ask.messages and ask.messages[0].role == "system" else []
+    return " ".join([*system, *fields, *sorted(_keys(ask.schema))])
+
+
+def _keys(schema: Any) -> set[str]:
+    if isinstance(schema, Mapping):
+        return set(schema).union(*map(_keys, schema.values()))
+    return set().union(*map(_keys, schema)) if isinstance(schema, list) else set()
+
+
+def cut_batch(
+    requests: Mapping[str, Request], endpoint: Endpoint, dialect: Dialect, most_requests: int, most_bytes: int
+) -> Batch:
+    """A batch of the first of these requests, as many as it may have, and one at least."""
+    chosen: dict[str, Request] = {}
+    lines: list[bytes] = []
+    left = most_bytes
+    for key, request in itertools.islice(requests.items(), most_requests):
+        line = request_line(key, endpoint.body(dialect.put(ask_of(request, endpoint.temperature))))
+        left -= len(line)
+        if chosen and left < 0:
+            break
+        chosen[key] = request
+        lines.append(line)
+    return Batch(secrets.token_hex(8), chosen, dialect, lines=lines)
+
+
+def read_lines(content: bytes) -> tuple[list[Line], int]:
+    """The lines of a server's file, the first of each key, and how many others nobody can be told of.
+
+    One that cannot be read but names its request is one without a reply. What a file breaks off in is not counted.
+    """
+    found: dict[str, Line] = {}
+    unread: dict[str, Line] = {}
+    unreadable = 0
+    *texts, last = content.split(b"\n")
+    for text in (*texts, last if _read(last) else b""):
+        if text.strip():
+            if (line := _read(text)) is not None:
+                found.setdefault(line.key, line)
+            elif (line := _unread(text)) is not None:
+                unread[line.key] = line
+            elif text.lstrip().startswith(b"{"):  # not of the page of a gateway
+                unreadable += 1
+    return list((unread | found).values()), unreadable
+
+
+def _unread(text: bytes) -> Line | None:
+    named = _KEY.search(text)
+    return Line(named[1].decode(), 0, None, "a line that cannot be read") if named else None
+
+
+def _read(text: bytes) -> Line | None:
+    try:
+        content = json.loads(text)
+        key, response, error = content["custom_id"], content.get("response"), content.get("error")
+        if response:
+            return Line(str(key), int(response["status_code"]), response.get("body"))
+        told = error if isinstance(error, dict) else {}
+        return Line(str(key), 0, None, f"{told.get('code') or 'no code'}: {told.get('message') or 'no reason'}")
+    except (ValueError, ArithmeticError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+
+
+def outcome(line: Line, ask: Ask, form: Form, endpoint: Endpoint, server: str) -> Outcome:
+    """What a line means: a reply; what the server does not take; worth another try; never."""
+    if line.status == 0:
+        return Transient(endpoint.redact(line.error)[:200])
+    try:
+        if line.status != 200:
+            return judge_failure(_status_error(line), server, form.removable, endpoint.redact)
+        completion = json.loads(json.dumps(line.body), object_hook=lambda found: SimpleNamespace(**found))
+        return endpoint.read(ask, form, completion)
+    except MalformedReply as error:
+        return Transient(endpoint.redact(str(error))[:200])
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        return Transient(endpoint.redact(f"a reply that cannot be read: {error}")[:200])
+
+
+def _status_error(line: Line) -> Any:
+    """In the shape that errors of the SDK have."""
+    inside = line.body.get("error", line.body) if isinstance(line.body, dict) else line.body
+    response = SimpleNamespace(headers={})
+    return SimpleNamespace(status_code=line.status, body=inside, message=str(inside), response=response)

@@ -1,0 +1,261 @@
+"""The client for any server that speaks the chat-completions protocol: a hosted API, vLLM's server, several of them.
+
+Keeps many requests in flight, over all its base URLs together; a request goes to the least busy server that is well
+(``breaker`` says which are), as soon as the limits of the account allow (``limits``). What can heal is tried again with
+growing, jittered pauses, or as long as the server asks for; what cannot is not. The key comes from the environment and
+goes nowhere but to the servers. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evalkit.errors import ClientDown, ClientError, NoAnswer, require
+from evalkit.llm.clients.server.connection import Server
+from evalkit.llm.clients.server.dialects import CONSTRAINTS, Ask, Constraints, Dialect, Form, MalformedReply
+from evalkit.llm.clients.server.endpoints import Endpoint, expect, is_number
+from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure
+from evalkit.llm.clients.server.limits import Limits, Permit
+from evalkit.records import Message, Response
+
+__all__ = ["OpenAIClient"]
+
+_LOG = logging.getLogger(__name__)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_TOLD_PAUSE_S = 20.0  # the user hears of a pause that a server asks for if it is longer
+_PATIENCE_S = 180.0  # after so long without an answer to anybody, one more silence is the last
+_BAD_NEWS_S = 1.0  # whoever asks so soon after all were given up is told the same
+
+
+class OpenAIClient:
+    """Asks ``model`` at ``base_url``: one, or a list that serve the same model; default the hosted API of OpenAI.
+
+    ``temperature``: None leaves it to the server. ``concurrency``: requests in flight, over all servers.
+    ``requests_per_minute``, ``tokens_per_minute``: limits of the account; the tokens are those of prompts and replies.
+    ``timeout_s``: of one attempt, from sending to the last byte.
+    ``max_attempts``: per request. ``api_key_env``: the environment variable that holds the key. ``constraints``: how
+    output is constrained, "auto" asks the server what it is. ``extra_body``: further fields of every request.
+    Raises BadConfig, MissingExtra.
+    """
+
+    main_option = "model"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | Sequence[str] | None = None,
+        temperature: float | None = 0.0,
+        concurrency: int = 64,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        timeout_s: float = 300.0,
+        max_attempts: int = 10,
+        api_key_env: str = "OPENAI_API_KEY",
+        constraints: Constraints = "auto",
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tenacity = require("tenacity", "api")
+        expect("concurrency", concurrency, is_number(concurrency, 1, int), "a whole number from 1")
+        expect("max_attempts", max_attempts, is_number(max_attempts, 1, int), "a whole number from 1")
+        expect("timeout_s", timeout_s, is_number(timeout_s, 0.01), "seconds, a number above 0")
+        for option, rate in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
+            expect(option, rate, rate is None or is_number(rate, 0.01), "a number above 0")
+        expect("constraints", constraints, constraints in CONSTRAINTS, f"one of {', '.join(CONSTRAINTS)}")
+        self.endpoint = Endpoint.of(
+            model, base_url=base_url, temperature=temperature, api_key_env=api_key_env, extra_body=extra_body
+        )
+        self.dialects = {url: Dialect(None if constraints == "auto" else constraints) for url in self.endpoint.urls}
+        self.name = self.endpoint.name
+        self.concurrency, self._rates = concurrency, (requests_per_minute, tokens_per_minute)
+        self._timeout_s, self._max_attempts = timeout_s, max_attempts
+        self._servers: list[Server] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._last_success = self._told_until = 0.0
+        self._down: ClientDown | None = None  # as all hear who asked before ``_down_until``
+        self._down_until = 0.0
+        self._finishing = False
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        max_tokens: int,
+    ) -> Response:
+        """One reply. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown."""
+        self._connect()
+        ask = Ask(messages, schema, choices, regex, logprobs, seed, max_tokens, self.endpoint.temperature)
+        asked = time.monotonic()
+        async with self._gate:
+            try:
+                return await self._until_answered(ask, asked)
+            except ClientDown as error:
+                if asked >= self._down_until:
+                    self._down, self._down_until = error, time.monotonic() + _BAD_NEWS_S
+                    self._bad_news.set()  # wakes who pauses …
+                    self._bad_news.clear()  # … now, and nobody later
+                    self._limits.dismiss()
+                raise
+
+    def finish(self) -> None:
+        """Wait for what is sent and send nothing more, nor anything again. Raises NoAnswer for the rest, where it waits."""
+        self._finishing = True
+        if self._servers:
+            self._bad_news.set()
+            self._limits.dismiss()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        servers, self._servers = self._servers, []
+        if self._loop is asyncio.get_running_loop():  # those of a loop that is gone went with it
+            await asyncio.gather(*(server.close() for server in servers))
+
+    def _connect(self) -> None:
+        """Connections of the running event loop, unless there are some."""
+        loop = asyncio.get_running_loop()
+        if self._servers and self._loop is loop:
+            return
+        if self._loop is not None:  # another loop than before: what was finished there begins anew
+            self._finishing = False
+        self._loop, self._down_until, self._bad_news = loop, 0.0, asyncio.Event()
+        self._gate = asyncio.Semaphore(self.concurrency)
+        self._limits = Limits(*self._rates, clock=loop.time)
+        self._servers = [self.endpoint.server(url, self.dialects[url], self._timeout_s) for url in self.dialects]
+
+    async def _until_answered(self, ask: Ask, asked: float) -> Response:
+        tenacity, started = self._tenacity, time.monotonic()
+        jittered = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
+
+        def pause(state: Any) -> float:
+            """At least what the server asks for, and a little apart from all others that it asked the same."""
+            asked, own = state.outcome.exception().wait_s, float(jittered(state))
+            return own if asked is None else max(own, asked + min(own, 0.1 * asked))
+
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(self._max_attempts),
+                lambda state: self._finishing,
+                lambda state: self._is_silent(state.outcome.exception(), started),
+            ),
+            wait=pause,
+            retry=tenacity.retry_if_exception_type(Transient),
+            sleep=self._pause,
+            before_sleep=self._tell,
+            reraise=True,
+        )
+        try:
+            response: Response = await retrying(self._attempt, ask, asked)
+        except Transient as error:
+            raise self._gave_up(error, started) from None
+        self._last_success = time.monotonic()
+        return response
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._bad_news.wait(), seconds)
+
+    def _tell(self, state: Any) -> None:
+        """Of a long pause that a server asked for, once while it lasts; of others in the debugging log only."""
+        error, pause_s, now = state.outcome.exception(), state.next_action.sleep, time.monotonic()
+        level = logging.DEBUG
+        if error.wait_s is not None and pause_s > _TOLD_PAUSE_S and now >= self._told_until:
+            level, self._told_until = logging.WARNING, now + pause_s
+        _LOG.log(level, "attempt %d: %s; again in %.1f s", state.attempt_number, error.reason, pause_s)
+
+    def _is_silent(self, error: Transient, started: float) -> bool:
+        """Whether nobody has been answered for so long that waiting on would be in vain."""
+        return error.silent and time.monotonic() - max(started, self._last_success) > _PATIENCE_S
+
+    def _gave_up(self, error: Transient, started: float) -> ClientError:
+        where = ", ".join(server.url for server in self._servers)
+        again = "the same command goes on"
+        fix = f"see that the server is up, lower concurrency or raise timeout_s; {again}"
+        if self._last_success < started or self._is_silent(error, started):
+            mend = fix if error.silent else f"see the reason, and check the base URL; {again}"
+            return ClientDown(where, expected="an answer to any request", seen=self._reasons(error), fix=mend)
+        return NoAnswer(where, expected=f"an answer in {self._max_attempts} attempts", seen=error.reason, fix=fix)
+
+    def _reasons(self, error: Transient) -> str:
+        """Of several servers, what is wrong with each that is known to fail."""
+        failing = [server for server in self._servers if server.breaker.is_open]
+        if len(self._servers) == 1 or not failing:
+            return error.reason
+        return "; ".join(f"{server.url}: {server.breaker.reason}" for server in failing)
+
+    async def _attempt(self, ask: Ask, asked: float) -> Response:
+        """Ask one server; again at once where it only refuses a parameter. Raises Transient, ClientError."""
+        while True:
+            permit = await self._permit(ask, asked)
+            server = self._choose()
+            probing = server.breaker.begin()
+            server.in_flight += 1
+            try:
+                await server.look()
+                if (response := await self._ask(server, ask, permit)) is not None:
+                    return response
+            finally:
+                server.in_flight -= 1
+                if probing:
+                    server.breaker.end()
+                self._limits.leave(permit)
+
+    async def _permit(self, ask: Ask, asked: float) -> Permit:
+        """Leave to send. Raises ClientDown, Transient where nothing is sent any more."""
+        characters = sum(len(message.content) for message in ask.messages)
+        while True:
+            permit = await self._limits.admit(characters, ask.max_tokens)
+            down = self._down if asked < self._down_until else None
+            if permit is not None and (down is not None or self._finishing):
+                self._limits.leave(permit, unsent=True)
+            if down is not None:
+                raise ClientDown(down.subject, expected=down.expected, seen=down.seen, fix=down.fix)
+            if self._finishing:
+                raise Transient("nothing more is sent")
+            if permit is not None:
+                return permit
+
+    async def _ask(self, server: Server, ask: Ask, permit: Permit) -> Response | None:
+        """The reply; None where the server will be asked without a parameter from now on. Raises Transient, ClientError."""
+        form = server.dialect.put(ask)
+        try:
+            completion, headers = await server.complete(self.endpoint.body(form))
+        except self.endpoint.sdk.APIStatusError as error:
+            self._hear(error.response.headers)
+            failure = judge_failure(error, server.url, form.removable, self.endpoint.redact)
+            if not isinstance(failure, Refusal):
+                raise failure from None  # the SDK's error holds the server's own words
+            if server.dialect.refuse(failure.parameter):
+                _LOG.warning("%s does not take %s (%s): asking without", server.url, failure.parameter, failure.reason)
+            return None
+        self._hear(headers)
+        response = self._read(server, ask, form, completion)
+        self._limits.correct(permit, response.prompt_tokens, response.completion_tokens)
+        return response
+
+    def _hear(self, headers: Mapping[str, str]) -> None:
+        """What a server says of its limits. Several servers have limits of their own, which ours are not."""
+        if len(self._servers) == 1:
+            self._limits.told(headers)
+
+    def _choose(self) -> Server:
+        """The least busy of those that are well. One that failed gets a single request after its rest, to see."""
+        well = [server for server in self._servers if server.breaker.admits()]
+        return min(well or self._servers, key=lambda server: (server.in_flight, server.breaker.trips))
+
+    def _read(self, server: Server, ask: Ask, form: Form, completion: Any) -> Response:
+        try:
+            return self.endpoint.read(ask, form, completion)
+        except MalformedReply as error:
+            reason = self.endpoint.redact(str(error))[:200]
+            server.breaker.failed(time.monotonic(), reason)
+            raise Transient(reason) from None

@@ -1,0 +1,115 @@
+"""The other end of ``sender``: asks a client, records every answer, then hands it over. Outlives who started it.
+
+Reads lines from standard input until its end; writes lines to standard output as long as somebody reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evalkit import registry
+from evalkit.llm.accounting.answer_store import Recorded, Recording, Request
+from evalkit.llm.clients.sender.wire import from_line, packed_error, packed_response, to_line, unpacked_request
+from evalkit.protocols import Client
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class _Telling(logging.Handler):
+    """Hands log records over, as they are worded here."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say({"log": [record.name, record.levelno, record.getMessage()]})
+
+
+def main() -> None:
+    """Until standard input ends and everything that was sent is answered."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anybody's code prints must not get between the lines
+
+    def say(content: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            output.write(to_line(content))
+            output.flush()
+
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return
+    start = from_line(line)
+    logging.basicConfig(handlers=[_Telling(say)], force=True)
+    for name, level in start["levels"].items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        client: Client = registry.create("clients", start["client"], **start["options"])
+        recordings = [Recording(Path(path), write=True) for path in start["recordings"]]
+    except Exception as error:  # whatever it is, who waits must hear of it
+        say({"failed": packed_error(error)})
+        return
+    asyncio.run(_serve(client, recordings, start["parent"], say))
+
+
+async def _serve(client: Client, recordings: list[Recording], parent: int, say: Say) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def take(line: bytes) -> None:
+        if os.getppid() != parent:  # it lay in the pipe when the command was killed: not sent yet, and not wanted
+            return
+        content = from_line(line)
+        if "finish" in content:
+            _finish(client)
+            return
+        task = asyncio.create_task(_answer(client, recordings, content, say))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def listen() -> None:
+        for line in sys.stdin.buffer:
+            loop.call_soon_threadsafe(take, line)
+        loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=listen, name="input", daemon=True).start()
+    await ended.wait()
+    if tasks:
+        _finish(client)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if (close := getattr(client, "close", None)) is not None:
+        await close()
+    for recording in recordings:
+        recording.close(whole=False)
+
+
+def _finish(client: Client) -> None:
+    if (finish := getattr(client, "finish", None)) is not None:
+        finish()
+
+
+async def _answer(client: Client, recordings: list[Recording], content: dict[str, Any], say: Say) -> None:
+    messages, options = unpacked_request(content)
+    started = time.monotonic()
+    try:
+        response = await client.generate(messages, **options)
+        recorded = Recorded(response, time.monotonic() - started)
+        for recording in recordings:
+            recording.add(Request.of(client.name, messages, **options), recorded, paid=True)
+    except Exception as error:  # a client may be anybody's code; who asked decides what the error means
+        say({"number": content["number"], "error": packed_error(error)})
+    else:
+        say({"number": content["number"], "response": packed_response(response)})
+
+
+if __name__ == "__main__":
+    main()

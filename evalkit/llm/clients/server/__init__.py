@@ -1,0 +1,1 @@
+"""OpenAI-compatible servers: dialects, failures, keys, rate limits, connections."""

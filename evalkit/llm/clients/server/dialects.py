@@ -1,0 +1,207 @@
+"""How one request is put to the kinds of server that speak the chat-completions protocol, and how a reply is read back.
+
+They differ in how output is constrained: vLLM's server takes a schema, choices or a pattern of their own; others take a
+JSON schema whose root must be an object, so anything else is wrapped in one and unwrapped from the reply. What a server
+refused is left out, or put another way, from then on. Pure: reaches nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from evalkit.llm.requests.chat_template import without_system
+from evalkit.records import Message, Response
+
+__all__ = ["CONSTRAINTS", "Ask", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
+
+Constraints: TypeAlias = Literal["auto", "vllm", "json_schema", "none"]
+CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
+
+_WRAP = "answer"
+_WRAPPING_TOKENS = 16  # what {"answer": …} adds to a reply
+# what can be left out when a server refuses it; a reply without is worth less, but it is a reply
+_OPTIONAL = ("seed", "temperature", "top_logprobs", "logprobs", "response_format", "structured_outputs")
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+class MalformedReply(ValueError):
+    """A reply with status 200 that is not what the protocol says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the contract of clients has it. ``temperature``: None leaves it to the server."""
+
+    messages: Sequence[Message]
+    schema: Mapping[str, Any] | None
+    choices: Sequence[str] | None
+    regex: str | None
+    logprobs: int
+    seed: int | None
+    max_tokens: int
+    temperature: float | None = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A request as one server takes it: ``body`` without the model's name, ``extra`` what is not in the protocol.
+
+    ``wrapped``: the reply has to be taken out of an object.
+    """
+
+    body: dict[str, Any]
+    extra: dict[str, Any]
+    wrapped: bool
+
+    @property
+    def removable(self) -> set[str]:
+        """What could be left out, or put another way."""
+        found = {name for name in (*_OPTIONAL, "max_tokens") if name in self.body or name in self.extra}
+        return found | ({"system"} if self.body["messages"][0]["role"] == "system" else set())
+
+
+@dataclass(slots=True)
+class Dialect:
+    """What is known of one server. ``kind`` is None until it was asked what it is."""
+
+    kind: Constraints | None = None
+    refused: set[str] = field(default_factory=set)
+
+    def put(self, ask: Ask) -> Form:
+        """The request in this server's terms."""
+        wrapped = self._wraps(ask)
+        messages = without_system(ask.messages) if "system" in self.refused else ask.messages
+        body: dict[str, Any] = {
+            "messages": [{"role": message.role, "content": _encodable(message.content)} for message in messages],
+            "max_tokens": ask.max_tokens + (_WRAPPING_TOKENS if wrapped else 0),
+        }
+        if ask.temperature is not None:
+            body["temperature"] = ask.temperature
+        if ask.seed is not None:
+            body["seed"] = ask.seed
+        if ask.logprobs:
+            body |= {"logprobs": True, "top_logprobs": ask.logprobs}
+        if wrapped or (self.kind == "json_schema" and ask.schema is not None):
+            schema = _wrapped(ask) if wrapped else _typed(ask.schema)
+            form = {"name": "reply", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        own = _own(ask) if self.kind == "vllm" else {}
+        if "max_tokens" in self.refused:  # the name that newer models take
+            body["max_completion_tokens"] = body["max_tokens"]
+        for name in self.refused | ({"top_logprobs"} if "logprobs" in self.refused else set()):
+            body.pop(name, None)
+        return Form(body, {"structured_outputs": own} if own else {}, wrapped)
+
+    def refuse(self, parameter: str) -> bool:
+        """Leave a parameter out from now on; whether that is news."""
+        new = parameter not in self.refused
+        self.refused.add(parameter)
+        if parameter == "structured_outputs" and self.kind == "vllm":
+            self.kind = "json_schema"  # which every server that takes constraints understands
+        return new
+
+    def _wraps(self, ask: Ask) -> bool:
+        """Whether the constraint has to be wrapped in an object. A first token with log-probabilities cannot be."""
+        if self.kind != "json_schema" or "response_format" in self.refused:
+            return False
+        if ask.schema is not None:
+            return ask.schema.get("type") != "object"
+        return (ask.choices is not None or ask.regex is not None) and not ask.logprobs
+
+
+def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
+    """The reply in a completion object of the SDK. Raises MalformedReply."""
+    if isinstance(completion, str):  # of another content type
+        raise MalformedReply(f"a reply that is no JSON: {completion[:2000]!r}")
+    try:
+        choice = completion.choices[0]
+        text = choice.message.content
+        if text is None:  # a model that declines says so in a place of its own
+            text = getattr(choice.message, "refusal", None) or ""
+        told, usage = getattr(completion, "model", None), getattr(completion, "usage", None)
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise MalformedReply(f"a reply without choices: {getattr(completion, 'error', None) or error}") from error
+    if not isinstance(text, str):
+        raise MalformedReply(f"a reply whose content is {type(text).__name__}")
+    reason = getattr(choice, "finish_reason", None)
+    return Response(
+        text=_encodable(_unwrapped(ask, text) if form.wrapped else text),
+        logprobs=_logprobs(getattr(choice, "logprobs", None)) if ask.logprobs else (),
+        prompt_tokens=_count(getattr(usage, "prompt_tokens", 0)),
+        completion_tokens=_count(getattr(usage, "completion_tokens", 0)),
+        finish_reason=reason if isinstance(reason, str) else "stop",
+        model=told if isinstance(told, str) else "",
+    )
+
+
+def _encodable(text: str) -> str:
+    """Half a character, as cut texts end in, can be neither sent nor stored."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _own(ask: Ask) -> dict[str, Any]:
+    """vLLM's structured outputs."""
+    if ask.schema is not None:
+        return {"json": dict(ask.schema)}
+    if ask.choices is not None:
+        return {"choice": list(ask.choices)}
+    return {"regex": ask.regex} if ask.regex is not None else {}
+
+
+def _wrapped(ask: Ask) -> dict[str, Any]:
+    inside: dict[str, Any]
+    if ask.schema is not None:
+        inside = _typed(ask.schema)
+    elif ask.choices is not None:
+        inside = {"type": "string", "enum": list(ask.choices)}
+    else:
+        inside = {"type": "string", "pattern": ask.regex}
+    return {"type": "object", "properties": {_WRAP: inside}, "required": [_WRAP], "additionalProperties": False}
+
+
+def _typed(schema: Any) -> Any:
+    """The schema with a type on every enumeration of one type: strict servers refuse one that goes without."""
+    if isinstance(schema, list):
+        return [_typed(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: value if key in ("enum", "const") else _typed(value) for key, value in schema.items()}
+    values = found.get("enum")
+    if isinstance(values, list) and "type" not in found:
+        types = {_TYPES.get(type(value)) for value in values}
+        if len(types) == 1 and None not in types:
+            found["type"] = types.pop()
+    return found
+
+
+def _unwrapped(ask: Ask, text: str) -> str:
+    try:
+        inside = json.loads(text)[_WRAP]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return text  # not what was asked for: the reader of the answer says so
+    return json.dumps(inside) if ask.schema is not None else str(inside)
+
+
+def _count(value: Any) -> int:
+    """A number of tokens, 0 where a server says something else."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0
+
+
+def _logprobs(found: Any) -> tuple[dict[str, float], ...]:
+    """Candidates by token, none where they are not told in the protocol's way. Of equal spellings the likeliest stays."""
+    tokens = []
+    try:
+        for token in found.content or ():
+            candidates: dict[str, float] = {}
+            for one in token.top_logprobs or (token,):
+                if isinstance(one.token, str) and not math.isnan(one.logprob):
+                    best = candidates.get(one.token, -math.inf)
+                    candidates[one.token] = max(best, min(float(one.logprob), 0.0))
+            tokens.append(candidates)
+    except (AttributeError, TypeError, ValueError, ArithmeticError):
+        return ()
+    return tuple(tokens)

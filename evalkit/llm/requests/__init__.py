@@ -1,0 +1,1 @@
+"""What is asked: one request, the names of clients, and chat templates."""

@@ -1,0 +1,184 @@
+"""The language model of a run: its client from the registry, behind the run's recording and budget.
+
+The one place that knows how the three are put together. Writes ``calls.sqlite`` in the run folder; whoever may still write
+an answer into it holds ``calls.lock``. A client that asks in batches (``batched``) keeps what it handed in beside it, in
+``batches.sqlite``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from evalkit import registry
+from evalkit.config.run_config import RunConfig
+from evalkit.errors import BadConfig, BudgetSpent
+from evalkit.llm.accounting.answer_store import Spent
+from evalkit.llm.accounting.budget import MOST_TOKENS_PER_CHARACTER, BudgetedClient
+from evalkit.llm.accounting.prices import Price, read_prices
+from evalkit.llm.clients.batch.ledger import requests_in_batches
+from evalkit.llm.clients.sender.parent import Sender, lock_when_free
+from evalkit.protocols import Client
+from evalkit.store.run_store import RunStore
+
+__all__ = ["BATCHES", "RECORDING", "batched", "client_part", "make_client", "open_client", "price_of", "replays"]
+
+_LOG = logging.getLogger(__name__)
+RECORDING, BATCHES = "calls.sqlite", "batches.sqlite"
+
+
+def client_part(config: RunConfig) -> registry.Part | None:
+    """The configured client's name and options, None without one. Raises PluginError, BadConfig."""
+    if config.client is None:
+        return None
+    part = registry.parse_part("clients", config.client)
+    options = {**part.options, **config.client_options}
+    for option in options:
+        if re.search(r"(^|_)(key|token|secret|password|authorization|headers)$", option.lower()):
+            raise BadConfig(
+                f"client option {option}",
+                expected="keys in the environment only",
+                seen="a key on the command line",
+                fix="set the variable that `evalkit doctor` names, and take this one as no longer secret",
+            )
+    return registry.Part(part.name, part.label, options)
+
+
+def make_client(config: RunConfig) -> Client | None:
+    """The configured client, live or replaying. Reaches nobody. Raises PluginError, BadConfig, MissingExtra."""
+    part = client_part(config)
+    if part is None:
+        return None
+    client: Client = registry.create("clients", part.name, **part.options)
+    return client
+
+
+def replays(config: RunConfig) -> bool:
+    """Whether the configured client answers from a recording by itself."""
+    part = client_part(config)
+    return part is not None and part.name == "replay"
+
+
+def batched(config: RunConfig) -> bool:
+    """Whether the configured client asks in batches."""
+    part = client_part(config)
+    return part is not None and bool(getattr(registry.load_class("clients", part.name), "batched", False))
+
+
+def price_of(config: RunConfig, model: str) -> Price | None:
+    """What the model's tokens cost, by the run's price file. Raises BadConfig where a limit on cost needs it.
+
+    Of a client that asks in batches, what they cost there.
+    """
+    price = _listed_price(config, model)
+    return price.in_batches() if price is not None and batched(config) else price
+
+
+def _listed_price(config: RunConfig, model: str) -> Price | None:
+    prices = read_prices(config.prices) if config.prices else {}
+    price = prices.get(model) or prices.get(model.split(";")[0])
+    if price is None and config.max_cost is not None:
+        raise BadConfig(
+            "--max-cost",
+            expected=f"a price of {model!r} in the file given with --prices",
+            seen=f"prices of {', '.join(prices)}" if prices else "no price file" if not config.prices else "no prices",
+            fix=f'write ["{model.split(";")[0]}"] with prompt and completion in US dollars per million tokens',
+        )
+    return price
+
+
+@asynccontextmanager
+async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
+    """The client that a run's explainers and judges ask, None without one.
+
+    A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded,
+    and what it took is kept in the run's records. Batches are waited for where a limit on calls or cost ended the block;
+    elsewhere they are left to the next command.
+    """
+    live = make_client(config)
+    if live is None:
+        yield None
+        return
+    if replays(config):
+        try:
+            yield live
+        finally:
+            await live.close()  # type: ignore[attr-defined]
+        return
+    price, listed = price_of(config, live.name), _listed_price(config, live.name)
+    path = store.folder / RECORDING
+    async with AsyncExitStack() as ending:  # the last one first, each whatever happens to the others
+        lock = await lock_when_free(path.with_suffix(".lock"))
+        ending.callback(os.close, lock)
+        asked = _in_its_process(config, live, path, lock)
+        guard = BudgetedClient(asked, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
+        client = registry.create("clients", "replay", path=path, record_from=guard, cache=config.cache)
+        ending.push_async_callback(client.close)
+        in_batches = batched(config)
+        handed_in = requests_in_batches(store.folder / BATCHES, live.name)
+        if in_batches:
+            live.keep_in(store.folder / BATCHES, client.record_batched)  # type: ignore[attr-defined]
+        elif handed_in:
+            told = "%d requests of %s are in batches: --client openai-batch fetches their answers, this one asks anew"
+            _LOG.warning(told, len(handed_in), live.name)
+        before = client.spent()
+        guard.spent_calls = before.calls
+        guard.spent_cost = _spent_cost(listed, before)
+        if in_batches:  # another client asks these anew, and pays for them again
+            guard.count_under_way(handed_in)
+        ending.callback(_keep_spending, store, client, listed)
+        ending.push_async_callback(client.settle)
+        left = False
+        try:
+            yield client
+        except BaseException as error:
+            left = _leaves(error, in_batches)
+            if left and (finish := getattr(asked, "finish", None)) is not None:
+                finish()
+            raise
+        finally:
+            if client.in_flight and not (left and in_batches):
+                _LOG.warning("waiting for %d requests that were sent; Ctrl-C waits no longer", client.in_flight)
+
+
+def _spent_cost(price: Price | None, spent: Spent) -> float:
+    """US dollars of earlier answers; by the length of their prompts where the server never tells what it took."""
+    if price is None:
+        return 0.0
+    if spent.calls and not spent.prompt_tokens:
+        _LOG.warning("the server tells no usage: cost is estimated from the length of prompts")
+        return price.cost(MOST_TOKENS_PER_CHARACTER * spent.prompt_characters, 0)
+    return price.of(spent)
+
+
+def _leaves(error: BaseException, batched: bool) -> bool:
+    """Whether what can be left is left: on Ctrl-C, and of batches always but when they are all that a limit allows."""
+    if not batched:
+        return isinstance(error, asyncio.CancelledError)
+    group = error if isinstance(error, BaseExceptionGroup) else BaseExceptionGroup("", [error])
+    return group.subgroup(BudgetSpent) is None
+
+
+def _in_its_process(config: RunConfig, live: Client, path: Path, lock: int) -> Client:
+    """The client in a process of its own, unless its model ends with this one anyway."""
+    part = client_part(config)
+    if part is None or getattr(live, "in_process", False):
+        return live
+    return Sender(part, live, [path, *filter(None, [config.cache])], lock)
+
+
+def _keep_spending(store: RunStore, client: Any, price: Price | None) -> None:
+    spent = client.spent()
+    store.write_asked(
+        client.name,
+        calls=spent.calls,
+        prompt_tokens=spent.prompt_tokens,
+        completion_tokens=spent.completion_tokens,
+        cost=price.of(spent) if price else None,
+    )

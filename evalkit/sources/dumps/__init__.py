@@ -1,0 +1,1 @@
+"""Readers of ready examples: exports and caches of other tools."""

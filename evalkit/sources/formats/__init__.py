@@ -1,0 +1,1 @@
+"""Readers of dictionaries, one module per on-disk format."""

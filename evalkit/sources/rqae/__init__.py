@@ -1,0 +1,1 @@
+"""RQAEs as feature sources."""

@@ -1,0 +1,1 @@
+"""SAEs of every kind: their weights, their input transforms, and the source that runs them."""

@@ -1,0 +1,1 @@
+"""Numbers: scores per feature, standard errors, where scores vary."""

@@ -1,0 +1,19 @@
+"""A run folder on disk: its identity, its lock, its records, and reading them back."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evalkit.store.run_store import RunStore as RunStore
+    from evalkit.store.run_store import read_run as read_run
+
+__all__ = ["RunStore", "read_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    if name in __all__:
+        return getattr(importlib.import_module("evalkit.store.run_store"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,384 @@
+"""The records of a run folder: ``records.sqlite`` (WAL), beside the folders that other modules fill.
+
+Every record has a key; writing a feature's records is one transaction, so a killed process leaves whole features or
+nothing. Knows the tables; knows nothing about how records are made. Needs neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evalkit.errors import BadFile, MissingFile, StorageError
+from evalkit.records import BASELINE, Explanation, FeatureId, Score, SourceInfo
+from evalkit.store.llm_usage import Asked
+from evalkit.store.run_folder import acquire, bind_identity, sweep
+from evalkit.util.atomic_files import storage_errors
+from evalkit.util.sqlite import open_to_read, open_to_write
+
+if TYPE_CHECKING:
+    from evalkit.store.frames import RunFrames
+
+__all__ = ["FeatureRow", "RunStore", "ScoreKey", "read_run"]
+
+_LAYOUT = 2  # of the tables; raised with every change of them
+_TABLES = """
+CREATE TABLE IF NOT EXISTS sources (
+    position INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL,
+    width INTEGER, l0 REAL, depth INTEGER, measured TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS features (
+    source TEXT NOT NULL, feature TEXT NOT NULL, position INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT,
+    density REAL, threshold REAL, peak REAL, explain_peak REAL, window_share REAL, promoted TEXT NOT NULL,
+    PRIMARY KEY (source, feature));
+CREATE TABLE IF NOT EXISTS explanations (
+    source TEXT NOT NULL, feature TEXT NOT NULL, explainer TEXT NOT NULL, version TEXT NOT NULL, text TEXT,
+    reason TEXT, note TEXT NOT NULL, PRIMARY KEY (source, feature, explainer));
+CREATE TABLE IF NOT EXISTS scores (
+    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
+    control TEXT NOT NULL, repeat INTEGER NOT NULL, version TEXT NOT NULL, judge_version TEXT NOT NULL, cutoff REAL,
+    reason TEXT, PRIMARY KEY (source, feature, scorer, explainer, judge, control, repeat));
+CREATE TABLE IF NOT EXISTS judgements (
+    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
+    control TEXT NOT NULL, repeat INTEGER NOT NULL, item INTEGER NOT NULL, window INTEGER NOT NULL, label INTEGER NOT NULL,
+    match INTEGER, confidence REAL, probability REAL, decile INTEGER, reason TEXT, moments TEXT,
+    PRIMARY KEY (source, feature, scorer, explainer, judge, control, repeat, item)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asked (
+    model TEXT PRIMARY KEY, calls INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    cost REAL, estimate TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
+"""
+
+# a feature that was eligible and of which an explanation or a score failed and none succeeded is "failed"; what the
+# lexical baseline made of it, which fails for nobody, says nothing about the others
+_FEATURES = f"""
+WITH failures AS (
+    SELECT source, feature, reason, explainer = '{BASELINE[0]}' AS baseline FROM explanations WHERE text IS NULL
+    UNION ALL SELECT source, feature, reason, (explainer, judge) = {BASELINE} FROM scores WHERE reason IS NOT NULL)
+SELECT source, feature, position, density, threshold, peak, window_share,
+    CASE WHEN failed IS NULL THEN status ELSE 'failed' END AS status, coalesce(failed, reason) AS reason
+FROM (SELECT f.*, (SELECT min(x.reason) FROM failures x WHERE x.source = f.source AND x.feature = f.feature
+        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL
+            AND (x.baseline OR (s.explainer, s.judge) <> {BASELINE}))
+    ) AS failed FROM features f)
+ORDER BY source, position
+"""
+
+ScoreKey = tuple[str, str, str, str, str, str, int]  # source, feature, scorer, explainer, judge, control, repeat
+_KEY = "source, feature, scorer, explainer, judge, control, repeat"
+_FORGET_JUDGEMENTS = f"DELETE FROM judgements WHERE ({_KEY}) = (?, ?, ?, ?, ?, ?, ?)"
+
+
+class FeatureRow(NamedTuple):
+    """A feature that was tried; the columns of table features.
+
+    ``density`` is the share of unmasked tokens it is active on, ``explain_peak`` its largest activation in a window of
+    the explain pool, ``window_share`` the share of windows of the score pool in which it is active (None where unknown).
+    ``status`` is "ok" or "ineligible" with a ``reason``. ``promoted``: see ``ExplainExamples``.
+    """
+
+    source: str
+    feature: FeatureId
+    position: int
+    status: str
+    reason: str | None
+    density: float
+    threshold: float
+    peak: float
+    explain_peak: float
+    window_share: float | None = None
+    promoted: tuple[str, ...] = ()
+
+
+def _forget_scores(connection: sqlite3.Connection, source: str, feature: FeatureId, explainer: str) -> None:
+    """Drop the scores that rest on an explanation: its own, and the shuffled ones it may be in."""
+    for table in ("scores", "judgements"):
+        connection.execute(
+            f"DELETE FROM {table} WHERE source = ? AND explainer = ? AND (feature = ? OR control = 'shuffled')",
+            (source, explainer, feature),
+        )
+
+
+def _moments(values: Sequence[float] | None) -> str | None:
+    return None if values is None else json.dumps(list(values))
+
+
+class RunStore:
+    """Open with ``RunStore.create`` (to write; one process at a time) or ``RunStore.open`` (to read)."""
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._connection = connection
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, folder: Path, identity: dict[str, Any]) -> RunStore:
+        """Make the folder, or go on with it. Raises RunMismatch, RunLocked, StorageError."""
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = acquire(folder / "run.lock")
+        try:
+            sweep(folder)
+            bind_identity(folder, identity)
+            store = cls(folder, open_to_write(folder / "records.sqlite"))
+            with store._writing():
+                store._connection.executescript(_TABLES)
+                store._connection.execute(f"PRAGMA user_version = {_LAYOUT}")
+        except BaseException:
+            os.close(lock)
+            raise
+        store._lock = lock
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> RunStore:
+        """A finished or unfinished run, to read. Raises MissingFile, BadFile."""
+        path = folder / "records.sqlite"
+        if not path.is_file():
+            inside = ", ".join(sorted(found.name for found in folder.glob("*"))[:4])
+            raise MissingFile(
+                str(folder),
+                expected="a run folder with records.sqlite",
+                seen=f"a folder with {inside or 'nothing'}" if folder.is_dir() else "no such folder",
+                fix="pass the folder that `evalkit run` wrote",
+            )
+        try:
+            connection = open_to_read(path, "judgements")
+            (layout,) = connection.execute("PRAGMA user_version").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise BadFile(str(path), expected="the records of a run", seen=str(error), fix="run again") from error
+        if layout != _LAYOUT:
+            connection.close()
+            raise BadFile(
+                str(path),
+                expected=f"records in layout {_LAYOUT}, as this version of evalkit writes them",
+                seen=f"layout {layout}",
+                fix="read it with the version that made it, or run again with another --out",
+            )
+        return cls(folder, connection)
+
+    def close(self) -> None:
+        """Close the records and let another process in."""
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction. Raises StorageError when the disk is full or read-only."""
+        try:
+            with self._connection:
+                yield self._connection
+        except sqlite3.OperationalError as error:
+            raise StorageError(
+                str(self.folder / "records.sqlite"),
+                expected="to be able to write it",
+                seen=str(error),
+                fix="free space; what is complete is kept, the same command goes on from there",
+            ) from error
+
+    def write_sources(self, sources: Sequence[SourceInfo], measured: Sequence[dict[str, Any]]) -> None:
+        """Replace the list of sources; ``measured`` holds what was seen of each (FVU, L0 on the calibration tokens)."""
+        rows = [
+            (i, s.name, s.kind, s.site, s.width, s.l0, s.depth, json.dumps({**s.declared, **m}, sort_keys=True))
+            for i, (s, m) in enumerate(zip(sources, measured, strict=True))
+        ]
+        with self._writing() as connection:
+            connection.execute("DELETE FROM sources")
+            connection.executemany("INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def write_features(self, source: str, rows: Iterable[FeatureRow]) -> None:
+        """Replace a source's features: what was tried, whether it is eligible, and why not."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM features WHERE source = ?", (source,))
+            kept = [(*row[:-1], json.dumps(row.promoted, ensure_ascii=False)) for row in rows]
+            connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", kept)
+
+    def features(self, source: str) -> list[FeatureRow]:
+        """The rows of a source, in the order they were chosen."""
+        query = "SELECT * FROM features WHERE source = ? ORDER BY position"
+        rows = (FeatureRow(*row) for row in self._connection.execute(query, (source,)))
+        return [row._replace(promoted=tuple(json.loads(str(row.promoted)))) for row in rows]
+
+    def source_names(self) -> list[str]:
+        """Every source, in the order of the run."""
+        return [name for (name,) in self._connection.execute("SELECT name FROM sources ORDER BY position")]
+
+    def write_explanation(self, explanation: Explanation) -> None:
+        """Keep a finished explanation. Scores that rest on an older one go: its own, and the shuffled ones it may be in."""
+        e = explanation
+        key = (e.source, e.feature, e.explainer)
+        with self._writing() as connection:
+            query = "SELECT version, text FROM explanations WHERE source = ? AND feature = ? AND explainer = ?"
+            old = connection.execute(query, key).fetchone()
+            if old is not None and old[1] is not None and old != (e.version, e.text):
+                _forget_scores(connection, *key)
+            connection.execute(
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, ?, ?, NULL, ?)",
+                (e.source, e.feature, e.explainer, e.version, e.text, e.note),
+            )
+
+    def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
+        """Keep the reason why a feature has no explanation; it is tried again on resume. Scores of an older one go."""
+        with self._writing() as connection:
+            query = "SELECT 1 FROM explanations WHERE source = ? AND feature = ? AND explainer = ? AND text IS NOT NULL"
+            if connection.execute(query, (source, feature, explainer)).fetchone():
+                _forget_scores(connection, source, feature, explainer)
+            connection.execute(
+                "INSERT OR REPLACE INTO explanations VALUES (?, ?, ?, '', NULL, ?, '')",
+                (source, feature, explainer, reason),
+            )
+
+    def explanations(self, source: str, explainer: str) -> dict[FeatureId, Explanation]:
+        """Finished explanations by feature."""
+        query = (
+            "SELECT feature, version, text, note FROM explanations "
+            "WHERE source = ? AND explainer = ? AND text IS NOT NULL"
+        )
+        return {
+            feature: Explanation(source, feature, explainer, version, text, note)
+            for feature, version, text, note in self._connection.execute(query, (source, explainer))
+        }
+
+    def write_score(self, key: ScoreKey, score: Score, *, judge_version: str) -> None:
+        """Keep a score and all its judgements, in one transaction, under the names in ``key``."""
+        rows = [
+            (
+                *key,
+                j.item,
+                j.window,
+                j.label,
+                j.match,
+                j.confidence,
+                j.probability,
+                j.decile,
+                j.reason,
+                _moments(j.moments),
+            )
+            for j in score.judgements
+        ]
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (*key, score.version, judge_version, score.cutoff),
+            )
+            connection.execute(_FORGET_JUDGEMENTS, key)
+            connection.executemany("INSERT INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+
+    def explainers(self) -> list[str]:
+        """Names of the explainers that explanations are recorded of."""
+        query = "SELECT DISTINCT explainer FROM explanations WHERE text IS NOT NULL ORDER BY explainer"
+        return [name for (name,) in self._connection.execute(query)]
+
+    def write_failed_score(self, key: ScoreKey, reason: str) -> None:
+        """Keep the reason why a score is missing; it is tried again on resume. An older one goes."""
+        with self._writing() as connection:
+            connection.execute(_FORGET_JUDGEMENTS, key)
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, '', '', NULL, ?)", (*key, reason)
+            )
+
+    def finished_scores(self) -> dict[ScoreKey, tuple[str, str]]:
+        """Scores that need not be made again, with the versions of their scorer and their judge."""
+        query = f"SELECT {_KEY}, version, judge_version FROM scores WHERE reason IS NULL"
+        return {row[:7]: (row[7], row[8]) for row in self._connection.execute(query)}
+
+    def write_stage(self, name: str, seconds: float, detail: dict[str, Any]) -> None:
+        """Add to the time a stage took over all invocations; keep its latest detail."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO stages VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "seconds = seconds + excluded.seconds, detail = excluded.detail",
+                (name, seconds, json.dumps(detail, sort_keys=True)),
+            )
+
+    def stage_done(self, name: str) -> bool:
+        """Whether a stage has finished once."""
+        return bool(self._connection.execute("SELECT 1 FROM stages WHERE name = ?", (name,)).fetchone())
+
+    def write_estimate(self, model: str, estimate: dict[str, Any]) -> None:
+        """Keep what asking a model is expected to take; the first estimate of a run stays."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO asked VALUES (?, 0, 0, 0, NULL, ?)",
+                (model, json.dumps(estimate, sort_keys=True)),
+            )
+
+    def write_asked(
+        self, model: str, *, calls: int, prompt_tokens: int, completion_tokens: int, cost: float | None
+    ) -> None:
+        """Keep what asking a model has taken so far."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO asked VALUES (?, ?, ?, ?, ?, '{}') ON CONFLICT (model) DO UPDATE SET calls = excluded.calls, "
+                "prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens, "
+                "cost = coalesce(excluded.cost, cost)",
+                (model, calls, prompt_tokens, completion_tokens, cost),
+            )
+
+    def asked(self) -> list[Asked]:
+        """What language models were asked, one row per model."""
+        rows = self._connection.execute(
+            "SELECT model, calls, prompt_tokens, completion_tokens, cost, estimate FROM asked ORDER BY model"
+        )
+        return [
+            Asked(model, calls, prompt_tokens, completion_tokens, cost, json.loads(estimate))
+            for model, calls, prompt_tokens, completion_tokens, cost, estimate in rows
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration the run was made with."""
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        return found
+
+    def _cost(self) -> str:
+        """What the run took, in words."""
+        stages = list(self._connection.execute("SELECT name, seconds FROM stages ORDER BY rowid"))
+        told = [", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)] if stages else []
+        return "; ".join([*told, *(asked.sentence() for asked in self.asked())]) or "not recorded"
+
+    def frames(self) -> RunFrames:
+        """All records as data frames."""
+        import pandas as pd
+
+        from evalkit.store.frames import RunFrames
+
+        def frame(query: str) -> pd.DataFrame:
+            return pd.read_sql_query(query, self._connection)
+
+        judgements = frame(
+            f"SELECT j.*, s.version AS scorer_version, s.judge_version FROM judgements j JOIN scores s USING ({_KEY})"
+        )
+        judgements["label"] = judgements["label"].astype(bool)
+        judgements["match"] = judgements["match"].astype("boolean")
+        for column in ("confidence", "probability"):
+            judgements[column] = judgements[column].astype("float64")
+        judgements["decile"] = judgements["decile"].astype("Int64")
+        sources = frame("SELECT name, kind, site, width, l0, depth, measured FROM sources ORDER BY position")
+        for column in ("width", "depth"):
+            sources[column] = sources[column].astype("Int64")
+        sources["l0"] = sources["l0"].astype("float64")
+        return RunFrames(
+            sources=sources,
+            features=frame(_FEATURES),
+            explanations=frame("SELECT * FROM explanations ORDER BY source, feature"),
+            judgements=judgements,
+            meta={**self.identity(), "cost": self._cost()},
+        )
+
+
+def read_run(folder: str | Path) -> RunFrames:
+    """The records of a run as data frames. Raises MissingFile, BadFile."""
+    with RunStore.open(Path(folder)) as store:
+        return store.frames()

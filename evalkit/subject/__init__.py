@@ -1,0 +1,18 @@
+"""The subject model: finding, loading and reading it; the names of places in it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evalkit.subject.model import Subject as Subject
+
+__all__ = ["Subject"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    if name in __all__:
+        return getattr(importlib.import_module("evalkit.subject.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

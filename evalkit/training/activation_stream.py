@@ -1,0 +1,50 @@
+"""Hidden states to train on, computed while training and kept nowhere: for corpora larger than the disk.
+
+Asks a callable for hidden states, context after context in a new order each epoch. A training that resumes asks again for
+what it had used; a store of activations (``activations``) spares that. Knows neither subject model nor corpus files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evalkit.corpus.contexts import Corpus
+from evalkit.records import Site
+from evalkit.seeds import derive
+from evalkit.training.activation_store import Hidden, norm_limit, valid_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+__all__ = ["ActivationStream"]
+
+_CONTEXTS = 16  # per forward
+
+
+class ActivationStream:
+    """Rows of the chosen contexts of a corpus, attention sinks left out. ``rows``, ``sinks``: of the first epoch so far."""
+
+    def __init__(self, corpus: Corpus, contexts: NDArray[np.int64], hidden: Hidden, site: Site, d_model: int) -> None:
+        self.site, self.d_model = site, d_model
+        self.rows = self.sinks = 0
+        self._corpus, self._contexts, self._hidden = corpus, contexts, hidden
+
+    def batches(self, batch_size: int, *, seed: int) -> Iterator[Float[Tensor, "row d_model"]]:
+        """Endless; the rows of some contexts at a time, in float32, whatever ``batch_size`` is."""
+        epoch, limit = 0, None
+        while True:
+            order = np.random.default_rng(derive(seed, "stream", epoch)).permutation(self._contexts)
+            for start in range(0, len(order), _CONTEXTS):
+                batch = self._corpus.batch(order[start : start + _CONTEXTS])
+                found = valid_rows(batch, self._hidden(batch), self.site, self.d_model)
+                limit = norm_limit(found) if limit is None else limit
+                kept = found.float().norm(dim=1) <= limit
+                if epoch == 0:
+                    self.rows, self.sinks = self.rows + int(kept.sum()), self.sinks + int((~kept).sum())
+                yield found[kept].float()
+            epoch += 1

@@ -1,0 +1,362 @@
+"""Tensors in files of strangers, read in part: a few columns of a matrix of gigabytes cost what they weigh.
+
+Opens .safetensors, .npz (never pickled) and torch files (weights only), so no file can run code; shapes are known at once,
+values are read when they are asked for, come as float32 and are refused where they are not finite. What a file claims of
+itself is held against its length before anything is allocated. Writes only where a compressed .npz has to be unpacked once.
+Knows nothing of dictionaries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evalkit.errors import BadFile, BadShape, MissingFile, require
+from evalkit.util.atomic_files import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Index", "Matrix", "Stored", "open_npz", "open_safetensors", "open_torch", "take", "whole"]
+
+Index: TypeAlias = "slice | NDArray[np.int64]"
+Matrix: TypeAlias = "Tensor | Stored"
+
+_GAP = 512  # bytes: what lies closer together is read at once, as one more call costs as much
+_UNREADABLE = (  # what numpy, zipfile, torch and safetensors raise on torn and hostile files
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_OTHER = "other "  # before the name of a dtype that is not one of ours
+_BOMB = 1 << 30, 100  # bytes and times its size in the archive: weights do not shrink so
+_SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16"}
+_LONGEST_HEADER = 100_000_000  # bytes; as safetensors itself has it
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A floating-point tensor of one or two dimensions in a file, row by row. ``what`` names file and tensor in errors."""
+
+    what: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int = 0
+    dtype: str = "<f4"  # numpy's, or bf16
+    transposed: bool = False
+    loaded: Tensor | None = None  # what torch has mapped itself
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def file(self) -> Path:
+        """The file that was opened; ``path`` is where the numbers are, for a compressed .npz in the cache."""
+        return Path(self.what.rpartition(": ")[0] or self.path)
+
+    @property
+    def T(self) -> Stored:
+        """The transpose; nothing is read."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    def read(self) -> Tensor:
+        """All of it, float32. Raises BadFile."""
+        return self.take(slice(None), 0)
+
+    def take(self, index: Index, axis: int) -> Tensor:
+        """The chosen rows (``axis`` 0) or columns (1), float32. Raises BadFile (not finite, file cut), MissingFile."""
+        self.check_dtype()
+        if self.transposed and self.ndim == 2:
+            return replace(self, shape=self.shape[::-1], transposed=False).take(index, 1 - axis).T
+        if self.loaded is not None:
+            chosen = index if isinstance(index, slice) else torch.from_numpy(index)
+            found = self.loaded[chosen] if axis == 0 else self.loaded[:, chosen]
+            return self._checked(found.to(torch.float32, copy=True).contiguous())
+        with _reading(self.path, self.what), self.path.open("rb", buffering=0) as stream:
+            values = self._rows(stream.fileno(), index) if axis == 0 else self._columns(stream.fileno(), index)
+        return self._checked(torch.from_numpy(values))
+
+    def check_dtype(self) -> None:
+        """Raises BadShape for what is not floating point (an .npz keeps such arrays; they are known by name only)."""
+        if self.dtype.startswith(_OTHER):
+            raise BadShape(
+                self.what,
+                expected="float16, float32 or float64",
+                seen=self.dtype.removeprefix(_OTHER),
+                fix="save the dictionary again in floating point",
+            )
+
+    @property
+    def _itemsize(self) -> int:
+        return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
+
+    def _rows(self, file: int, index: Index) -> NDArray[np.float32]:
+        length = prod(self.shape[1:])
+        wanted = np.arange(self.shape[0])[index]
+        out = np.empty((len(wanted), *self.shape[1:]), np.float32)
+        flat = out.reshape(len(wanted), length)
+        for first, last in _runs(wanted):
+            start = int(wanted[first]) * length
+            flat[first:last] = self._span(file, start, (last - first) * length).reshape(last - first, length)
+        return out
+
+    def _columns(self, file: int, index: Index) -> NDArray[np.float32]:
+        rows, length = self.shape
+        wanted = np.arange(length)[index]
+        order = np.argsort(wanted, kind="stable")
+        rising = wanted[order]
+        out = np.empty((rows, len(wanted)), np.float32)
+        if not len(wanted):
+            return out
+        edges = np.flatnonzero(np.diff(rising) * self._itemsize > _GAP) + 1
+        spans = [(part[0], part[-1] + 1, part) for part in np.split(rising, edges)]
+        found = np.empty(len(wanted), np.float32)
+        if hasattr(os, "posix_fadvise"):  # not on every system; without it the disk reads ahead what nobody asked for
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        for row in range(rows):
+            at = 0
+            for low, high, part in spans:
+                values = self._span(file, row * length + int(low), int(high - low))
+                found[at : at + len(part)] = values[part - low]
+                at += len(part)
+            out[row, order] = found
+        return out
+
+    def _span(self, file: int, start: int, count: int) -> NDArray[np.float32]:
+        """``count`` neighbouring numbers, as float32."""
+        wanted = count * self._itemsize
+        data = os.pread(file, wanted, self.offset + start * self._itemsize)
+        while len(data) < wanted:  # a read of more than 2 GB comes in pieces
+            more = os.pread(file, wanted - len(data), self.offset + start * self._itemsize + len(data))
+            if not more:
+                raise EOFError("the file ends inside this tensor")
+            data += more
+        if self.dtype == "bf16":
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):
+            return np.frombuffer(data, self.dtype).astype(np.float32, copy=False)
+
+    def _checked(self, values: Tensor) -> Tensor:
+        bad = int(values.numel() - torch.isfinite(values).sum())
+        if bad:
+            raise BadFile(
+                self.what,
+                expected="finite numbers",
+                seen=f"{bad} of {values.numel()} are NaN or infinite",
+                fix="download or train the dictionary again",
+            )
+        return values
+
+
+def take(matrix: Matrix, index: Index, axis: int) -> Tensor:
+    """The chosen rows (``axis`` 0) or columns (1) of a matrix in memory or on disk."""
+    if isinstance(matrix, Stored):
+        return matrix.take(index, axis)
+    chosen = index if isinstance(index, slice) else torch.from_numpy(index).to(matrix.device)
+    return matrix[chosen] if axis == 0 else matrix[:, chosen]
+
+
+def whole(matrix: Matrix) -> Tensor:
+    """All of a tensor in memory or on disk."""
+    return matrix.read() if isinstance(matrix, Stored) else matrix
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """The floating-point tensors of a .safetensors file. Raises MissingFile, BadFile."""
+    require("safetensors", "model")
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    with _reading(path, str(path)):
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # checks the header: offsets inside the file, sizes that agree with shapes
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(min(length, _LONGEST_HEADER)))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        what = f"{path}: {name}"
+        kind = _SAFETENSORS.get(entry["dtype"])
+        found[name] = Stored(what, tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0], kind or _OTHER)
+    return _only_floats(found)
+
+
+def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None = None) -> dict[str, Stored]:
+    """The floating-point tensors of a state dict that torch wrote; other entries are left out. Raises MissingFile, BadFile.
+
+    ``select`` picks the mapping of names to tensors out of what the file holds. Read with ``weights_only=True``.
+    """
+    with _reading(path, str(path)):
+        held = _load_torch(path)
+        state = held if select is None else select(held)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a {type(state).__name__} instead of named tensors")
+        tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    found = {}
+    for name, value in tensors.items():
+        plain = value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+        kind = "<f4" if plain else _OTHER
+        if plain and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            with _reading(path, str(path)):
+                raise ValueError(f"{name} claims shape {tuple(value.shape)} and has fewer numbers")
+        found[name] = Stored(f"{path}: {name}", tuple(value.shape), path, dtype=kind, loaded=value)
+    return _only_floats(found)
+
+
+def _load_torch(path: Path) -> Any:
+    with path.open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+
+
+def open_npz(path: Path) -> dict[str, Stored]:
+    """The floating-point arrays of an .npz file. A compressed array is unpacked once into the cache folder.
+
+    Raises MissingFile, BadFile (pickled objects among other things), BadShape (integers), StorageError.
+    """
+    found = {}
+    with _reading(path, str(path)), _archive(path) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        if not members:
+            raise ValueError("an archive without arrays")
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            found[name] = _npz_member(path, archive, member, f"{path}: {name}")
+    return found
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    with path.open("rb") as stream:
+        if stream.read(6) == b"\x93NUMPY":
+            raise ValueError("a single array instead of an archive of arrays")
+    return zipfile.ZipFile(path)
+
+
+def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, what: str) -> Stored:
+    with archive.open(member) as stream:
+        shape, fortran, dtype = _npy_header(stream)
+        begin = stream.tell()
+    if dtype.hasobject:
+        raise ValueError(f"pickled objects in {member.filename}")
+    if begin + prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} claims shape {shape} and has {member.file_size - begin} bytes")
+    plain = dtype.kind == "f" and dtype.itemsize <= 8 and dtype.byteorder != ">" and not (fortran and len(shape) > 2)
+    kind = dtype.newbyteorder("<").str if plain else f"{_OTHER}{dtype}"
+    order = shape[::-1] if fortran else shape
+    if member.compress_type == zipfile.ZIP_STORED:
+        with path.open("rb") as stream:
+            stream.seek(member.header_offset)
+            local = stream.read(30)
+            if local[:4] != b"PK\x03\x04":
+                raise ValueError("a torn archive")
+            begin += member.header_offset + 30 + int.from_bytes(local[26:28], "little")
+            begin += int.from_bytes(local[28:30], "little")
+        place = path
+    else:
+        place = _unpacked(path, archive, member)
+    stored = Stored(what, order, place, begin, kind)
+    return stored.T if fortran and len(shape) == 2 else stored
+
+
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+    known: dict[Any, Any] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    read = known.get(version)
+    if read is None:
+        raise ValueError(f"an .npy of version {version}")
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
+
+
+def cache_folder() -> Path:
+    """Where unpacked files are kept: $EVALKIT_CACHE, else the user's cache folder."""
+    given = os.environ.get("EVALKIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "evalkit"
+    return Path(given).expanduser() if given else base
+
+
+def _unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Path:
+    if member.file_size > _BOMB[0] and member.file_size > _BOMB[1] * member.compress_size:
+        raise ValueError(f"{member.filename} has {member.compress_size} bytes and would unpack to {member.file_size}")
+    state = path.stat()
+    key = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{member.filename}\0{member.CRC}"
+    target = cache_folder() / "unpacked" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
+    if not target.exists():
+        with atomic_path(target) as temporary, temporary.open("wb") as out, archive.open(member) as packed:
+            while block := packed.read(1 << 22):
+                out.write(block)
+    return target
+
+
+def _runs(wanted: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Stretches of neighbouring numbers, as positions."""
+    for first, last in pairwise([0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]):
+        if first < last:
+            yield first, last
+
+
+def _only_floats(found: dict[str, Stored]) -> dict[str, Stored]:
+    return {name: stored for name, stored in found.items() if not stored.dtype.startswith(_OTHER)}
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a reader raises on a file that is not what it should be into one of our errors."""
+    try:
+        yield
+    except (BadFile, BadShape, MissingFile):
+        raise
+    except FileNotFoundError as error:
+        raise MissingFile(str(path), expected="a file of weights", seen="no such file", fix="check the path") from error
+    except _UNREADABLE as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lower = str(error).lower()
+        hostile = "pickle" in lower or "weights_only" in lower or "weightsunpickler" in lower or "global" in lower
+        raise BadFile(
+            what,
+            expected=_kind(path),
+            seen="pickled objects, which could run code" if hostile else first[:200],
+            fix="download or save the dictionary again" + (" as safetensors" if hostile else ""),
+        ) from error
+
+
+def _kind(path: Path) -> str:
+    known = {".npz": "an .npz archive of plain arrays", ".safetensors": "plain tensors in a .safetensors file"}
+    return known.get(path.suffix, "plain tensors in a file that torch wrote")

@@ -1,0 +1,1 @@
+"""Codes of vectors: the literal definition, and the fast kernels that equal it."""

@@ -1,0 +1,91 @@
+"""The inner step of encoding on a GPU, as a fused Triton kernel: choose the codes of a block, subtract them inside it.
+
+Every token has a thread, which fixes the codes of 16 quantizers one after the other and subtracts each from the next.
+Triton is imported when it is first asked for, so this file imports without it; with TRITON_INTERPRET=1 in the environment
+before that, its interpreter runs the kernel on a CPU, slowly, for tests. Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from rqae.config import RqaeConfig
+from rqae.encoding.codebook import TIE, SortedGrid
+
+__all__ = ["TritonGridBlock", "is_available"]
+
+_MAX_WIDTH = 8  # the components of p are sorted in registers
+_WARPS = 2
+_TILE = 32 * _WARPS  # tokens of a program: one per thread
+_OLDEST_TRITON = (3, 3)  # the first with tuples
+
+
+def is_available(config: RqaeConfig, device: torch.device) -> bool:
+    """Whether this kernel computes the codes of such a codebook on such a device."""
+    there = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return SortedGrid.serves(config) and config.codebook_dim <= _MAX_WIDTH and there and _has_triton()
+
+
+def _has_triton() -> bool:
+    """Whether Triton is installed and new enough; imports it."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _OLDEST_TRITON
+
+
+class TritonGridBlock:
+    """Solves blocks of quantizers of a normalised grid."""
+
+    size = 16  # quantizers
+
+    def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
+        device = diagonal.device
+        self._grid = SortedGrid.of(config, device)
+        self._canonical = canonical.to(device, torch.int32)
+        self._book = codebook[0].contiguous()  # (K, c)
+        self._diagonal = diagonal.contiguous()  # (m, size · c): rows of G, each in its own block
+
+    def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
+        """Fix the codes of quantizers low..high-1; p ((high - low) · c, N), codes (n_q, N) int32, vectors (m, N)."""
+        from rqae.encoding.triton_kernels import solve_tile
+
+        tokens, width = p.shape[1], self._book.shape[1]
+        programs = -(-tokens // _TILE)
+        with _device_of(p):
+            solve_tile[(programs,)](
+                p,
+                codes,
+                vectors,
+                self._diagonal,
+                self._grid.patterns,
+                self._grid.steps,
+                self._grid.places,
+                self._canonical,
+                self._book,
+                low,
+                high,
+                tokens,
+                p.stride(0),
+                codes.stride(0),
+                vectors.stride(0),
+                self._diagonal.stride(0),
+                len(self._grid.patterns),
+                len(self._book),
+                self._grid.centre,
+                TIE,
+                C=width,
+                TILE=_TILE,
+                num_warps=_WARPS,
+            )
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, where Triton launches; on a CPU there is nothing to do."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

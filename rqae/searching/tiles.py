@@ -1,0 +1,153 @@
+"""The inner loops of search on a CPU as machine code: decode a tile of codes, and keep the best of its scores.
+
+Imports numba, so nothing imports this file before it is needed. Knows nothing of models and files;
+``rqae.searching.search`` says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rqae.encoding.compiled import compiled
+
+__all__ = ["decode", "push"]
+
+_SLACK = np.float32(1e-6)  # several roundings
+_STRIDE = 32  # tokens that are looked at together
+_LINE = 16  # codes of two bytes in a cache line; so many codebooks stay in the second cache meanwhile
+
+
+def decode(codes: Any, table: Any, out: Any) -> int:
+    """codes (T, n) uint16, table (n, K, c): out (T, n · c) gets the table's row of each code. Returns the largest code.
+
+    With one beyond the table, ``out`` is left alone. Arrays are float32 and ``table`` and ``out`` contiguous.
+    """
+    count, size, width = table.shape
+    largest = int(codes.max()) if codes.size else 0
+    if largest < size and width == 4:  # sixteen bytes, copied as one number
+        _look_up(codes, table.view(np.complex128).reshape(-1), out.view(np.complex128), size)
+    elif largest < size:
+        _look_up_rows(codes, table.reshape(count * size, width), out, size)
+    return largest
+
+
+@compiled
+def _look_up(codes: Any, table: Any, out: Any, size: int) -> None:
+    for start in range(0, codes.shape[1], _LINE):
+        end = min(start + _LINE, codes.shape[1])
+        for token in range(codes.shape[0]):
+            mine, row = codes[token], out[token]
+            for quantizer in range(start, end):
+                at = np.uint32(quantizer)  # unsigned: numba looks for negative indices else
+                row[at] = table[at * np.uint32(size) + np.uint32(mine[at])]
+
+
+@compiled
+def _look_up_rows(codes: Any, table: Any, out: Any, size: int) -> None:
+    width = table.shape[1]
+    for start in range(0, codes.shape[1], _LINE):
+        end = min(start + _LINE, codes.shape[1])
+        for token in range(codes.shape[0]):
+            for quantizer in range(start, end):
+                place = quantizer * size + np.int64(codes[token, quantizer])
+                for axis in range(width):
+                    out[token, quantizer * width + axis] = table[place, axis]
+
+
+@compiled
+def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
+    """Keep the ``k`` best in the order they came, of equal ones the earlier; return the least. ``keys``: room to work
+    in.
+
+    The least is found by bisection over the integers that order as floats do: every step only counts.
+    """
+    bits = values.view(np.int32)
+    for at in range(len(values)):
+        key = bits[at] if values[at] != 0 else np.int32(0)  # minus zero is zero
+        keys[at] = key ^ ((key >> 31) & np.int32(0x7FFFFFFF))
+    low, high = np.int64(-0x3F800001), np.int64(0x3F800000)  # of -1 and less, of 1
+    while low < high:
+        middle = (low + high) >> 1
+        pivot, above = np.int32(middle), np.int32(0)
+        for at in range(len(values)):
+            above += np.int32(1) if keys[at] > pivot else np.int32(0)
+        if above >= k:
+            low = middle + 1
+        else:
+            high = middle
+    least, ties = np.int32(low), np.int64(k)
+    for at in range(len(values)):
+        ties -= np.int64(keys[at] > least)
+    kept = np.int64(0)
+    for at in range(len(values)):
+        if kept < k:  # without a branch on what is kept: it is written over otherwise
+            tie = (keys[at] == least) & (ties > 0)
+            keep = np.int64(keys[at] > least) | np.int64(tie)
+            ties -= np.int64(tie)
+            values[kept], rows[kept] = values[at], rows[at]
+            kept += keep
+    least_value = values[0]
+    for at in range(1, k):
+        least_value = min(least_value, values[at])
+    return least_value
+
+
+@compiled
+def _any_above(sums: Any, limit: Any) -> Any:
+    """Whether one is above the limit; without branches, so in vector instructions."""
+    above = np.int32(0)
+    for token in range(len(sums)):
+        above += np.int32(1) if sums[token] > limit else np.int32(0)
+    return above > 0
+
+
+@compiled
+def _limit(floor: Any, total: Any) -> Any:
+    """What a sum must exceed for its score to exceed the floor; a little less, as the division decides."""
+    limit = floor * total
+    return limit - _SLACK * abs(limit)
+
+
+@compiled
+def _score(value: Any, total: Any) -> Any:
+    return min(max(value / total, np.float32(-1)), np.float32(1))
+
+
+@compiled
+def push(
+    sums: Any, total: Any, first: int, segments: Any, floors: Any, counts: Any, values: Any, rows: Any, k: int
+) -> None:
+    """Append the scores above a feature's floor: sums (F, T) over ``total``, of rows ``first`` and on; lists (F, room).
+
+    A full list is cut to its ``k`` best, of equal ones the earlier, and the least of these becomes the floor.
+    ``segments`` (S + 1,) are the starts of stretches of which only the best token counts, first of equals; empty where
+    every token does. Rows must come in rising order.
+    """
+    room, tokens = values.shape[1], sums.shape[1]
+    stretches = max(len(segments) - 1, 0)
+    steps = stretches if stretches else (tokens + _STRIDE - 1) // _STRIDE
+    keys = np.empty(room, np.int32)
+    for feature in range(sums.shape[0]):
+        floor, count, mine = floors[feature], counts[feature], sums[feature]
+        for step in range(steps):
+            start = segments[step] if stretches else step * _STRIDE
+            end = segments[step + 1] if stretches else min(start + _STRIDE, tokens)
+            if not _any_above(mine[start:end], _limit(floor, total)):
+                continue
+            if stretches:  # the best token of this stretch alone
+                for other in range(start + 1, end):
+                    if _score(mine[other], total) > _score(mine[start], total):
+                        start = other
+                end = start + 1
+            for token in range(start, end):
+                score = _score(mine[token], total)
+                if score > floor:
+                    if count == room:
+                        floor, count = _cut(values[feature], rows[feature], k, keys), k
+                        if not score > floor:
+                            continue
+                    values[feature, count], rows[feature, count] = score, first + token
+                    count += 1
+        floors[feature], counts[feature] = floor, count

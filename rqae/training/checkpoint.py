@@ -1,0 +1,59 @@
+"""The checkpoint of a training that is not finished: written whole or not at all, read with torch's ``weights_only``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rqae.errors import RqaeError
+
+if TYPE_CHECKING:
+    from rqae.training.loop import RqaeTrainingConfig
+
+__all__ = ["resume", "save"]
+
+
+def _fingerprint(config: RqaeTrainingConfig, data: str) -> str:
+    """What must be equal for a checkpoint to go on: everything but where, and how often, it is saved or measured."""
+    left_out = ("checkpoint", "checkpoint_every", "evaluate_every")
+    values = {name: value for name, value in asdict(config).items() if name not in left_out}
+    return repr([*sorted(values.items()), data])
+
+
+def save(path: Path, config: RqaeTrainingConfig, data: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors for a training of this configuration on these ``data`` (a digest) to go on from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save({"config": _fingerprint(config, data), "tensors": dict(tensors)}, partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def resume(path: Path, config: RqaeTrainingConfig, data: str) -> dict[str, Tensor]:
+    """The tensors that ``save`` wrote. Raises RqaeError for a damaged file, or one of another configuration."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        seen, tensors = saved["config"], saved["tensors"]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise RqaeError(
+            str(path), expected="a training checkpoint", seen=str(error)[:120], fix="delete it to start again"
+        ) from error
+    if seen != _fingerprint(config, data):
+        raise RqaeError(
+            str(path),
+            expected="a checkpoint of this training configuration and these activations",
+            seen="another configuration, or other activations",
+            fix="delete it to start again, or give another checkpoint path",
+        )
+    state: dict[str, Tensor] = tensors
+    return state

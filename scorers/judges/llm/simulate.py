@@ -1,0 +1,217 @@
+"""Simulations by a language model: it is asked for a level from 0 to 9 for every token of one window.
+
+The prompt is the versioned file ``prompts/simulate_v1.toml``; explanation and tokens enter it as JSON, so no text can end
+its own quotes. Everything before the window's tokens is the same for all windows of an explanation, which is what caches
+of prefixes live on. Replies are constrained where the client can. Where it gives log-probabilities, a token's prediction
+is the expected level Σ p(k)·k over the digits the model weighed there, else the digit it wrote. A reply that cannot be
+read is asked for once more, then the window has no simulation but a reason. Knows nothing of true activations.
+
+Source of the expected level: Bills et al. 2023, "Language models can explain neurons in language models" (OpenAI).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from evalkit.errors import ContextOverflow, RequestRefused
+from evalkit.markup import quoted
+from evalkit.protocols import Client
+from evalkit.records import Message, Response, Simulation
+from scorers.judges.llm.parsing import Unparsable, is_spoken_of, takes_back
+
+__all__ = [
+    "SIMULATE_VERSION",
+    "expected_level",
+    "locate",
+    "parse_levels",
+    "simulate_prompt",
+    "simulate_schema",
+    "simulate_windows",
+]
+
+LEVELS = range(10)  # single digits: each is one token of any tokenizer, so its probability can be read off
+SIMULATE_VERSION = "simulate-1"  # of records: that of the prompt file, and of how replies are read
+_LOGPROBS = 5  # candidates of every token: so many any server gives, and recordings hold every one of them
+_TOKENS_PER_LEVEL, _TOKENS_AROUND = 4, 16
+_LEVEL = re.compile(r"""(["']?)([0-9])(?:\.0)?\1""")
+
+
+@cache
+def _prompt() -> dict[str, Any]:
+    return tomllib.loads(files("scorers.judges").joinpath("prompts/simulate_v1.toml").read_text(encoding="utf-8"))
+
+
+async def simulate_windows(
+    client: Client,
+    explanation: str,
+    windows: Sequence[Sequence[str]],
+    *,
+    seed_of: Callable[[Sequence[Message]], int],
+    thinking_tokens: int = 0,
+) -> list[Simulation]:
+    """As many simulations as windows, in their order; a window is its tokens as text.
+
+    ``seed_of`` gives the seed of a request; ``thinking_tokens`` as in ``LlmJudge``, then without
+    log-probabilities. Raises RequestRefused where every request is refused, and other ClientErrors.
+    """
+    outcomes = await asyncio.gather(*(_ask(client, explanation, one, seed_of, thinking_tokens) for one in windows))
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
+    if refusals and len(refusals) == len(outcomes):
+        raise refusals[0]  # not these texts are refused, but whatever we ask
+    return [Simulation(None, str(one)) if isinstance(one, RequestRefused) else one for one in outcomes]
+
+
+async def _ask(
+    client: Client,
+    explanation: str,
+    tokens: Sequence[str],
+    seed_of: Callable[[Sequence[Message]], int],
+    thinking_tokens: int,
+) -> Simulation | RequestRefused:
+    messages, reason = simulate_prompt(explanation, tokens), ""
+    try:
+        for _ in range(2):
+            response = await client.generate(
+                messages,
+                schema=simulate_schema(len(tokens)),
+                logprobs=0 if thinking_tokens else _LOGPROBS,
+                seed=seed_of(messages),
+                max_tokens=_TOKENS_PER_LEVEL * len(tokens) + _TOKENS_AROUND + thinking_tokens,
+            )
+            try:
+                if response.in_thought:
+                    raise Unparsable(f"the reply ends within a thought: {response.answer[:77]!r}")
+                return Simulation(_values(response, parse_levels(response.answer, len(tokens))))
+            except Unparsable as error:
+                reason = str(error)
+                messages = _again(messages, response, len(tokens))
+    except RequestRefused as error:
+        return error
+    except ContextOverflow as error:
+        reason = str(error)
+    return Simulation(None, reason)
+
+
+def simulate_schema(count: int) -> dict[str, Any]:
+    """The JSON schema of a list of ``count`` levels."""
+    return {"type": "array", "items": {"enum": list(LEVELS)}, "minItems": count, "maxItems": count}
+
+
+def simulate_prompt(explanation: str, tokens: Sequence[str]) -> list[Message]:
+    """The chat messages that ask for the levels of one window's tokens."""
+    prompt = _prompt()
+    messages = [Message("system", prompt["system"].strip())]
+    for shot in prompt["shots"]:
+        messages.append(Message("user", _question(shot["description"], shot["tokens"])))
+        messages.append(Message("assistant", json.dumps(shot["levels"])))
+    return [*messages, Message("user", _question(explanation, tokens))]
+
+
+def _question(description: str, tokens: Sequence[str]) -> str:
+    lines = [f"Description: {quoted(description)}", f"Tokens: {quoted(tokens)}"]
+    levels = "1 level" if len(tokens) == 1 else f"{len(tokens)} levels"
+    return "\n".join([*lines, f"Reply with a list of {levels}."])
+
+
+def _again(messages: Sequence[Message], response: Response, count: int) -> list[Message]:
+    wanted = f"a JSON list of exactly {count} numbers, each a digit from 0 to 9"
+    return [
+        *messages,
+        Message("assistant", response.text),
+        Message("user", f"That could not be read. Reply with {wanted}, and nothing else."),
+    ]
+
+
+def parse_levels(text: str, count: int) -> tuple[int, ...]:
+    """The ``count`` levels of a reply that holds exactly one list of them, prose around it or not. Raises Unparsable."""
+    shown = repr(text if len(text) <= 80 else text[:77] + "…")
+    if text.count("[") != 1 or text.count("]") != 1 or text.index("[") > text.index("]"):
+        raise Unparsable(f"the reply holds no single list: {shown}")
+    if is_spoken_of(text, text.index("["), text.index("]") + 1) or takes_back(text, text.index("]")):
+        raise Unparsable(f"the reply speaks about a list: {shown}")
+    inside = text[text.index("[") + 1 : text.index("]")].strip()
+    elements = [element.strip(" \t\r\n") for element in inside.split(",")] if inside else []
+    found = [_LEVEL.fullmatch(element) for element in elements]
+    for element, level in zip(elements, found, strict=True):
+        if level is None:
+            raise Unparsable(f"{element[:20]!r} is no digit from 0 to 9: {shown}")
+    if len(found) != count:
+        raise Unparsable(f"{len(found)} levels instead of {count}: {shown}")
+    return tuple(int(level[2]) for level in found if level is not None)
+
+
+def _values(response: Response, levels: Sequence[int]) -> tuple[float, ...]:
+    """Expected levels where the reply tells them, else the levels themselves."""
+    steps = locate(response.logprobs, levels)
+    if steps is None:
+        return tuple(float(level) for level in levels)
+    expected = [expected_level(response.logprobs[step]) for step in steps]
+    return tuple(float(level) if value is None else value for value, level in zip(expected, levels, strict=True))
+
+
+def locate(logprobs: Sequence[Mapping[str, float]], levels: Sequence[int]) -> list[int] | None:
+    """Which generated token holds each level. None unless there is one way only, each level being a token of its own.
+
+    A client tells the candidates of every token but not which of them was taken, so the list that was read out of the
+    reply is spelled with them anew: it may start at any token, and white space may stand anywhere.
+    """
+    target = "[" + ",".join(map(str, levels)) + "]"
+    paths: dict[int, tuple[int, tuple[int | None, ...]]] = {}  # by characters spelled: ways, the levels' tokens in one
+    complete: list[tuple[int, tuple[int | None, ...]]] = []
+    for step, candidates in enumerate(logprobs):
+        longer: dict[int, tuple[int, tuple[int | None, ...]]] = {}
+        for start, (ways, steps) in [(0, (1, ())), *paths.items()]:
+            for piece in {_bare(candidate) for candidate, logprob in candidates.items() if logprob > -math.inf}:
+                end = _spell(target, start, piece)
+                if end is None:
+                    continue
+                spelled = target[start:end]
+                own = (step,) if spelled.isdigit() else (None,) if any(map(str.isdigit, spelled)) else ()
+                if end == len(target):
+                    complete.append((ways, (*steps, *own)))
+                else:
+                    longer[end] = (longer[end][0] + ways, longer[end][1]) if end in longer else (ways, (*steps, *own))
+        paths = longer
+    if sum(ways for ways, _ in complete) != 1 or None in complete[0][1]:
+        return None
+    return [step for step in complete[0][1] if step is not None]
+
+
+def _spell(target: str, start: int, piece: str) -> int | None:
+    """How far ``piece`` takes the spelling of ``target`` from ``start`` on, None where it does not fit."""
+    if start == 0:
+        opening = piece.rfind("[")
+        if opening < 0:
+            return None
+        piece = piece[opening:]
+    rest = target[start:]
+    if rest.startswith(piece):
+        return start + len(piece)
+    return len(target) if piece.startswith(rest) else None
+
+
+def expected_level(candidates: Mapping[str, float]) -> float | None:
+    """Σ p(k)·k over the digits among the candidates (natural-log probabilities), None where there is none of them.
+
+    Probabilities are scaled to sum to one over the digits; spellings with white space count.
+    """
+    mass = dict.fromkeys(LEVELS, 0.0)
+    for candidate, logprob in candidates.items():
+        bare = _bare(candidate)
+        if len(bare) == 1 and bare in "0123456789" and not math.isnan(logprob):
+            mass[int(bare)] += math.exp(min(logprob, 0.0))
+    total = sum(mass.values())
+    return sum(level * share for level, share in mass.items()) / total if total > 0 else None
+
+
+def _bare(token: str) -> str:
+    """A token's text without white space, whichever way a tokenizer writes that."""
+    return "".join(token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", " ").split())

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evalkit.collect.activations import SHARD_CONTEXTS, Chosen, collect
+from evalkit.collect.calibration import calibrate, choose_centres, top_share_threshold
+from evalkit.corpus.windows import build_grid
+from evalkit.errors import BadFile, CorpusError
+from evalkit.records import Site, TokenBatch
+from evalkit.sources.controls import PlantedSource, RandomDirectionsSource
+from tests.corpus.test_windows import ArrayCorpus, random_corpus
+
+D_MODEL = 32
+
+
+def pools_of(corpus: ArrayCorpus, seed: int) -> np.ndarray:
+    return build_grid(corpus, window_length=16, skip_first=1, seed=seed).context_pools
+
+
+SITE = Site("m", "layers.1")
+
+
+@dataclass
+class TableStates:
+    """Hidden states by table look-up of the token id: a one-layer model whose states are known in closed form."""
+
+    seen: list[int] = field(default_factory=list)  # contexts asked for
+    limits: dict[str, float] = field(default_factory=lambda: {SITE.path: 1e9})
+
+    def table(self) -> torch.Tensor:
+        return torch.randn(5001, D_MODEL, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+
+    def hidden(self, token_ids: np.ndarray | TokenBatch) -> dict[str, torch.Tensor]:
+        if isinstance(token_ids, TokenBatch):
+            self.seen += token_ids.contexts.tolist()
+            token_ids = token_ids.token_ids
+        return {SITE.path: self.table()[torch.from_numpy(token_ids)]}
+
+
+def sources() -> list[Chosen]:
+    random = RandomDirectionsSource(SITE, D_MODEL, 6, 0.01, seed=0)
+    random = random.with_thresholds({str(i): 2.0 for i in range(6)})
+    planted = PlantedSource(SITE, {"a": tuple(range(20)), "b": (1000, 2000)})
+    return [Chosen(random, ("5", "0", "3")), Chosen(planted, ("a", "b"))]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> ArrayCorpus:
+    return random_corpus(n=150)
+
+
+def test_entries_equal_the_dense_definition(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    collection = collect(corpus, TableStates(), sources(), tmp_path, batch_size=8)
+    found = collection.read(0)
+    everything = corpus.batch(np.arange(150))
+    hidden = TableStates().table()[torch.from_numpy(everything.token_ids)]
+    dense = (hidden @ sources()[0].source.directions(["5", "0", "3"]).T).reshape(-1, 3).numpy()  # type: ignore[attr-defined]
+    wanted = np.argwhere((dense > 2.0) & everything.valid.reshape(-1, 1))
+    assert sorted(zip(found.tokens.tolist(), found.features.tolist(), strict=True)) == sorted(
+        map(tuple, wanted.tolist())
+    )
+    assert np.allclose(found.values, dense[found.tokens, found.features] - 2.0, atol=1e-5)
+    assert found.n_tokens == everything.valid.sum()
+    planted = collection.read(1)
+    hits = np.isin(corpus.tokens, range(20)) & everything.valid
+    assert np.array_equal(np.sort(planted.tokens[planted.features == 0]), np.flatnonzero(hits))
+
+
+def test_attention_sinks_are_masked(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    """Half of the tokens are longer than this limit: they neither fire nor count."""
+    states = TableStates(limits={SITE.path: float(TableStates().table().norm(dim=-1).median())})
+    found = collect(corpus, states, sources(), tmp_path, batch_size=8).read(0)
+    everything = corpus.batch(np.arange(150))
+    norms = TableStates().table()[torch.from_numpy(everything.token_ids)].norm(dim=-1).numpy()
+    sound = everything.valid & (norms <= states.limits[SITE.path])
+    assert found.n_tokens == sound.sum()
+    assert sound.ravel()[found.tokens].all()
+    whole = collect(corpus, TableStates(), sources(), tmp_path / "whole", batch_size=8).read(0)
+    assert len(found.tokens) == sound.ravel()[whole.tokens].sum()
+
+
+def test_sinks_are_ten_times_the_median(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    calibration = calibrate(
+        corpus, TableStates(), tmp_path / "c.safetensors", sites=[SITE.path], n_contexts=150, centres=[], seed=0
+    )
+    batch = corpus.batch(np.arange(150))
+    norms = TableStates().table()[torch.from_numpy(batch.token_ids)][torch.from_numpy(batch.valid)].norm(dim=-1)
+    assert calibration.limits == {SITE.path: pytest.approx(10 * float(norms.median()))}
+
+
+def test_batch_size_changes_no_byte(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    contents = []
+    for size in (1, 7, 64, 1000):
+        collection = collect(corpus, TableStates(), sources(), tmp_path / str(size), batch_size=size)
+        parts = [collection.read(index) for index in range(2)]
+        contents.append([(p.tokens.tobytes(), p.features.tobytes(), p.n_tokens) for p in parts])
+    assert all(content == contents[0] for content in contents)
+
+
+def test_shards_on_disk_are_never_computed_again(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    collection = collect(corpus, TableStates(), sources(), tmp_path, batch_size=16)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == -(-150 // SHARD_CONTEXTS)
+    states = TableStates()
+    collect(corpus, states, sources(), tmp_path, batch_size=16)
+    assert states.seen == []
+    collection.path(1).unlink()
+    collect(corpus, states, sources(), tmp_path, batch_size=5)
+    assert states.seen == list(range(64, 128))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_shard_is_named(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    collection = collect(corpus, TableStates(), sources(), tmp_path, batch_size=16)
+    collection.path(0).write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(BadFile, match=r"shard-000000\.npz: expected a shard of this run"):
+        collection.read(0)
+
+
+def test_calibration_remembers_and_asks_only_for_the_rest(corpus: ArrayCorpus, tmp_path: Path) -> None:
+    centres = choose_centres(corpus, pools_of(corpus, 0), 12, 0)
+    path = tmp_path / "calibration.safetensors"
+    options = {"sites": [SITE.path], "n_contexts": 20, "centres": centres, "seed": 0}
+    first = calibrate(corpus, TableStates(), path, **options)  # type: ignore[arg-type]
+
+    class Refuses:
+        def hidden(self, token_ids: np.ndarray) -> dict[str, torch.Tensor]:
+            raise AssertionError("the subject model was asked again")
+
+    again = calibrate(corpus, Refuses(), path, **options)  # type: ignore[arg-type]
+    assert again.sample.sum() == 20
+    everything = corpus.batch(np.arange(150))
+    truth = TableStates().table()[torch.from_numpy(everything.token_ids)]
+    known = corpus.batch(again.rows)
+    assert torch.equal(again.hidden(known)[SITE.path], truth[again.rows])
+    assert torch.equal(first.hidden(everything)[SITE.path], truth)
+    states = again.centre_states(SITE.path, centres)
+    for row, centre in zip(states, centres, strict=True):
+        token = int(centre.feature.split("@")[0])
+        assert corpus.tokens[centre.context, centre.position] == token
+        assert torch.equal(row, TableStates().table()[token])
+    with pytest.raises(BadFile, match="expected the calibration states of this run; seen other contexts"):
+        calibrate(corpus, Refuses(), path, **{**options, "seed": 1})  # type: ignore[arg-type]
+
+
+def test_centres_are_uniform_over_unique_tokens() -> None:
+    """A token that makes up most of the corpus is drawn no more often than a rare one."""
+    tokens = np.full((300, 64), 7)
+    tokens[:, 5:45] = np.arange(40) + 100
+    tokens[:, 0] = np.arange(300) + 1000  # masked, but tells the documents apart
+    corpus = ArrayCorpus(tokens, per_document=1)
+    drawn = [
+        int(centre.feature.split("@")[0])
+        for seed in range(200)
+        for centre in choose_centres(corpus, pools_of(corpus, seed), 4, seed)
+    ]
+    counts = np.bincount(drawn, minlength=140)
+    assert 5 <= counts[7] <= 40  # expected 200 · 4/41 ≈ 19.5
+    with pytest.raises(CorpusError, match="at least 42 different tokens in the explain pool; seen 41"):
+        choose_centres(corpus, pools_of(corpus, 0), 42, 0)
+
+
+def test_centres_lie_in_the_explain_pool_on_valid_positions(corpus: ArrayCorpus) -> None:
+    pools = pools_of(corpus, 5)
+    for centre in choose_centres(corpus, pools_of(corpus, 5), 50, 5):
+        assert pools[centre.context] == 0
+        assert centre.position >= 1
+
+
+def test_threshold_is_exceeded_by_the_given_share() -> None:
+    values = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
+    thresholds = top_share_threshold(values, [0.01, 0.1, 0.5])
+    shares = [(values[:, column] > thresholds[column]).float().mean().item() for column in range(3)]
+    assert shares == pytest.approx([0.01, 0.1, 0.5], abs=1e-6)

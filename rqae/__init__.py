@@ -6,7 +6,7 @@ from rqae.feature_sets import FeatureSet
 from rqae.features import intensity, layer_weights, random_codes, scaled_vectors
 from rqae.model import RQAE
 from rqae.searching.code_store import CodeStore
-from rqae.searching.search import Hits, activity_thresholds, search
+from rqae.searching.scan import Hits, activity_thresholds, search
 from rqae.splits import SplitTree, m_split, parting_depth, similarity_by_depth
 from rqae.training.loop import RqaeTrainingConfig, TrainingReport, held_out_fvu, train_rqae
 from rqae.vmf import VmfFeatures, fit_vmf, relevance

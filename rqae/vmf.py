@@ -18,8 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rqae.encoding.codebook import normalised
-from rqae.encoding.literal import choose_codes
+from rqae.encoding.codebook import choose_codes, normalised
 from rqae.errors import RqaeError
 from rqae.feature_sets import FeatureSet, check_codes
 from rqae.features import layer_weights

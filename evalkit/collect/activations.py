@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from evalkit.errors import BadFile
 from evalkit.protocols import FeatureSource, Progress, TokenSource
 from evalkit.records import Activations, FeatureId, TokenBatch
+from evalkit.subject.attention_sinks import valid_tokens
 from evalkit.util.atomic_files import atomic_path
 from evalkit.util.progress import SILENT
 
@@ -35,7 +36,6 @@ __all__ = [
     "HiddenStates",
     "active_entries",
     "collect",
-    "valid_tokens",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -73,12 +73,6 @@ class Chosen:
 
     source: FeatureSource
     features: tuple[FeatureId, ...]
-
-
-def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
-    """(batch, pos) bool: not masked in the corpus, and no attention sink (a state whose norm exceeds ``limit``)."""
-    sound: Tensor = hidden.norm(dim=-1) <= limit
-    return sound & torch.from_numpy(batch.valid).to(hidden.device)
 
 
 def active_entries(

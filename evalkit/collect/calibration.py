@@ -23,6 +23,7 @@ from evalkit.errors import BadFile, CorpusError
 from evalkit.protocols import Progress
 from evalkit.records import FeatureId, TokenBatch
 from evalkit.seeds import derive, hash_priorities
+from evalkit.subject.attention_sinks import sink_limit
 from evalkit.util.atomic_files import write_bytes
 from evalkit.util.progress import SILENT
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "top_share_threshold"]
 
-SINK_RATIO = 10.0  # a token whose state is so many times longer than the median is an attention sink
 _BATCH = 16  # contexts per forward
 
 
@@ -155,7 +155,7 @@ def calibrate(
     in_sample = np.isin(rows, sample)
     valid = torch.from_numpy(corpus.batch(rows[in_sample]).valid)
     limits = {
-        site: SINK_RATIO * float(found[torch.from_numpy(in_sample)][valid].float().norm(dim=-1).median())
+        site: sink_limit(found[torch.from_numpy(in_sample)][valid].float().norm(dim=-1))
         for site, found in states.items()
     }
     return Calibration(corpus, subject, rows, in_sample, states, limits)

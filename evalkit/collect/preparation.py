@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evalkit.collect.activations import Chosen, valid_tokens
+from evalkit.collect.activations import Chosen
 from evalkit.collect.calibration import Calibration, Centre, top_share_threshold
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
@@ -24,6 +24,7 @@ from evalkit.records import FeatureId, SourceInfo, SubjectInfo
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.controls import PermutedSource, PlantedSource, RandomDirectionsSource
 from evalkit.sources.rqae.source import RqaeSource, random_codes_source
+from evalkit.subject.attention_sinks import valid_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from evalkit.collect.activations import valid_tokens
-from evalkit.collect.calibration import SINK_RATIO
 from evalkit.errors import SiteMismatch
 from evalkit.fit.measure import Fit, States, measure
 from evalkit.protocols import FeatureSource, Progress
 from evalkit.records import Site, TokenBatch
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import Centre, LayerNorm, Scale, UnitNorm
+from evalkit.subject.attention_sinks import sink_limit, valid_tokens
 from evalkit.util.progress import SILENT
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def gather_states(
     marked = {}
     for site, parts in states.items():
         norms = [part.norm(dim=-1)[torch.from_numpy(batch.valid)] for part, batch in zip(parts, batches, strict=True)]
-        limit = SINK_RATIO * float(torch.cat(norms).median()) if sum(map(len, norms)) else 0.0
+        limit = sink_limit(torch.cat(norms)) if sum(map(len, norms)) else 0.0
         marked[site] = [(part, valid_tokens(part, batch, limit)) for part, batch in zip(parts, batches, strict=True)]
     return marked
 

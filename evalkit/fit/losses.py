@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evalkit.collect.activations import valid_tokens
 from evalkit.corpus.contexts import Corpus
 from evalkit.errors import CorpusError
 from evalkit.fit.estimates import over_tokens
 from evalkit.protocols import Progress
 from evalkit.records import TokenBatch
+from evalkit.subject.attention_sinks import valid_tokens
 from evalkit.subject.language_model import LanguageModel
 from evalkit.util.progress import SILENT
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from evalkit.errors import BadConfig
 from evalkit.inspection.parts.cache import Part, bind, keep, kept
+from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import PARTS_OF, Settings, parse_parts
 from evalkit.inspection.plain_plans import DirectionsPlan, ExportPlan
-from evalkit.inspection.rqae.compute import Measured
 from evalkit.inspection.rqae.plan import RqaePlan
 from evalkit.inspection.sae.plan import SaePlan
 from evalkit.protocols import ExampleSource, FeatureSource, Progress

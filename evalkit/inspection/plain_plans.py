@@ -15,8 +15,8 @@ from evalkit.errors import BadFile
 from evalkit.inspection.parts.cache import Part, digest
 from evalkit.inspection.parts.firing import firing_shares
 from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.rqae.compute import Measured
 from evalkit.protocols import Progress
 from evalkit.sources.dumps.neuronpedia import NeuronpediaSource
 from evalkit.sources.formats.directions import DirectionsSource

@@ -22,15 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evalkit.collect.calibration import SINK_RATIO
 from evalkit.errors import BadConfig, BadFile, BadShape, CorpusError, MissingFile
 from evalkit.protocols import Progress
 from evalkit.records import Site, TokenBatch
 from evalkit.seeds import derive
+from evalkit.subject.attention_sinks import sink_limit
 from evalkit.util.atomic_files import storage_errors, write_bytes
 from evalkit.util.progress import SILENT
 
-__all__ = ["SINK_RATIO", "ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
+__all__ = ["ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
 
 Hidden = Callable[[TokenBatch], Tensor]
 FLUSH_BATCHES = 50
@@ -208,7 +208,7 @@ def valid_rows(batch: TokenBatch, hidden: Tensor, site: Site, d_model: int) -> F
 
 def norm_limit(rows: Float[Tensor, "row d_model"]) -> float:
     """The norm above which a row is an attention sink's, by the rows of the first batch."""
-    return SINK_RATIO * float(rows.float().norm(dim=1).median())
+    return sink_limit(rows.float().norm(dim=1))
 
 
 def _resume_point(folder: Path, wanted: StoreRecord) -> StoreRecord:

@@ -21,9 +21,10 @@ from evalkit.protocols import Progress
 from evalkit.seeds import derive
 from evalkit.sources.formats.gemma_scope import read_weights
 from evalkit.sources.sae.weights import measure_fit
+from evalkit.subject.attention_sinks import SINK_RATIO
 from evalkit.subject.final_norm import denormalise, normalise
 from evalkit.subject.language_model import LanguageModel
-from evalkit.training.activation_store import SINK_RATIO, ActivationStore
+from evalkit.training.activation_store import ActivationStore
 from evalkit.training.activation_stream import ActivationStream
 from evalkit.training.activation_text import LossText, TrainingText
 from evalkit.training.cards import Card, write_card, write_sae

@@ -1,4 +1,4 @@
-"""RQAE encoding in code space, solved like a block-triangular system: the same codes as ``rqae.encoding.literal``,
+"""RQAE encoding in code space, solved like a block-triangular system: the same codes as ``rqae.literal``,
 faster.
 
 Three exact rewrites. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j), so one matrix product
@@ -25,8 +25,7 @@ from torch import Tensor
 
 from rqae.config import RqaeConfig
 from rqae.encoding import fused, kernels
-from rqae.encoding.codebook import TIE, SortedGrid
-from rqae.encoding.literal import choose_codes
+from rqae.encoding.codebook import TIE, SortedGrid, choose_codes
 from rqae.encoding.products import added_product, product
 from rqae.errors import RqaeError
 

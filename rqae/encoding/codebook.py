@@ -16,7 +16,16 @@ from torch import Tensor
 
 from rqae.config import RqaeConfig
 
-__all__ = ["TIE", "SortedGrid", "canonical_indices", "distinct_codes", "grid_codebook", "normalised", "sorted_patterns"]
+__all__ = [
+    "TIE",
+    "SortedGrid",
+    "canonical_indices",
+    "choose_codes",
+    "distinct_codes",
+    "grid_codebook",
+    "normalised",
+    "sorted_patterns",
+]
 
 TIE = 4e-7  # relative difference of cosines that rounding may turn: a few units in the last place of float32
 
@@ -119,3 +128,13 @@ class SortedGrid:
             places.to(device),
             (levels**dim - 1) / 2,
         )
+
+
+def choose_codes(p: Tensor, codebook: Tensor, canonical: Tensor) -> Tensor:
+    """The code of the largest cosine (dot product for codes that are not normalised) with each row.
+
+    p (N, c), codebook (K, c), canonical (K,) → (N,) int64. Ties, and p = 0, go to the lowest index.
+    """
+    norms = p.norm(dim=-1, keepdim=True)
+    directions = p / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return canonical[(directions @ codebook.T).argmax(dim=-1)]  # argmax takes the first of equals

@@ -86,7 +86,7 @@ def _subtract(target: Any, factors: Any, vectors: Any) -> None:
 
 @compiled
 def _literal(p: Any, row: int, book: Any) -> int:
-    """The first code of the largest cosine with one column of p, as ``rqae.encoding.literal`` has it."""
+    """The first code of the largest cosine with one column of p, as ``rqae.literal`` has it."""
     width, count = book.shape
     norm = np.float32(0)
     for axis in range(width):

@@ -121,7 +121,7 @@ def _swapped(values, swap, axis: tl.constexpr):
 
 @triton.jit
 def _literal(p, book, count, C: tl.constexpr):
-    """The first code of the largest cosine, as ``rqae.encoding.literal`` has it."""
+    """The first code of the largest cosine, as ``rqae.literal`` has it."""
     square = p[0] * p[0]
     for axis in tl.static_range(1, C):
         square += p[axis] * p[axis]

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from rqae.searching.code_store import CodeStore
-from rqae.searching.search import Hits, activity_thresholds, search
+from rqae.searching.scan import Hits, activity_thresholds, search
 
 __all__ = ["CodeStore", "Hits", "activity_thresholds", "search"]

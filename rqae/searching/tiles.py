@@ -1,7 +1,7 @@
 """The inner loops of search on a CPU as machine code: decode a tile of codes, and keep the best of its scores.
 
 Imports numba, so nothing imports this file before it is needed. Knows nothing of models and files;
-``rqae.searching.search`` says what the numbers mean.
+``rqae.searching.scan`` says what the numbers mean.
 """
 
 from __future__ import annotations

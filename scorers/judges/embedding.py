@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from evalkit.errors import BadConfig
 from evalkit.protocols import Progress
 from evalkit.records import Answer, JudgeItem, Pick, Simulation
-from scorers.judges.groups import why_no_pick
 from scorers.judges.minilm import Embedder, find_model
 from scorers.judges.pieces import competing
 from scorers.judges.text_units import spread, units
+from scorers.picking import why_no_pick
 
 __all__ = ["EmbeddingJudge"]
 

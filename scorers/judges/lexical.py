@@ -14,9 +14,9 @@ from functools import lru_cache
 
 from evalkit.markup import words
 from evalkit.records import Answer, JudgeItem, Pick, Simulation, Span
-from scorers.judges.groups import why_no_pick
 from scorers.judges.terms import COMMONEST_WORDS, Term, stem, terms
 from scorers.judges.text_units import spread
+from scorers.picking import why_no_pick
 
 __all__ = ["LexicalJudge"]
 

@@ -28,9 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rqae import RQAE, RqaeConfig
-from rqae.encoding.literal import encode_literal
 from rqae.features import layer_weights
-from rqae.searching.search import search
+from rqae.literal import encode_literal
+from rqae.searching.scan import search
 
 DEPTHS, TOP_K = (16, 64, 256), 100
 UNTUNED = " untuned"  # a baseline with the allocator's defaults, as whoever runs the published code has them

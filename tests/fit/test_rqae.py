@@ -11,7 +11,7 @@ from evalkit.fit.rqae import measure_rqae_fit
 from evalkit.records import SubjectInfo
 from rqae import RqaeConfig
 from rqae.encoding.codebook import distinct_codes
-from rqae.encoding.literal import encode_literal
+from rqae.literal import encode_literal
 from tests.support.random_rqae import random_rqae
 
 MODEL = random_rqae(RqaeConfig(16, num_quantizers=10))

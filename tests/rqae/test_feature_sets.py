@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import safe_open, save_file
 
 from rqae import RqaeConfig, RqaeError, random_codes
-from rqae.encoding.literal import encode_literal
 from rqae.feature_sets import FeatureSet
+from rqae.literal import encode_literal
 from tests.support.random_rqae import random_rqae
 
 MODEL = random_rqae(RqaeConfig(16, num_quantizers=12))

@@ -11,7 +11,7 @@ from evalkit.sources import BUNDLED
 from evalkit.subject.final_norm import normalise
 from evalkit.subject.model import Subject
 from rqae import RQAE, held_out_fvu
-from rqae.encoding.literal import encode_literal
+from rqae.literal import encode_literal
 
 pytestmark = pytest.mark.slow
 SITES = ("layers.14", "layers.15", "layers.16")

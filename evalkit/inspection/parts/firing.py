@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.inspection.rqae.compute import Measured, Rows
+from evalkit.inspection.parts.measured import Measured, Rows
 
 __all__ = ["RATE_EDGES", "firing_shares"]
 

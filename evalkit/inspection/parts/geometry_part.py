@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from evalkit.inspection.parts.geometry import ALL_UP_TO, Neighbours, nearest_rows, random_nearest, random_rank
+from evalkit.inspection.parts.measured import Measured, Rows
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.rqae.compute import Measured, Rows
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
 from evalkit.subject.model import usable_device

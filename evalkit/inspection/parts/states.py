@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evalkit.collect.activations import Chosen, Collection, active_entries, valid_tokens
-from evalkit.collect.calibration import SINK_RATIO
+from evalkit.collect.activations import Chosen, Collection, active_entries
 from evalkit.corpus.contexts import Corpus, tokenize_corpus
 from evalkit.errors import BadFile, CorpusError
 from evalkit.inspection.parts.settings import Settings
@@ -28,6 +27,7 @@ from evalkit.records import Activations, Site, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.rqae.shared_encoder import rqae_errors
 from evalkit.sources.rqae.source import RqaeSource
+from evalkit.subject.attention_sinks import sink_limit, valid_tokens
 from evalkit.subject.download import find_model
 from evalkit.subject.final_norm import normalise
 from evalkit.subject.language_model import LanguageModel
@@ -132,7 +132,7 @@ class States:
             raise CorpusError(
                 self._settings.corpus, expected="at least one valid token", seen="none", fix="use a longer corpus"
             )
-        limit = SINK_RATIO * float(found.median())
+        limit = sink_limit(found)
         write_bytes(path, json.dumps(limit).encode())
         return limit
 

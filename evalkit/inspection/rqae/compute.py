@@ -6,8 +6,8 @@ Each asks the module that holds the measurement and puts the answer into JSON va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from evalkit.collect.calibration import choose_centres
 from evalkit.errors import CorpusError
 from evalkit.fit.losses import Losses, Replacement, measure_losses
 from evalkit.fit.rqae import measure_rqae_fit
+from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
 from evalkit.inspection.parts.states import Material
 from evalkit.inspection.rqae.cosines import BINS, SMALL, cosine_density, decoded_cosines
@@ -29,19 +30,9 @@ from evalkit.util.tensor_files import take
 from rqae import RQAE, layer_weights
 from rqae.feature_sets import FeatureSet
 
-__all__ = ["CANDIDATES", "Measured", "ablations", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
+__all__ = ["CANDIDATES", "ablations", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
 
-Rows: TypeAlias = list[dict[str, Any]]
 CANDIDATES = 4  # latents recorded for each one wanted: some fire too rarely to have examples
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Measured:
-    """What a part gives (see ``keeping.Part``)."""
-
-    rows: Rows
-    further: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def prefixes(material: Material, depths: Sequence[int], progress: Progress) -> Measured:

@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from evalkit.errors import CorpusError
 from evalkit.fit.estimates import over_features
 from rqae import RQAE
-from rqae.searching.search import search
+from rqae.searching.scan import search
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,9 +17,10 @@ from evalkit.errors import BadConfig
 from evalkit.fit.losses import measure_losses
 from evalkit.fit.sae import SaeMeasure, measure_rows
 from evalkit.inspection.parts.firing import firing_shares
+from evalkit.inspection.parts.measured import Measured, Rows
 from evalkit.inspection.parts.settings import Settings
 from evalkit.inspection.parts.states import States
-from evalkit.inspection.rqae.compute import Measured, Rows, ablations
+from evalkit.inspection.rqae.compute import ablations
 from evalkit.protocols import Progress
 from evalkit.sources.sae.source import SaeSource
 

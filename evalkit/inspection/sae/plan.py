@@ -8,8 +8,8 @@ from typing import Any
 
 from evalkit.inspection.parts.cache import Part, digest
 from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.rqae.compute import Measured
 from evalkit.inspection.sae import parts as sae_parts
 from evalkit.protocols import Progress
 from evalkit.sources.sae.source import SaeSource

@@ -19,8 +19,8 @@ from evalkit.errors import ContextOverflow, RequestRefused
 from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import JudgeItem, Message, Pick
-from scorers.judges.groups import why_no_pick
 from scorers.judges.llm.parsing import Unparsable
+from scorers.picking import why_no_pick
 
 __all__ = ["PICK_VERSION", "parse_pick", "pick_groups", "pick_prompt"]
 

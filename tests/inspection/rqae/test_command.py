@@ -23,8 +23,8 @@ from evalkit.inspection.parts.settings import PARTS
 from evalkit.inspection.parts.states import Material
 from evalkit.sources.formats.gemma_scope import read_weights
 from rqae import RQAE, layer_weights
-from rqae.encoding.literal import encode_literal
 from rqae.features import intensity_literal
+from rqae.literal import encode_literal
 from tests.cli.test_cli import call
 from tests.support.dictionaries import write_rqae, write_sae
 

@@ -8,7 +8,7 @@ from rqae import RQAE, RqaeConfig, RqaeError
 from rqae.encoding import products
 from rqae.encoding.blocked import GridQuantiser, TableQuantiser
 from rqae.encoding.codebook import canonical_indices, grid_codebook
-from rqae.encoding.literal import encode_literal
+from rqae.literal import encode_literal
 from tests.support.random_rqae import random_rqae
 
 FAMILIES = [

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from rqae import RQAE, RqaeConfig
+from rqae.encoding.codebook import choose_codes
 from rqae.encoding.kernels import TritonGridBlock, is_available
-from rqae.encoding.literal import choose_codes, encode_literal
+from rqae.literal import encode_literal
 from tests.rqae.encoding.test_encoding import identity_rqae, in_float64
 from tests.support.random_rqae import random_rqae
 

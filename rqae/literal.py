@@ -6,25 +6,13 @@ Source: H. Kamath, Residual Quantization Autoencoders, 2024.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rqae.model import RQAE
+from rqae.encoding.codebook import choose_codes
+from rqae.model import RQAE
 
-__all__ = ["choose_codes", "encode_literal"]
-
-
-def choose_codes(p: Tensor, codebook: Tensor, canonical: Tensor) -> Tensor:
-    """The code of the largest cosine (dot product for codes that are not normalised) with each row.
-
-    p (N, c), codebook (K, c), canonical (K,) → (N,) int64. Ties, and p = 0, go to the lowest index.
-    """
-    norms = p.norm(dim=-1, keepdim=True)
-    directions = p / torch.where(norms == 0, torch.ones_like(norms), norms)
-    return canonical[(directions @ codebook.T).argmax(dim=-1)]  # argmax takes the first of equals
+__all__ = ["encode_literal"]
 
 
 def encode_literal(model: RQAE, x: Tensor, depth: int | None = None) -> Tensor:

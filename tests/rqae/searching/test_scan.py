@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rqae import RQAE, RqaeConfig, RqaeError
 from rqae.encoding.compiled import has_compiler
 from rqae.features import intensity_literal
-from rqae.searching.search import Hits, _keys, _scores_and_rows, activity_thresholds, search
+from rqae.searching.scan import Hits, _keys, _scores_and_rows, activity_thresholds, search
 from tests.support.random_rqae import random_rqae
 
 DEPTHS = (16, 1, 40, 16)
@@ -25,7 +25,7 @@ def model() -> RQAE:
 @pytest.fixture(params=["compiled", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr("rqae.searching.search.has_compiler", lambda: False)
+        monkeypatch.setattr("rqae.searching.scan.has_compiler", lambda: False)
     return str(request.param)
 
 

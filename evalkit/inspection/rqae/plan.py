@@ -12,6 +12,7 @@ import numpy as np
 from evalkit.collect.activations import Chosen
 from evalkit.errors import BadConfig
 from evalkit.inspection.parts.cache import Part, digest
+from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
 from evalkit.inspection.parts.states import Material
 from evalkit.inspection.rqae import compute
@@ -61,7 +62,7 @@ class RqaePlan:
 
     def measures(
         self, folder: Path, missing: Sequence[str], progress: Progress
-    ) -> dict[str, Callable[[], compute.Measured]]:
+    ) -> dict[str, Callable[[], Measured]]:
         """What computes each missing part. The material is loaded when one of them first asks for it."""
         settings, other, depths = self._settings, self._other, self._depths
         latents: tuple[str, Chosen] | None = None
@@ -71,7 +72,7 @@ class RqaePlan:
             latents = f"{_sae_digest(other)[:12]}-{chosen}", Chosen(other, candidates)
         material = Material(settings, self._source, folder, progress, whole="fit" in missing, latents=latents)
         model = self._source.encoder.model
-        known: dict[str, Callable[[], compute.Measured]] = {
+        known: dict[str, Callable[[], Measured]] = {
             "prefixes": lambda: compute.prefixes(material, depths, progress),
             "cosines": lambda: compute.cosines(model, settings),
             "layers": lambda: compute.layers(model),

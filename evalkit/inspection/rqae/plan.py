@@ -60,9 +60,7 @@ class RqaePlan:
             arguments["sae"] = {**at, "sae": _sae_digest(self._other), **counts}
         return arguments
 
-    def measures(
-        self, folder: Path, missing: Sequence[str], progress: Progress
-    ) -> dict[str, Callable[[], Measured]]:
+    def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
         """What computes each missing part. The material is loaded when one of them first asks for it."""
         settings, other, depths = self._settings, self._other, self._depths
         latents: tuple[str, Chosen] | None = None

@@ -9,10 +9,11 @@ DEMO := runs/demo
 DEMO_DICTIONARIES := -d bundled:rqae-256 -d 'bundled:sae/layer_15/*/*'
 DEMO_OPTIONS := --features 50 --positives 20 --negatives 20 --max-tokens 400000
 
-.PHONY: help venv demo test test-core test-engine traps lint check format bench clean
+SHELL := /bin/bash
+.PHONY: help venv demo test test-core test-engine test-stage traps lint check format bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 # torch first: the pinned release has a CPU build; an unpinned one would bring gigabytes of CUDA libraries
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -53,6 +54,13 @@ test-core: $(VENV)/.dev ## every test but those of vLLM
 
 test-engine: $(ENGINE_VENV)/.ready ## the tests of vLLM: in this process, and its server (3.5 GB, no GPU needed)
 	EVALKIT_REQUIRE_ENGINE=1 $(ENGINE_VENV)/bin/python -m pytest tests/engines
+
+STAGE ?= collect
+test-stage: $(VENV)/.dev ## the fast tests of one folder, e.g. make test-stage STAGE=collect
+	@$(BIN)/python -m pytest -m "not slow" tests/$(STAGE)
+
+prove-%: tests/proofs/%.py $(VENV)/.dev ## a proof too long for CI, e.g. make prove-intervals; commit the log it writes
+	@set -o pipefail; $(BIN)/python -m tests.proofs.$* 2>&1 | tee tests/proofs/$*.log
 
 traps: $(VENV)/.dev ## bring back mistakes seen in other harnesses, one at a time: a test must notice each
 	$(BIN)/python tests/traps/run.py

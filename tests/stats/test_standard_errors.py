@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 from evalkit.stats.metrics import Scores, score_features
 from evalkit.stats.standard_errors import difference, macro_mean, paired_difference, two_way_variance
+from tests.support.simulated_judges import ACCURACIES, SCENES, coverage, draw_windows, judged
 
 
 def mean_scores(y: np.ndarray, window: np.ndarray, prefix: str = "") -> Scores:
@@ -128,61 +129,10 @@ def test_an_unpaired_difference_is_the_test_of_welch() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
 
 
-ACCURACIES = (0.5, 0.65, 0.8, 0.9, 0.95)
-SCENES = (  # windows that positives, and negatives, are drawn from; the sizes of features' and windows' effects
-    {"pool": 100, "feature_effect": 0.6, "window_effect": 0.6},
-    {"pool": 400, "feature_effect": 0.6, "window_effect": 1.2},
-    {"pool": 400, "feature_effect": 0.3, "window_effect": 0.0},
-    {"pool": 2000, "feature_effect": 0.9, "window_effect": 0.6},
-)
-Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def judged(
-    rng: np.random.Generator,
-    accuracy: float,
-    *,
-    pool: int,
-    feature_effect: float,
-    window_effect: float,
-    n: int = 50,
-    m: int = 20,
-    windows: np.ndarray | None = None,
-) -> Table:
-    """A judge that is right with this probability on average over features and windows, and how sure it is.
-
-    Features differ in how well they are judged, windows in how hard they are, and every feature is shown m windows of the
-    same two pools. Probit: the sum of both effects and noise is above 0 where the judge is right.
-    """
-    window = draw_windows(rng, n, m, pool) if windows is None else windows
-    label = np.tile(np.arange(2 * m) < m, n)
-    feature = np.repeat(np.arange(n), 2 * m)
-    scale = math.sqrt(1 + feature_effect**2 + window_effect**2)
-    noise = rng.normal(0, feature_effect, n)[feature] + rng.normal(0, window_effect, 2 * pool)[window]
-    margin = scipy_stats.norm.ppf(accuracy) * scale + noise + rng.normal(size=len(window))
-    return feature, window, label, np.where(margin > 0, label, ~label).astype(float), np.where(label, margin, -margin)
-
-
-def draw_windows(rng: np.random.Generator, n: int, m: int, pool: int) -> np.ndarray:
-    """m positives of the second half of the numbers and m negatives of the first, for every feature."""
-    halves = [start + rng.permuted(np.tile(np.arange(pool), (n, 1)), axis=1)[:, :m] for start in (pool, 0)]
-    return np.hstack(halves).ravel()
-
-
+@pytest.mark.slow
 def test_the_95_percent_interval_covers_the_accuracy_of_simulated_judges() -> None:
-    """5,000 tables: 250 of every accuracy in every scene."""
-    rng = np.random.default_rng(20)
-    covered: dict[float, list[bool]] = {accuracy: [] for accuracy in ACCURACIES}
-    alone = []
-    for scene in SCENES:
-        for accuracy in ACCURACIES:
-            for _ in range(250):
-                scores = score_features("balanced_accuracy", *judged(rng, accuracy, **scene))  # type: ignore[arg-type]
-                estimate = macro_mean(scores)
-                covered[accuracy].append(estimate.low <= accuracy <= estimate.high)
-                if scene["window_effect"] > 1:
-                    half = scipy_stats.t.ppf(0.975, 49) * scores.values.std(ddof=1) / math.sqrt(50)
-                    alone.append(abs(estimate.mean - accuracy) <= half)
+    """5,000 tables: 250 of every accuracy in every scene. ``make prove-intervals`` draws ten times as many."""
+    covered, alone = coverage(seed=20, tables_of_each=250)
     assert sum(map(len, covered.values())) == 5000
     assert 0.94 <= np.mean([hit for hits in covered.values() for hit in hits]) <= 0.96
     for accuracy, hits in covered.items():
@@ -190,6 +140,7 @@ def test_the_95_percent_interval_covers_the_accuracy_of_simulated_judges() -> No
     assert np.mean(alone) < 0.935  # an error over features alone
 
 
+@pytest.mark.slow
 def test_the_interval_of_an_auroc_covers_too() -> None:
     """Its truth: by a table of a million judgements, as the two effects have no closed form here."""
     scene = SCENES[0]
@@ -205,6 +156,7 @@ def test_the_interval_of_an_auroc_covers_too() -> None:
     assert 0.935 <= np.mean(hits) <= 0.965
 
 
+@pytest.mark.slow
 def test_the_paired_test_of_two_judges_alike_is_wrong_as_often_as_it_says() -> None:
     """5,000 tables: judges of one accuracy on the same windows, each finding other features and windows hard."""
     rng = np.random.default_rng(22)
@@ -219,6 +171,7 @@ def test_the_paired_test_of_two_judges_alike_is_wrong_as_often_as_it_says() -> N
     assert 0.04 <= np.mean(beyond) <= 0.06
 
 
+@pytest.mark.slow
 def test_an_uninformative_judge_scores_a_half() -> None:
     """Whatever share of the windows it says yes to, and however it ranks them."""
     rng = np.random.default_rng(23)

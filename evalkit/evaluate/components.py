@@ -14,7 +14,7 @@ from evalkit import registry
 from evalkit.collect.stage import open_sources
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig
-from evalkit.evaluate.judging import Test
+from evalkit.evaluate.score_stage import Test
 from evalkit.protocols import Client, Explainer, Judge, Scorer
 from evalkit.records import BASELINE
 

@@ -18,7 +18,7 @@ from typing import Any
 from evalkit.collect.example_files import FeatureExamples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import EvalkitError
-from evalkit.evaluate.judging import Test
+from evalkit.evaluate.score_stage import Test
 from evalkit.llm.accounting.answer_store import Recording, Request, Spent
 from evalkit.llm.accounting.budget import TOKENS_PER_CHARACTER
 from evalkit.llm.accounting.prices import Price

@@ -20,7 +20,7 @@ from evalkit.config.run_config import NULL_SOURCES, RunConfig
 from evalkit.corpus.readers import locate
 from evalkit.errors import MissingFile
 from evalkit.evaluate.components import make_explainers, make_tests
-from evalkit.evaluate.judging import shuffled_partners
+from evalkit.evaluate.score_stage import shuffled_partners
 from evalkit.llm.accounting.answer_store import Recording, Spent
 from evalkit.llm.session import RECORDING, batched, make_client, price_of, replays
 from evalkit.pipeline.estimate import (

@@ -18,7 +18,8 @@ from evalkit.collect.stage import collect_stage, read_examples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import MissingFile
 from evalkit.evaluate.components import make_explainers, make_tests
-from evalkit.evaluate.judging import explain_features, score_features
+from evalkit.evaluate.explain_stage import explain_features
+from evalkit.evaluate.score_stage import score_features
 from evalkit.llm.session import make_client, open_client, price_of
 from evalkit.pipeline.plan import estimate_asking
 from evalkit.protocols import Client, Progress

@@ -16,19 +16,9 @@ from typer.testing import CliRunner
 
 import evalkit
 from evalkit.cli import app, main
+from tests.support.command_line import call
 from tests.support.dictionaries import write_rqae, write_sae
 from tests.support.paths import ROOT
-
-
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``evalkit ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["evalkit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
 
 
 @pytest.fixture

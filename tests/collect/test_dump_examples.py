@@ -18,7 +18,7 @@ from evalkit.collect.example_files import FeatureExamples
 from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, CorpusError, RunMismatch, UnknownFeature
-from evalkit.evaluate.judging import score_features
+from evalkit.evaluate.score_stage import score_features
 from evalkit.pipeline.plan import plan
 from evalkit.pipeline.stages import run
 from evalkit.records import Answer, Example, JudgeItem

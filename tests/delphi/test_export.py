@@ -20,7 +20,7 @@ from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import DictionarySpec, RunConfig
 from evalkit.delphi.export import CARD, Exported, export_delphi, read_scores
 from evalkit.errors import BadConfig, BadFile, EvalkitError, MissingFile, UnknownFeature
-from evalkit.evaluate.judging import Test, score_features
+from evalkit.evaluate.score_stage import Test, score_features
 from evalkit.pipeline.stages import run
 from evalkit.records import Answer, ExplainExamples, JudgeItem
 from evalkit.registry import create, parse_part

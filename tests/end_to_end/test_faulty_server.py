@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from evalkit.evaluate.components import make_explainers, make_tests
-from evalkit.evaluate.judging import explain_features, score_features
+from evalkit.evaluate.explain_stage import explain_features
+from evalkit.evaluate.score_stage import score_features
 from evalkit.llm.session import open_client
 from evalkit.records import REAL
 from tests.support.chat_model import MODEL_KINDS

@@ -16,7 +16,8 @@ from evalkit import registry
 from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import CorpusError, MissingFile, RunMismatch
-from evalkit.evaluate.judging import explain_features, score_features
+from evalkit.evaluate.explain_stage import explain_features
+from evalkit.evaluate.score_stage import score_features
 from evalkit.llm.clients.replay import ReplayClient
 from evalkit.pipeline.plan import plan
 from evalkit.pipeline.stages import load_config, run

@@ -10,7 +10,7 @@ import pytest
 
 from evalkit.llm.accounting.answer_store import Recording
 from evalkit.store.run_store import RunStore
-from tests.engines.test_runs import SMALL, evalkit
+from tests.support.command_line import SMALL, run_command
 
 pytestmark = pytest.mark.slow
 NAMES = ("contrastive", "cot", "ensemble")
@@ -22,9 +22,9 @@ def explained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("explainers") / "run"
     asked = [part for name in NAMES for part in ("--explainer", name)]
     client = ["--client", f"vllm:{smollm2}"]
-    evalkit("collect", "--model", smollm2, *SMALL, "--out", folder)
-    plan = json.loads(evalkit("explain", folder, *asked, *client, "--dry-run", "--json").stdout)["language_model"]
-    evalkit("explain", folder, *asked, *client)
+    run_command("collect", "--model", smollm2, *SMALL, "--out", folder)
+    plan = json.loads(run_command("explain", folder, *asked, *client, "--dry-run", "--json").stdout)["language_model"]
+    run_command("explain", folder, *asked, *client)
     return folder, {name.partition(" ")[2].partition("@")[0]: part["calls"] for name, part in plan["parts"].items()}
 
 

@@ -23,42 +23,26 @@ import pytest
 from evalkit.llm.accounting.answer_store import Recording
 from evalkit.store.frames import RunFrames
 from evalkit.store.run_store import read_run
-from tests.support.paths import ROOT
+from tests.support.command_line import EVALKIT, SMALL, run_command
 
 pytestmark = pytest.mark.slow
-EVALKIT = [sys.executable, "-m", "evalkit"]
 KEY = "sk-planted-0123456789abcdef"
 ASKED = ["--explainer", "default", "--judge", "llm", "--judge", "llm:single"]
-SMALL = ["-d", "bundled:sae/layer_15/width_2k/average_l0_32", "--features", 3, "--examples", 12, "--positives", 6,
-         "--negatives", 6, "--max-tokens", 36000, "--controls", "shuffled"]  # fmt: skip
 KEYS = ["source", "feature", "scorer", "judge", "control", "item"]
-
-
-def evalkit(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*EVALKIT, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
 def collected(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three features of a shipped dictionary, with their examples."""
     folder = tmp_path_factory.mktemp("engines") / "collected"
-    evalkit("collect", "--model", smollm2, *SMALL, "--out", folder)
+    run_command("collect", "--model", smollm2, *SMALL, "--out", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def in_process(collected: Path, smollm2: Path) -> Path:
     folder = Path(shutil.copytree(collected, collected.with_name("in-process")))
-    done = evalkit("run", "--model", smollm2, *SMALL, "--out", folder, *ASKED, "--client", f"vllm:{smollm2}")
+    done = run_command("run", "--model", smollm2, *SMALL, "--out", folder, *ASKED, "--client", f"vllm:{smollm2}")
     assert "Loading safetensors" not in done.stderr and done.stdout == ""
     return folder
 
@@ -109,8 +93,8 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 def served(collected: Path, server: tuple[str, Path]) -> Path:
     folder = Path(shutil.copytree(collected, collected.with_name("served")))
     client = ["--client", "openai:smollm2-135m", "--base-url", server[0], "--cache", folder.with_name("cache.sqlite")]
-    evalkit("explain", folder, *ASKED[:2], *client, OPENAI_API_KEY=KEY)
-    evalkit("score", folder, *ASKED[2:], *client, OPENAI_API_KEY=KEY)
+    run_command("explain", folder, *ASKED[:2], *client, OPENAI_API_KEY=KEY)
+    run_command("score", folder, *ASKED[2:], *client, OPENAI_API_KEY=KEY)
     return folder
 
 
@@ -136,15 +120,15 @@ def test_three_features_are_explained_and_judged_in_both_forms(kind: str, reques
     folder = request.getfixturevalue(kind)
     check_run(folder)
     for arguments in (("table", folder), ("table", folder, "--short")):
-        assert "smollm2-135m: plumbing only" in evalkit(*arguments).stdout
-    assert "calls" in evalkit("table", folder).stdout
+        assert "smollm2-135m: plumbing only" in run_command(*arguments).stdout
+    assert "calls" in run_command("table", folder).stdout
 
 
 def test_the_recording_alone_gives_the_same_run(in_process: Path, collected: Path) -> None:
     folder = Path(shutil.copytree(collected, collected.with_name("replayed")))
     recording = f"replay:{in_process / 'calls.sqlite'}"
-    evalkit("explain", folder, *ASKED[:2], "--client", recording)
-    evalkit("score", folder, *ASKED[2:], "--client", recording)
+    run_command("explain", folder, *ASKED[:2], "--client", recording)
+    run_command("score", folder, *ASKED[2:], "--client", recording)
     live, again = (read_run(one).judgements.sort_values(KEYS).reset_index(drop=True) for one in (in_process, folder))
     pd.testing.assert_frame_equal(live, again)
 
@@ -161,8 +145,8 @@ def test_the_server_was_asked_everything_once(served: Path, server: tuple[str, P
     assert replies() == spent.calls > 40 and spent.prompt_tokens > 10_000
     again = Path(shutil.copytree(served.with_name("collected"), served.with_name("again")))
     client = ["--client", "openai:smollm2-135m", "--base-url", server[0], "--cache", served.with_name("cache.sqlite")]
-    evalkit("explain", again, *ASKED[:2], *client, OPENAI_API_KEY=KEY)
-    evalkit("score", again, *ASKED[2:], *client, OPENAI_API_KEY=KEY)
+    run_command("explain", again, *ASKED[:2], *client, OPENAI_API_KEY=KEY)
+    run_command("score", again, *ASKED[2:], *client, OPENAI_API_KEY=KEY)
     assert replies() == spent.calls
     first, second = (read_run(one).judgements.sort_values(KEYS).reset_index(drop=True) for one in (served, again))
     pd.testing.assert_frame_equal(first, second)
@@ -174,7 +158,7 @@ def test_the_estimate_was_right(served: Path, collected: Path, server: tuple[str
     prices.write_text("[smollm2-135m]\nprompt = 1.0\ncompletion = 4.0\n")
     options = ["--client", "openai:smollm2-135m", "--base-url", server[0], "--prices", prices]
     plans = [
-        json.loads(evalkit(*command, *options, "--dry-run", "--json", OPENAI_API_KEY=KEY).stdout)["language_model"]
+        json.loads(run_command(*command, *options, "--dry-run", "--json", OPENAI_API_KEY=KEY).stdout)["language_model"]
         for command in (("explain", collected, *ASKED[:2]), ("score", collected, "--explainer", "default", *ASKED[2:]))
     ]
     recording = Recording(served / "calls.sqlite", write=False)
@@ -187,7 +171,7 @@ def test_the_estimate_was_right(served: Path, collected: Path, server: tuple[str
 
 def test_the_doctor_asks_the_server(server: tuple[str, Path]) -> None:
     asked = ["--client", "openai:smollm2-135m", "--base-url", server[0]]
-    rows = json.loads(evalkit("doctor", *asked, "--json", OPENAI_API_KEY=KEY).stdout)
+    rows = json.loads(run_command("doctor", *asked, "--json", OPENAI_API_KEY=KEY).stdout)
     assert any(row["group"] == "client" and row["state"] == "ok" for row in rows)
     refused = subprocess.run(
         [*EVALKIT, "doctor", *asked], env={**os.environ, "OPENAI_API_KEY": "sk-wrong"}, capture_output=True, text=True

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.cli.test_cli import call
 from tests.sources.data.make_neuronpedia import write_dump
+from tests.support.command_line import call
 
 N, DIM = 40, 12
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from evalkit.config.run_config import RunConfig
-from evalkit.evaluate.judging import Test
+from evalkit.evaluate.score_stage import Test
 from evalkit.protocols import Judge, Scorer
 from evalkit.records import Judgement, Score, SourceInfo
 from evalkit.store.frames import RunFrames

@@ -25,7 +25,7 @@ from evalkit.sources.formats.gemma_scope import read_weights
 from rqae import RQAE, layer_weights
 from rqae.features import intensity_literal
 from rqae.literal import encode_literal
-from tests.cli.test_cli import call
+from tests.support.command_line import call
 from tests.support.dictionaries import write_rqae, write_sae
 
 DEPTHS = (1, 2, 8, 24)

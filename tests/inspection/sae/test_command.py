@@ -24,7 +24,7 @@ from evalkit.inspection.parts.settings import Settings, parse_parts
 from evalkit.records import Site
 from evalkit.sources.sae.source import SaeSource
 from evalkit.util.tensor_files import open_npz
-from tests.cli.test_cli import call
+from tests.support.command_line import call
 from tests.support.dictionaries import write_sae
 
 WIDTH = 48

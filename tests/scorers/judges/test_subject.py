@@ -17,7 +17,7 @@ import scorers.judges.subject as subject
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, MissingFile
 from evalkit.evaluate.components import make_tests
-from evalkit.evaluate.judging import shuffled_partners
+from evalkit.evaluate.score_stage import shuffled_partners
 from evalkit.records import Answer, Explanation, JudgeItem, TestExamples
 from evalkit.registry import create
 from scorers.judges.causal import CausalModel

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from evalkit.collect.example_files import FeatureExamples
 from evalkit.errors import ClientError, StageFailed, StorageError
-from evalkit.evaluate.judging import explain_features, score_features, shuffled_partners
+from evalkit.evaluate.explain_stage import explain_features
+from evalkit.evaluate.score_stage import score_features, shuffled_partners
 from evalkit.records import (
     REAL,
     SHUFFLED,

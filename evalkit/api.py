@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from evalkit import registry
 
 if TYPE_CHECKING:
-    from evalkit.collect.example_files import FeatureExamples
     from evalkit.config.run_config import RunConfig
     from evalkit.protocols import Client, Explainer, FeatureSource, Judge, Progress, Scorer
-    from evalkit.records import FeatureId
+    from evalkit.records import FeatureExamples, FeatureId
     from evalkit.store.frames import RunFrames
 
 __all__ = [

@@ -27,6 +27,7 @@ __all__ = [
     "Example",
     "ExplainExamples",
     "Explanation",
+    "FeatureExamples",
     "FeatureId",
     "JudgeItem",
     "Judgement",
@@ -205,6 +206,14 @@ class ScoreExamples:
     test: TestExamples
     calibration: TestExamples
     repeat: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureExamples:
+    """All examples of one feature: what an explainer sees, and what its test is built from."""
+
+    explain: ExplainExamples
+    score: ScoreExamples
 
 
 @dataclass(frozen=True, slots=True)

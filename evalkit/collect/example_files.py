@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from evalkit.collect.sampling import Draw, FeatureWindows
 from evalkit.corpus.windows import Grid
 from evalkit.errors import BadFile
-from evalkit.records import Example, ExplainExamples, FeatureId, ScoreExamples, TestExamples
+from evalkit.records import Example, ExplainExamples, FeatureExamples, FeatureId, ScoreExamples, TestExamples
 from evalkit.seeds import derive
 from evalkit.util.atomic_files import atomic_path
 
-__all__ = ["ExampleRow", "ExampleStore", "FeatureExamples", "rows_of"]
+__all__ = ["ExampleRow", "ExampleStore", "rows_of"]
 
 Role: TypeAlias = Literal[
     "explain.shown",
@@ -61,14 +61,6 @@ class ExampleRow:
     window: int
     decile: int | None
     activations: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureExamples:
-    """All examples of one feature."""
-
-    explain: ExplainExamples
-    score: ScoreExamples
 
 
 def rows_of(feature: FeatureId, windows: FeatureWindows, draw: Draw, grid: Grid) -> list[ExampleRow]:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evalkit.collect.dump_examples import check_ready, gather_ready, write_ready
-from evalkit.collect.example_files import ExampleStore, FeatureExamples, rows_of
+from evalkit.collect.example_files import ExampleStore, rows_of
 from evalkit.collect.sampling import Counts, draw_windows, windows_of
 from evalkit.config.run_config import RunConfig
 from evalkit.corpus.windows import Grid, build_grid
 from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
 from evalkit.protocols import FeatureSource, Progress
-from evalkit.records import FeatureId
+from evalkit.records import FeatureExamples, FeatureId
 from evalkit.store.run_store import FeatureRow, RunStore
 from evalkit.util.atomic_files import write_bytes
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 from evalkit.errors import BadFile, CorpusError, MissingFile, require
-from evalkit.subject.loading import hub_reachable
+from evalkit.util.hub import hub_reachable
 
 __all__ = ["Located", "Piece", "locate", "read_pieces"]
 

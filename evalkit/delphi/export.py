@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile
-from evalkit.records import BASELINE, Example, FeatureId
+from evalkit.records import BASELINE, Example, FeatureExamples, FeatureId
 from evalkit.util.atomic_files import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from evalkit.collect.example_files import FeatureExamples
 
 __all__ = ["CARD", "SCORERS", "Exported", "export_delphi", "read_scores"]
 

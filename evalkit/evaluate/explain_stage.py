@@ -10,10 +10,9 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
-from evalkit.collect.example_files import FeatureExamples
 from evalkit.evaluate.runner import FATAL, concurrency_limit, failure_reason, run_jobs
 from evalkit.protocols import Client, Explainer, Progress
-from evalkit.records import FeatureId
+from evalkit.records import FeatureExamples, FeatureId
 from evalkit.store.run_store import RunStore
 from evalkit.util.progress import SILENT
 

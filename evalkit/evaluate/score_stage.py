@@ -10,10 +10,18 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from evalkit.collect.example_files import FeatureExamples
 from evalkit.evaluate.runner import FATAL, concurrency_limit, failure_reason, run_jobs
 from evalkit.protocols import Judge, Progress, Scorer
-from evalkit.records import NO_EXPLAINER, REAL, SHUFFLED, Explanation, FeatureId, JudgeItem, ScoreExamples
+from evalkit.records import (
+    NO_EXPLAINER,
+    REAL,
+    SHUFFLED,
+    Explanation,
+    FeatureExamples,
+    FeatureId,
+    JudgeItem,
+    ScoreExamples,
+)
 from evalkit.seeds import derive
 from evalkit.store.run_store import RunStore, ScoreKey
 from evalkit.util.progress import SILENT

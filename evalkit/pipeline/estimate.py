@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evalkit.collect.example_files import FeatureExamples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import EvalkitError
 from evalkit.evaluate.score_stage import Test
@@ -23,7 +22,16 @@ from evalkit.llm.accounting.answer_store import Recording, Request, Spent
 from evalkit.llm.accounting.budget import TOKENS_PER_CHARACTER
 from evalkit.llm.accounting.prices import Price
 from evalkit.protocols import Explainer
-from evalkit.records import Example, ExplainExamples, Explanation, Message, Response, ScoreExamples, TestExamples
+from evalkit.records import (
+    Example,
+    ExplainExamples,
+    Explanation,
+    FeatureExamples,
+    Message,
+    Response,
+    ScoreExamples,
+    TestExamples,
+)
 from evalkit.seeds import derive
 
 __all__ = [

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.collect.dump_examples import check_ready
-from evalkit.collect.example_files import FeatureExamples
 from evalkit.collect.stage import open_sources, read_examples
 from evalkit.config.run_config import NULL_SOURCES, RunConfig
 from evalkit.corpus.readers import locate
@@ -34,7 +33,7 @@ from evalkit.pipeline.estimate import (
     total,
 )
 from evalkit.protocols import FeatureSource
-from evalkit.records import Explanation
+from evalkit.records import Explanation, FeatureExamples
 from evalkit.store.run_store import RunStore
 from evalkit.subject.download import find_model
 from evalkit.subject.throughput import forward_rate

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, StorageError, require
-from evalkit.subject.loading import hub_reachable
+from evalkit.util.hub import hub_reachable
 
 __all__ = ["HUB", "Address", "fetch", "looks_like_address", "parse_address"]
 

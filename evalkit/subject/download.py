@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from evalkit.errors import BadConfig, BadFile, EvalkitError, MissingFile, StorageError, require
-from evalkit.subject.loading import hub_reachable, load_whole, quiet
+from evalkit.subject.loading import load_whole
+from evalkit.util.hub import hub_reachable, quiet
 from evalkit.util.progress import SILENT
 
 if TYPE_CHECKING:

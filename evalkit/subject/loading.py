@@ -6,23 +6,19 @@ within seconds is not asked again: what is in the local cache is used, or the er
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadFile, MissingFile, require
+from evalkit.util.hub import hub_reachable, quiet
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hub_reachable", "load_model", "load_whole", "looks_like_path", "quiet"]
+__all__ = ["load_model", "load_whole", "looks_like_path"]
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +35,6 @@ def looks_like_path(model: str | Path) -> bool:
         or text.startswith(("/", "./", "../", "~"))
         or not _HUB_ID.fullmatch(text)
     )
-
-
-def hub_reachable(timeout_s: float = 3.0) -> bool:
-    """Whether the model hub answers at all. Any HTTP answer counts; one try, no retries."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=timeout_s):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500 and error.code not in (403, 407)  # a proxy that refuses is no hub
-    except (OSError, ValueError):
-        return False
 
 
 def load_model(
@@ -115,21 +96,6 @@ def load_whole(
             fix="download the model again",
         )
     return found, _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of other libraries: only the command line draws."""
-    from transformers.utils import logging as theirs
-
-    shown = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar of its own that nothing else turns off
-            yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
 
 
 def _gguf_config() -> Any:

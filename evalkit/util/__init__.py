@@ -1,1 +1,1 @@
-"""Small parts with no knowledge of features: files, databases, progress, the event loop."""
+"""Small modules that know nothing of features: files, databases, the hub, progress, the event loop."""

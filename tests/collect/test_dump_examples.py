@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evalkit.collect.example_files import FeatureExamples
 from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, CorpusError, RunMismatch, UnknownFeature
 from evalkit.evaluate.score_stage import score_features
 from evalkit.pipeline.plan import plan
 from evalkit.pipeline.stages import run
-from evalkit.records import Answer, Example, JudgeItem
+from evalkit.records import Answer, Example, FeatureExamples, JudgeItem
 from evalkit.registry import create
 from evalkit.store.run_store import RunStore, read_run
 from tests.sources.data.make_neuronpedia import MODEL, SOURCE, WORDS, record, write_dump, write_lines

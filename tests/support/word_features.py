@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 import evalkit
-from evalkit.collect.example_files import ExampleRow, ExampleStore, FeatureExamples
+from evalkit.collect.example_files import ExampleRow, ExampleStore
 from evalkit.config.run_config import RunConfig
-from evalkit.records import Example, ExplainExamples, ScoreExamples, SourceInfo, TestExamples
+from evalkit.records import Example, ExplainExamples, FeatureExamples, ScoreExamples, SourceInfo, TestExamples
 from evalkit.store.run_store import FeatureRow, RunStore
 
 SOURCE = "words/one-each"

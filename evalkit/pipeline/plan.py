@@ -1,6 +1,7 @@
-"""What a run would do and cost, before it does it: ``--dry-run``, and the estimate that a run is held against afterwards.
+"""What a run would do and cost: ``--dry-run``, and the estimate that is recorded to be compared with the actual cost.
 
-Opens dictionaries and, where there are some, the run's examples and recorded answers; loads no model and reaches nobody.
+Opens dictionaries and, if they exist, the run's examples and recorded answers. Loads no model, makes no API calls, writes
+nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 from evalkit.collect.dump_examples import check_ready
 from evalkit.collect.stage import open_sources, read_examples
-from evalkit.config.run_config import NULL_SOURCES, RunConfig
+from evalkit.config.run_config import RunConfig
 from evalkit.corpus.readers import locate
 from evalkit.errors import MissingFile
-from evalkit.evaluate.components import make_explainers, make_tests
+from evalkit.evaluate.components import make_explainers
 from evalkit.evaluate.score_stage import shuffled_partners
 from evalkit.llm.accounting.answer_store import Recording, Spent
-from evalkit.llm.session import RECORDING, batched, make_client, price_of, replays
+from evalkit.llm.session import RECORDING, batched, replays
 from evalkit.pipeline.estimate import (
     CountingClient,
     Estimate,
@@ -32,6 +33,7 @@ from evalkit.pipeline.estimate import (
     tokens_per_character,
     total,
 )
+from evalkit.pipeline.resolved import ResolvedRun
 from evalkit.protocols import FeatureSource
 from evalkit.records import Explanation, FeatureExamples
 from evalkit.store.run_store import RunStore
@@ -41,38 +43,45 @@ from evalkit.util.run_async import wait_for
 
 __all__ = ["estimate_asking", "plan"]
 
-_NOTHING: dict[str, int | None] = {"tokens": None, "seconds": None}
-_IN_FLIGHT = 64  # where a client does not say
-_CHARACTERS_PER_TOKEN, _GZIP = 3.9, 2.6  # of English text, and how much longer it is than when compressed
+_NOTHING_READ: dict[str, int | None] = {"tokens": None, "seconds": None}
+# Requests in flight, for clients that do not name their limit: as many as features are scored at a time.
+_CONCURRENCY = 64
+_CHARACTERS_PER_TOKEN = 3.9  # of English text
+_GZIP_RATIO = 2.6  # size of English text over its size when compressed
 
 
 @dataclass(frozen=True, slots=True)
-class _Material:
-    """What the estimate is made on: features, the explanations they have, and how many features each stands for."""
+class _Basis:
+    """What the calls are counted on.
+
+    explainers: names of the explainers that will be scored.
+    explained: explanations that exist already, by source and feature.
+    features_per_example: how many features of the run each of ``examples`` stands for.
+    """
 
     examples: list[FeatureExamples]
+    explainers: list[str]
     explained: Mapping[tuple[str, str], list[Explanation]]
-    stands_for: float
-    basis: str
+    features_per_example: float
+    description: str
 
 
 def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Dictionaries, features, the most judgements there can be, and what asking a language model would take."""
+    """Dictionaries, controls, the greatest possible numbers of features and judgements, and the language model's cost."""
+    run = ResolvedRun(config)
     sources = open_sources(config)
-    names = [source.name for source in sources]
-    ready = bool(check_ready(sources))  # dumps need neither corpus nor controls that a model would have to read
-    nulls = [] if ready else _null_sources(config, sources)
-    controls = [control for control in config.controls if control in nulls or control not in NULL_SOURCES]
-    n_sources = len(names) + len(nulls)
-    tests = _n_tests(config)
-    asking = estimate_asking(config, folder, sources)
+    n_sources = len(sources) + len(run.control_dictionaries(sources))
+    n_features = n_sources * config.n_features
+    asking = estimate_asking(run, folder, sources)
     return {
-        "dictionaries": names,
-        "controls": controls,
-        "features": n_sources * config.n_features,
-        "explanations": n_sources * config.n_features * len(config.explainers),
-        "judgements": n_sources * config.n_features * tests * (config.n_positives + config.n_negatives),
-        "reading": _NOTHING if ready else _reading(config, [source.site.path for source in sources]),
+        "dictionaries": [source.name for source in sources],
+        "controls": run.controls(sources),
+        "features": n_features,
+        "explanations": n_features * len(config.explainers),
+        "judgements": n_features * _tests_per_feature(run, folder) * (config.n_positives + config.n_negatives),
+        "reading": _NOTHING_READ
+        if check_ready(sources)
+        else _reading(config, [source.site.path for source in sources]),
         "language_model": None if asking is None else asking.as_json(),
     }
 
@@ -82,7 +91,7 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
     located = locate(config.corpus)
     tokens = config.max_tokens
     if located.files and located.kind in ("text", "jsonl"):
-        characters = sum(path.stat().st_size * (_GZIP if path.suffix == ".gz" else 1) for path in located.files)
+        characters = sum(path.stat().st_size * (_GZIP_RATIO if path.suffix == ".gz" else 1) for path in located.files)
         there = int(characters / _CHARACTERS_PER_TOKEN)
         tokens = there if tokens is None else min(tokens, there)
     try:
@@ -95,29 +104,33 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
     return {"tokens": tokens, "seconds": None if not rate or not tokens else round(tokens / rate)}
 
 
-def _n_tests(config: RunConfig) -> int:
-    """Tests of one feature: with every explanation that a scorer is given, and those of other features."""
-    tests = make_tests(config, make_client(config))
-    given = [len(config.explainers if test.explainers is None else test.explainers) for test in tests]
-    with_null = 1 + ("shuffled" in config.controls)
-    return sum(n * with_null if test.needs_explanation else 1 for n, test in zip(given, tests, strict=True))
+def _tests_per_feature(run: ResolvedRun, folder: Path) -> int:
+    """Tests of one feature: of every explanation that a scorer gets, its own ones and those of its partner."""
+    n_scored = len(run.scored_explainers(_recorded_explainers(folder)))
+    n_explanations = [n_scored if test.explainers is None else len(test.explainers) for test in run.tests]
+    n_controls = 1 + run.with_shuffled
+    return sum(
+        n * n_controls if test.needs_explanation else 1 for n, test in zip(n_explanations, run.tests, strict=True)
+    )
 
 
-def _null_sources(config: RunConfig, sources: Sequence[FeatureSource]) -> list[str]:
-    """The controls that are dictionaries of their own; random codes need an RQAE."""
-    has_rqae = any(source.info.kind == "rqae" for source in sources)
-    return [name for name in config.controls if name in NULL_SOURCES and (has_rqae or name != "random-codes")]
+def _recorded_explainers(folder: Path) -> list[str]:
+    try:
+        with RunStore.open(folder) as store:
+            return store.explainers()
+    except MissingFile:
+        return []
 
 
-def estimate_asking(config: RunConfig, folder: Path, sources: Sequence[FeatureSource] | None = None) -> Estimate | None:
+def estimate_asking(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSource] | None = None) -> Estimate | None:
     """What the run would still ask a language model; None without a client, or with one that only replays.
 
-    ``sources``: where they are open already; opened here if the run's own examples do not tell.
+    sources: the run's dictionaries, if open already; else they are opened where the run's own examples are missing.
     """
-    client = make_client(config)
+    config, client = run.config, run.client
     if client is None or replays(config):
         return None
-    material = _material(config, folder, sources)
+    basis = _basis(run, folder, sources)
     with ExitStack() as stack:
         recordings = []
         for path in filter(None, (folder / RECORDING, config.cache)):
@@ -126,53 +139,51 @@ def estimate_asking(config: RunConfig, folder: Path, sources: Sequence[FeatureSo
                 stack.callback(recordings[-1].close)
         spent = max((found.spent(client.name) for found in recordings), key=lambda one: one.calls, default=Spent())
         counting = CountingClient(client.name, recordings, tokens_per_character(spent))
-        parts = wait_for(_count(config, counting, material))
-    in_flight = int(getattr(client, "concurrency", _IN_FLIGHT))
+        parts = wait_for(_count(run, counting, basis))
+    in_flight = int(getattr(client, "concurrency", _CONCURRENCY))
     window = str(getattr(client, "window", "")) if batched(config) else None
-    return total(parts, client.name, price_of(config, client.name), spent, in_flight, material.basis, window)
+    return total(parts, client.name, run.price, spent, in_flight, basis.description, window)
 
 
-async def _count(config: RunConfig, counting: CountingClient, material: _Material) -> dict[str, Load]:
-    n_explanations = max(len(config.explainers), 1) * (1 + ("shuffled" in config.controls))
-    loads = await count_explaining(make_explainers(config, counting), material.examples, counting)
-    loads |= await count_scoring(
-        make_tests(config, counting),
-        material.examples,
-        counting,
-        material.explained,
-        n_explanations,
-    )
-    return {name: load * material.stands_for for name, load in loads.items()}
+async def _count(run: ResolvedRun, counting: CountingClient, basis: _Basis) -> dict[str, Load]:
+    """Requests by part. Explainers and judges are made anew: those of the run must not see the invented replies."""
+    n_explanations = max(len(basis.explainers), 1) * (1 + run.with_shuffled)
+    loads = await count_explaining(make_explainers(run.config, counting), basis.examples, counting)
+    loads |= await count_scoring(run.tests_with(counting), basis.examples, counting, basis.explained, n_explanations)
+    return {name: load * basis.features_per_example for name, load in loads.items()}
 
 
-def _material(config: RunConfig, folder: Path, sources: Sequence[FeatureSource] | None) -> _Material:
+def _basis(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSource] | None) -> _Basis:
     """The run's own examples where they are collected, else one made-up feature that stands for all."""
+    config = run.config
     try:
         with RunStore.open(folder) as store:
             by_source = read_examples(store, config.seed)
-            explained = _explained(config, store, by_source)
+            explainers = run.scored_explainers(store.explainers())
+            explained = _explained(run, store, by_source, explainers)
     except MissingFile:
         sources = open_sources(config) if sources is None else sources
-        n_features = (len(sources) + len(_null_sources(config, sources))) * config.n_features
-        return _Material([made_up(config)], {}, n_features, f"made-up examples, {n_features} features")
+        n_features = (len(sources) + len(run.control_dictionaries(sources))) * config.n_features
+        description = f"made-up examples, {n_features} features"
+        return _Basis([made_up(config)], run.scored_explainers([]), {}, n_features, description)
     examples = [one for features in by_source.values() for one in features.values()]
-    return _Material(examples, explained, 1.0, f"the run's own examples, {len(examples)} features")
+    return _Basis(examples, explainers, explained, 1.0, f"the run's own examples, {len(examples)} features")
 
 
 def _explained(
-    config: RunConfig, store: RunStore, examples: Mapping[str, Mapping[str, FeatureExamples]]
+    run: ResolvedRun,
+    store: RunStore,
+    examples: Mapping[str, Mapping[str, FeatureExamples]],
+    explainers: Sequence[str],
 ) -> Mapping[tuple[str, str], list[Explanation]]:
-    """The explanations that would be judged, by source and feature: its own, and its partner's."""
-    wanted = {text.split(":")[0] for text in config.explainers}
+    """The recorded explanations that would be judged, by source and feature: its own, and its partner's."""
     found: dict[tuple[str, str], list[Explanation]] = defaultdict(list)
     for source, features in examples.items():
-        partners = shuffled_partners(features, source, config.seed) if "shuffled" in config.controls else {}
-        for explainer in store.explainers():
-            if wanted and explainer.split("@")[0].split(":")[0] not in wanted:
-                continue
-            there = store.explanations(source, explainer)
+        partners = shuffled_partners(features, source, run.config.seed) if run.with_shuffled else {}
+        for explainer in explainers:
+            explanations = store.explanations(source, explainer)
             for feature in features:
-                for whose in filter(None, (feature, partners.get(feature))):
-                    if whose in there:
-                        found[source, feature].append(there[whose])
+                for explained in filter(None, (feature, partners.get(feature))):
+                    if explained in explanations:
+                        found[source, feature].append(explanations[explained])
     return found

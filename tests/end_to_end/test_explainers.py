@@ -12,6 +12,7 @@ import pytest
 from evalkit.config.run_config import RunConfig
 from evalkit.pipeline.estimate import CountingClient, count_explaining, made_up
 from evalkit.pipeline.plan import estimate_asking
+from evalkit.pipeline.resolved import ResolvedRun
 from evalkit.pipeline.stages import run
 from evalkit.registry import create
 from evalkit.store.run_store import RunStore
@@ -48,7 +49,7 @@ def test_a_run_against_a_server_is_what_was_estimated_and_repeats_from_its_recor
     with ChatServer() as server:
         config = RunConfig.create(**options, client_options={"base_url": server.base_url})
         run(config, tmp_path / "run", stages=("collect",))
-        estimated = estimate_asking(config.model_copy(update={"judges": ()}), tmp_path / "run")
+        estimated = estimate_asking(ResolvedRun(config.model_copy(update={"judges": ()})), tmp_path / "run")
         run(config, tmp_path / "run", stages=("explain",))
         asked = server.counts()["finished"]
     assert estimated is not None and "the run's own examples" in estimated.basis

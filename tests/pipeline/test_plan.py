@@ -13,6 +13,7 @@ from evalkit.config.run_config import RunConfig
 from evalkit.llm.accounting.answer_store import Recording
 from evalkit.pipeline.estimate import CountingClient, count_explaining, made_up
 from evalkit.pipeline.plan import estimate_asking, plan
+from evalkit.pipeline.resolved import ResolvedRun
 from evalkit.pipeline.stages import run
 from evalkit.registry import create
 from evalkit.store.run_store import RunStore
@@ -45,11 +46,11 @@ def test_an_estimate_on_the_runs_own_examples_is_what_is_then_sent(options: dict
         config = RunConfig.create(**options, client_options={"base_url": server.base_url}, prices=prices(tmp_path))
         folder = tmp_path / "run"
         run(config, folder, stages=("collect",))
-        before = estimate_asking(config, folder)
+        before = estimate_asking(ResolvedRun(config), folder)
         assert before is not None and before.load.recorded == 0 and before.cost is not None
         assert "the run's own examples" in before.basis and server.counts().get("received", 0) == 0
         run(config, folder)
-        after = estimate_asking(config, folder)
+        after = estimate_asking(ResolvedRun(config), folder)
     with RunStore.open(folder) as store:
         (asked,) = store.asked()
     # a reply that names the same words for two features makes their questions one: fewer calls, never more
@@ -74,6 +75,27 @@ def test_an_estimate_before_anything_is_collected_counts_the_most_that_can_be_as
     assert "made-up examples" in asking["basis"] and not (tmp_path / "no").exists()
 
 
+def test_only_explanations_that_will_be_scored_are_counted(options: dict[str, object], tmp_path: Path) -> None:
+    """A run has explanations by ``default`` and by ``default`` with an option: scoring one is not charged for both."""
+    with ChatServer(owned_by="vllm") as server:
+        served = {**options, "judges": ("llm",), "client_options": {"base_url": server.base_url}}
+        both = RunConfig.create(**{**served, "explainers": ("default", "default:n_examples=2")})
+        run(both, tmp_path, stages=("collect",))
+        run(both, tmp_path, stages=("explain",))
+        for explainers in (("default:n_examples=2",), ()):  # none named: all that are recorded
+            config = RunConfig.create(**{**served, "explainers": explainers})
+            before = estimate_asking(ResolvedRun(config), tmp_path)
+            judgements = plan(config, tmp_path)["judgements"]
+            n_received = server.counts().get("received", 0)
+            run(config, tmp_path, stages=("score",))
+            assert before is not None
+            to_send = before.load.calls - before.load.recorded
+            n_sent = server.counts()["received"] - n_received
+            assert 0.8 * to_send <= n_sent <= to_send
+            # the most there can be: own and shuffled explanation, two scorers, ten windows
+            assert judgements == 3 * 6 * (len(explainers) or 2) * 2 * 2 * 10
+
+
 def test_without_a_language_model_there_is_nothing_to_estimate(options: dict[str, object], tmp_path: Path) -> None:
     silent = RunConfig.create(**{**options, "client": None, "explainers": ("words",), "judges": ("embedding",)})
     assert plan(silent, tmp_path)["language_model"] is None
@@ -83,7 +105,7 @@ def test_the_time_of_a_call_is_learned_from_earlier_ones(options: dict[str, obje
     with ChatServer(owned_by="vllm", delay_s=0.02) as server:
         first = {**options, "judges": ("llm",), "client_options": {"base_url": server.base_url, "concurrency": 4}}
         run(RunConfig.create(**first), tmp_path)
-        more = estimate_asking(RunConfig.create(**{**first, "judges": ("llm", "llm:single")}), tmp_path)
+        more = estimate_asking(ResolvedRun(RunConfig.create(**{**first, "judges": ("llm", "llm:single")})), tmp_path)
     recording = Recording(tmp_path / "calls.sqlite", write=False)
     spent = recording.spent("stand-in")
     recording.close()

@@ -14,6 +14,7 @@ import pytest
 
 from evalkit.report.tables import summary_table
 from evalkit.store.run_store import read_run
+from tests.support.hardware import quick_dtype
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -28,6 +29,7 @@ OPTIONS = {
     "--max-tokens": "120000",
     "--batch-size": "16",
     "--seed": "0",
+    "--dtype": quick_dtype(),
 }
 
 

@@ -28,6 +28,7 @@ import pytest
 
 from tests.support.chat_model import sha
 from tests.support.dictionaries import write_sae
+from tests.support.hardware import quick_dtype
 from tests.support.processes import ROOT, STAGES, Command, Server, serving
 from tests.support.servers import ChatServer
 
@@ -108,6 +109,7 @@ ASKING = ("explain", "score")  # begin with the start of a sender
 LONGEST_S = dict(zip(STAGES, (5.0, 6.0, 1.0, 0.08, 3.0, 6.0), strict=True))
 REAL = {
     "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
+    "--dtype": quick_dtype(),
     "--max-tokens": 56000,  # two fifths of it is not in the calibration sample
     "--features": 4,
     "--positives": 4,

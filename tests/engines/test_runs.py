@@ -24,6 +24,7 @@ from evalkit.llm.accounting.answer_store import Recording
 from evalkit.store.frames import RunFrames
 from evalkit.store.run_store import read_run
 from tests.support.command_line import EVALKIT, SMALL, run_command
+from tests.support.hardware import quick_dtype
 
 pytestmark = pytest.mark.slow
 KEY = "sk-planted-0123456789abcdef"
@@ -56,7 +57,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     log = tmp_path_factory.mktemp("server") / "log"
     options = {
         "--model": smollm2, "--served-model-name": "smollm2-135m", "--port": port, "--host": "127.0.0.1",
-        "--dtype": "bfloat16", "--max-model-len": 4096, "--api-key": KEY,
+        "--dtype": quick_dtype(), "--max-model-len": 4096, "--api-key": KEY,
         "--structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }  # fmt: skip
     listed = [str(part) for pair in options.items() for part in pair]

@@ -25,6 +25,7 @@ from evalkit.llm.requests.chat_template import ChatTemplate
 from evalkit.llm.requests.names import name_with_options
 from evalkit.records import Message, Response
 from evalkit.subject.download import find_model
+from evalkit.util.processor import emulates_bfloat16
 
 __all__ = ["VllmClient"]
 
@@ -205,7 +206,8 @@ class _Engine:
             arguments = {"enforce_eager": True, "block_size": 32, **arguments}
             arguments.pop("gpu_memory_utilization", None)
             if arguments["dtype"] == "auto":
-                arguments["dtype"] = "bfloat16"  # float16, as many models are stored, is ten times slower on a CPU
+                # float16, as many models are stored, is ten times slower on a CPU, and so is an emulated bfloat16
+                arguments["dtype"] = "float32" if emulates_bfloat16() else "bfloat16"
         self._vllm = vllm
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of its own parts against each other

@@ -27,6 +27,7 @@ from rqae.features import intensity_literal
 from rqae.literal import encode_literal
 from tests.support.command_line import call
 from tests.support.dictionaries import write_rqae, write_sae
+from tests.support.hardware import quick_dtype
 
 DEPTHS = (1, 2, 8, 24)
 
@@ -376,7 +377,7 @@ def test_the_shipped_rqae_on_the_real_model(
     code, out, err = call(
         capsys, monkeypatch, "-q", "inspect", "bundled:rqae-256", "--model", smollm2, "--out", tmp_path / "out",
         "--sae", "bundled:sae/layer_15/width_2k/average_l0_32", "--max-tokens", 8000, "--fit-tokens", 2000,
-        "--features", 10, "--depths", "1,4,16,64,256", "--json",
+        "--features", 10, "--depths", "1,4,16,64,256", "--json", "--dtype", quick_dtype(),
     )  # fmt: skip
     assert code == 0, err
     parts = json.loads(out)["parts"]

@@ -1,0 +1,10 @@
+"""What the processor that tests run on is good at."""
+
+from __future__ import annotations
+
+
+def quick_dtype() -> str:
+    """The dtype that a language model computes in fastest here."""
+    from evalkit.util.processor import emulates_bfloat16
+
+    return "float32" if emulates_bfloat16() else "bfloat16"

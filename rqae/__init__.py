@@ -8,7 +8,8 @@ from rqae.model import RQAE
 from rqae.searching.code_store import CodeStore
 from rqae.searching.scan import Hits, activity_thresholds, search
 from rqae.splits import SplitTree, m_split, parting_depth, similarity_by_depth
-from rqae.training.loop import RqaeTrainingConfig, TrainingReport, held_out_fvu, train_rqae
+from rqae.training.config import RqaeTrainingConfig
+from rqae.training.loop import TrainingReport, held_out_fvu, train_rqae
 from rqae.vmf import VmfFeatures, fit_vmf, relevance
 
 __all__ = [

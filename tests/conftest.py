@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = LlamaConfig(**_SIZE, **_HEADS, **_TOKENS, max_position_embeddings=256)
     return _tiny(config, tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with one matrix for embedding and head: the checkpoint has no head."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("models") / "tied-llama"))
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = True
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

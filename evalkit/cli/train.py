@@ -108,7 +108,7 @@ def rqae(
     from evalkit.subject.model import usable_device
     from evalkit.training.activation_text import TextSpec, open_text
     from evalkit.training.dictionaries import train_rqae_dictionary
-    from rqae.training.loop import RqaeTrainingConfig
+    from rqae.training.config import RqaeTrainingConfig
 
     if precision not in ("float32", "bfloat16"):
         raise BadConfig("--precision", expected="float32 or bfloat16", seen=repr(precision), fix="use one of these")

@@ -33,7 +33,8 @@ from evalkit.training.sae import SaeTrainingConfig, train_sae
 from evalkit.util.atomic_files import storage_errors
 from evalkit.util.progress import SILENT
 from rqae import RQAE
-from rqae.training.loop import RqaeTrainingConfig, train_rqae
+from rqae.training.config import RqaeTrainingConfig
+from rqae.training.loop import train_rqae
 
 if TYPE_CHECKING:
     from torch import Tensor

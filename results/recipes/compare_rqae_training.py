@@ -24,8 +24,9 @@ from evalkit.training.activation_store import ActivationStore
 from rqae.model import initial_codebook
 from rqae.progress import SILENT
 from rqae.training.batches import ArrayBatches
+from rqae.training.config import RqaeTrainingConfig
 from rqae.training.initialisation import greedy_layers
-from rqae.training.loop import RqaeTrainingConfig, held_out_fvu
+from rqae.training.loop import held_out_fvu
 from rqae.training.trainer import Trainer
 
 SITE, QUANTIZERS, ROWS, HELD_OUT, START = "layers.15", 256, 300_000, 8192, 65_536

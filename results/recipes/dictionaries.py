@@ -32,7 +32,7 @@ from evalkit.training.activation_text import LossText, TrainingText, corpus_part
 from evalkit.training.dictionaries import train_rqae_dictionary, train_sae_dictionary
 from evalkit.training.sae import SaeTrainingConfig
 from rqae import RQAE
-from rqae.training.loop import RqaeTrainingConfig
+from rqae.training.config import RqaeTrainingConfig
 
 MODEL, SITE = "smollm2-135m", "layers.15"
 CONTEXTS = {"train": 18_900, "held-out": 820, "demo": 1_600}

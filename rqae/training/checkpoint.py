@@ -6,15 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rqae.errors import RqaeError
-
-if TYPE_CHECKING:
-    from rqae.training.loop import RqaeTrainingConfig
+from rqae.training.config import RqaeTrainingConfig
 
 __all__ = ["resume", "save"]
 

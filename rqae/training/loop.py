@@ -12,76 +12,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rqae.config import RqaeConfig
-from rqae.errors import RqaeError
 from rqae.model import RQAE, initial_codebook
 from rqae.progress import SILENT, Progress
 from rqae.training.batches import Activations, Batches, batches_of, derived_generator
 from rqae.training.checkpoint import resume, save
-from rqae.training.gradients import Precision
+from rqae.training.config import RqaeTrainingConfig
 from rqae.training.initialisation import greedy_layers, random_layers
 from rqae.training.trainer import LAYERS, Trainer
 
-__all__ = ["RqaeTrainingConfig", "TrainingReport", "held_out_fvu", "train_rqae"]
-
+__all__ = ["TrainingReport", "held_out_fvu", "train_rqae"]
 
 _DIGEST_ROWS = 256  # by which a checkpoint knows its activations again
-
-
-@dataclass(frozen=True, slots=True)
-class RqaeTrainingConfig:
-    """How to train. ``learning_rate`` is relative to each quantizer's initial weight size (root mean square).
-
-    ``initialisation`` "sequential" fits the quantizers one after the other to ``init_tokens`` rows first; "random" is
-    upstream's start. A stream of activations is shuffled through a buffer of ``init_tokens`` rows. ``precision`` is that of
-    the gradients' matrix products; bfloat16 is faster where the hardware has it. ``nested_depths``: reconstructions from
-    fewer quantizers that count too, a relative change of each as much as one of the whole. ``checkpoint`` is a file written
-    every ``checkpoint_every`` steps; training resumes from it when it is there. ``evaluate_every``: steps between
-    measurements on held-out rows, None for ten in all.
-    """
-
-    dim: int
-    num_quantizers: int = 256
-    codebook_dim: int = 4
-    codebook_size: int = 5
-    quantization_method: str = "round_fsq"
-    initialisation: Literal["sequential", "random"] = "sequential"
-    init_tokens: int = 65_536
-    steps: int = 2000
-    batch_tokens: int = 2048
-    learning_rate: float = 2e-2
-    final_learning_rate: float = 0.05  # as a share of learning_rate
-    warmup_steps: int = 20
-    clip_norm: float = 1.0
-    seed: int = 0
-    precision: Precision = "float32"
-    nested_depths: tuple[int, ...] = ()
-    checkpoint: Path | None = None
-    checkpoint_every: int = 100
-    evaluate_every: int | None = None
-
-    @property
-    def model(self) -> RqaeConfig:
-        """The config of the RQAE to train."""
-        return RqaeConfig(
-            self.dim, self.codebook_dim, self.codebook_size, self.num_quantizers, self.quantization_method
-        )
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to the final share."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        low = self.final_learning_rate
-        return self.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +82,6 @@ def _start(config: RqaeTrainingConfig, batches: Batches, device: torch.device, p
     return Trainer(config, layers, codebook, device)
 
 
-def _check(config: RqaeTrainingConfig) -> None:
-    least = {"steps": 0, "batch_tokens": 1, "init_tokens": 2, "checkpoint_every": 1, "warmup_steps": 0}
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise RqaeError(
-                f"training option {name!r}", expected=f"at least {low}", seen=str(getattr(config, name)), fix="raise it"
-            )
-    if not all(0 < depth <= config.num_quantizers for depth in config.nested_depths):
-        raise RqaeError(
-            "training option 'nested_depths'",
-            expected=f"depths from 1 to {config.num_quantizers}",
-            seen=str(list(config.nested_depths)),
-            fix="leave out deeper ones",
-        )
-    if config.initialisation == "sequential" and config.dim < config.codebook_dim:
-        raise RqaeError(
-            "training option 'codebook_dim'",
-            expected=f"at most dim = {config.dim}",
-            seen=str(config.codebook_dim),
-            fix="lower it",
-        )
-
-
 @torch.no_grad()
 def train_rqae(
     activations: Activations,
@@ -172,7 +96,7 @@ def train_rqae(
     ``held_out`` (M, d) rows of other documents give the report's FVU. On resuming, a stream must start again from its
     beginning. The model comes back on the CPU. Raises RqaeError for rows of another width or not finite.
     """
-    _check(config)
+    config.check()
     began = time.monotonic()
     batches = batches_of(activations, config.dim, config.seed, max(config.init_tokens, config.batch_tokens))
     path, data = config.checkpoint, _digest(batches.sample(_DIGEST_ROWS))

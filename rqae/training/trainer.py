@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from torch import Tensor
 from rqae.encoding.blocked import BlockedEncoder, full_precision
 from rqae.encoding.codebook import canonical_indices
 from rqae.model import RQAE
+from rqae.training.config import RqaeTrainingConfig
 from rqae.training.gradients import loss_and_gradients
-
-if TYPE_CHECKING:
-    from rqae.training.loop import RqaeTrainingConfig
 
 __all__ = ["LAYERS", "Trainer"]
 

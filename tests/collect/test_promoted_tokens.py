@@ -33,7 +33,6 @@ from evalkit.subject.model import Subject
 from evalkit.subject.unembedding import OutputHead, read_output_head
 from evalkit.util.tensor_files import Stored, open_safetensors
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
-from tests.subject.test_unembedding import tied_llama  # noqa: F401  a fixture
 from tests.support.dictionaries import write_rqae
 from tests.support.run_folders import tiny_options
 

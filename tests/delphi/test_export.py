@@ -25,8 +25,8 @@ from evalkit.pipeline.stages import run
 from evalkit.records import Answer, ExplainExamples, JudgeItem
 from evalkit.registry import create, parse_part
 from evalkit.store.run_store import RunStore, read_run
-from tests.sources.dumps.test_delphi import LATENTS, TOKENIZER
 from tests.support.delphi_library import use_library
+from tests.support.paths import DELPHI_LATENTS, DELPHI_TOKENIZER
 from tests.support.run_folders import tiny_options
 
 
@@ -49,9 +49,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     dictionaries = []
     for name, hook in (("first", "layers.0"), ("second", "layers.0"), ("third", "layers.1.mlp")):
-        cache = shutil.copytree(LATENTS / hook, folder / name / hook)
+        cache = shutil.copytree(DELPHI_LATENTS / hook, folder / name / hook)
         config = json.loads((cache / "config.json").read_text())
-        (cache / "config.json").write_text(json.dumps({**config, "model_name": str(TOKENIZER)}))
+        (cache / "config.json").write_text(json.dumps({**config, "model_name": str(DELPHI_TOKENIZER)}))
         dictionaries.append(DictionarySpec(path=str(cache), name=f"{name}/{hook}/delphi", model="tiny"))
     options = {
         "model": "none/needed", "dictionaries": tuple(dictionaries), "n_features": 6, "n_explain": 6, "n_positives": 5,

@@ -34,18 +34,6 @@ def copied(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
 
 
-@pytest.fixture(scope="session")
-def tied_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with one matrix for embedding and head: the checkpoint has no head."""
-    folder = copied(tiny_llama, tmp_path_factory.mktemp("models") / "tied-llama")
-    config = AutoConfig.from_pretrained(folder)
-    config.tie_word_embeddings = True
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    return folder
-
-
 @pytest.mark.parametrize("model", ["tiny_llama", "tied_llama", "tiny_gemma", "tiny_gpt2"])
 def test_the_head_is_the_one_transformers_uses(model: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(model)

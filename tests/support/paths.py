@@ -8,4 +8,6 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_PROMPTS = GOLDEN / "prompts"
 SOURCES_DATA = ROOT / "tests" / "sources" / "data"
+DELPHI_LATENTS = SOURCES_DATA / "delphi" / "latents"
+DELPHI_TOKENIZER = SOURCES_DATA / "delphi" / "tokenizer"
 BUNDLED = ROOT / "evalkit" / "data" / "dictionaries"

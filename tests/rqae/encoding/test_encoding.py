@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqae import RQAE, RqaeConfig, RqaeError
+from rqae import RqaeConfig, RqaeError
 from rqae.encoding import products
 from rqae.encoding.blocked import GridQuantiser, TableQuantiser
 from rqae.encoding.codebook import canonical_indices, grid_codebook
 from rqae.literal import encode_literal
-from tests.support.random_rqae import random_rqae
+from tests.support.random_rqae import identity_rqae, in_float64, random_rqae
 
 FAMILIES = [
     RqaeConfig(32, 4, 5, 23),
@@ -30,24 +30,6 @@ def path(request):
         if request.param == "plain":
             patch.setattr("rqae.encoding.fused.has_compiler", lambda: False)
         yield
-
-
-def in_float64(model: RQAE, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Codes from the definition, one token at a time in float64, and the margin of each choice."""
-    codes = np.zeros((len(x), model.config.num_quantizers), dtype=np.int64)
-    margins = np.zeros(codes.shape)
-    layers = [t.double().numpy() for t in (model.w_in, model.b_in, model.w_out, model.b_out, model.codebook)]
-    canonical = model.canonical.numpy()
-    for row, token in enumerate(x.double().numpy()):
-        residual = token.copy()
-        for i, (w_in, b_in, w_out, b_out, book) in enumerate(zip(*layers, strict=True)):
-            p = w_in @ residual + b_in
-            scores = book @ (p / np.linalg.norm(p))
-            best = canonical[int(scores.argmax())]
-            margins[row, i] = scores[best] - scores[canonical != best].max()
-            codes[row, i] = best
-            residual -= w_out @ book[best] + b_out
-    return codes, margins
 
 
 @pytest.mark.parametrize(
@@ -130,12 +112,6 @@ def test_codes_without_wide_products(monkeypatch):
     x = torch.randn(600, 576, generator=torch.Generator().manual_seed(4))
     monkeypatch.setattr(products, "has_wide_products", lambda: False)
     assert float((model.encode(x) == encode_literal(model, x)).float().mean()) > 0.9995
-
-
-def identity_rqae(levels: int = 5, width: int = 4) -> RQAE:
-    """One quantizer that reads and writes its codebook vector unchanged."""
-    eye = torch.eye(width)[None]
-    return RQAE(RqaeConfig(width, width, levels, 1), eye, torch.zeros(1, width), eye, torch.zeros(1, width))
 
 
 @given(st.integers(0, 624), st.floats(1e-3, 1e3))

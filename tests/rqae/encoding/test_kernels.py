@@ -14,8 +14,7 @@ from rqae import RQAE, RqaeConfig
 from rqae.encoding.codebook import choose_codes
 from rqae.encoding.kernels import TritonGridBlock, is_available
 from rqae.literal import encode_literal
-from tests.rqae.encoding.test_encoding import identity_rqae, in_float64
-from tests.support.random_rqae import random_rqae
+from tests.support.random_rqae import identity_rqae, in_float64, random_rqae
 
 # importing Triton here would be too early for the process that imports this file
 pytestmark = [

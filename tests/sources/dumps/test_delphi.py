@@ -29,10 +29,10 @@ from evalkit.sources.dumps import delphi, delphi_cache
 from evalkit.sources.dumps.delphi import DelphiReader, DelphiSource
 from evalkit.store.run_store import RunStore, read_run
 from tests.support.hostile import Bomb, cut
-from tests.support.paths import SOURCES_DATA
+from tests.support.paths import DELPHI_LATENTS, DELPHI_TOKENIZER, SOURCES_DATA
 
 DATA = SOURCES_DATA / "delphi"
-LATENTS, TOKENIZER = DATA / "latents", DATA / "tokenizer"
+LATENTS, TOKENIZER = DELPHI_LATENTS, DELPHI_TOKENIZER
 HOOKS = ("layers.0", "layers.1.mlp")
 EXPECTED = np.load(DATA / "expected.npz")
 WIDTH, LENGTH = 48, 16

@@ -1,4 +1,4 @@
-"""Puts a finished demo run into results/demo and its short table into the README.
+"""Copies the results of a finished demo run to results/demo, and its short table into the README.
 
     make demo && python results/recipes/demo_results.py
 
@@ -40,7 +40,7 @@ def short_table(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Write everything."""
+    """Write the files and the README's table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo")
     run = parser.parse_args().run

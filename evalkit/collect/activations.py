@@ -1,9 +1,9 @@
-"""One pass over the corpus for all dictionaries: where every chosen feature is active, and how strongly.
+"""One pass over the corpus for all dictionaries: where each selected feature is active, and how strongly.
 
-The corpus is cut into shards of a fixed number of contexts. A shard's file holds, per source, every (token, feature,
-activation) above the feature's threshold: exact, small because features are sparse, and mergeable by putting files side
-by side. A shard that is on disk is never computed again. Knows the subject model only as "something that gives hidden
-states"; knows nothing about windows, explainers or judges. Writes ``collected/shard-*.npz`` under its folder.
+The corpus is divided into shards of a fixed number of contexts. A shard's file holds, per source, every (token, feature,
+excess over the feature's threshold). The files are exact, small because features are sparse, and independent of each
+other. A shard on disk is never computed again. Uses the subject model only through ``HiddenStates``; knows nothing of
+windows, explainers or judges. Writes ``shard-*.npz`` in the folder it is given.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from evalkit.errors import BadFile
 from evalkit.protocols import FeatureSource, Progress, TokenSource
-from evalkit.records import Activations, FeatureId, TokenBatch
+from evalkit.records import Activations, FeatureId, SourceInfo, TokenBatch
 from evalkit.subject.attention_sinks import valid_tokens
 from evalkit.util.atomic_files import atomic_path
 from evalkit.util.progress import SILENT
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHARD_CONTEXTS",
-    "Chosen",
     "Collection",
     "HiddenStates",
+    "SelectedFeatures",
     "active_entries",
     "collect",
 ]
@@ -43,7 +43,7 @@ SHARD_CONTEXTS = 64
 
 
 class HiddenStates(Protocol):
-    """Gives raw hidden states by site: the subject model, or something that remembers some of them.
+    """Returns raw hidden states by site: the subject model, or a cache in front of it.
 
     ``limits``: by site, the norm above which a token is an attention sink and masked like BOS.
     """
@@ -56,7 +56,7 @@ class HiddenStates(Protocol):
 
 
 class ContextCorpus(Protocol):
-    """What the pass needs of a corpus."""
+    """The part of a corpus that the pass uses."""
 
     @property
     def n_contexts(self) -> int: ...
@@ -68,21 +68,28 @@ class ContextCorpus(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """A bound source and the features of it that this run scores."""
+class SelectedFeatures:
+    """A bound source, the features of it that this run scores, and its measurements on the calibration sample."""
 
     source: FeatureSource
     features: tuple[FeatureId, ...]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> SourceInfo:
+        """The source's own record; where it declares no L0, with the measured one."""
+        info = self.source.info
+        return info if info.l0 is not None else replace(info, l0=self.measured.get("l0_measured"))
 
 
 def active_entries(
-    chosen: Chosen, hidden: Tensor, batch: TokenBatch, valid: Tensor
+    selected: SelectedFeatures, hidden: Tensor, batch: TokenBatch, valid: Tensor
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """(row in the flattened batch, feature index, excess) where the activation exceeds the feature's threshold.
+    """(row in the flattened batch, feature index, excess) of every activation above the feature's threshold.
 
-    The excess is the activation minus the threshold: positive whatever the sign of the threshold.
+    The excess is the activation minus the threshold, so it is positive even where the threshold is negative.
     """
-    source, features = chosen.source, chosen.features
+    source, features = selected.source, selected.features
     if isinstance(source, TokenSource):
         values = source.token_activations(batch, features)
     else:
@@ -118,7 +125,7 @@ class Collection:
         return [shard for shard in range(self.n_shards) if not self.path(shard).exists()]
 
     def read(self, source: int) -> Activations:
-        """All entries of the source with that index. Raises BadFile for a damaged shard."""
+        """All entries of one source, by its index in the run. Raises BadFile for a damaged shard."""
         tokens, features, values, n_tokens = [], [], [], 0
         for shard in range(self.n_shards):
             path = self.path(shard)
@@ -139,13 +146,13 @@ class Collection:
 def collect(
     corpus: ContextCorpus,
     states: HiddenStates,
-    chosen: Sequence[Chosen],
+    selected: Sequence[SelectedFeatures],
     folder: Path,
     *,
     batch_size: int,
     progress: Progress = SILENT,
 ) -> Collection:
-    """Compute the shards that are missing. ``batch_size``, in contexts, changes speed and memory only."""
+    """Compute the missing shards. ``batch_size`` (contexts per forward) affects speed and memory only."""
     collection = Collection(folder, corpus.n_contexts, corpus.context_length)
     missing = collection.missing()
     if not missing:
@@ -154,8 +161,8 @@ def collect(
         "collect activations", sum(len(collection.rows(s)) for s in missing) * corpus.context_length, "tokens"
     )
     for shard in missing:
-        _LOG.debug("shard %06d: forward passes begin", shard)
-        arrays = _collect_shard(corpus, states, chosen, collection.rows(shard), batch_size, progress, task)
+        _LOG.debug("shard %06d: starting forward passes", shard)
+        arrays = _collect_shard(corpus, states, selected, collection.rows(shard), batch_size, progress, task)
         with atomic_path(collection.path(shard)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
     progress.finish(task)
@@ -165,19 +172,19 @@ def collect(
 def _collect_shard(
     corpus: ContextCorpus,
     states: HiddenStates,
-    chosen: Sequence[Chosen],
+    selected: Sequence[SelectedFeatures],
     rows: NDArray[np.int64],
     batch_size: int,
     progress: Progress,
     task: int,
 ) -> dict[str, NDArray[np.generic]]:
-    found: list[list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in chosen]
-    n_tokens = [0 for _ in chosen]
+    found: list[list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in selected]
+    n_tokens = [0 for _ in selected]
     for first in range(0, len(rows), batch_size):
         batch = corpus.batch(rows[first : first + batch_size])
         by_site = states.hidden(batch)
         valid = {site: valid_tokens(hidden, batch, states.limits[site]) for site, hidden in by_site.items()}
-        for index, one in enumerate(chosen):
+        for index, one in enumerate(selected):
             site = one.source.site.path
             n_tokens[index] += int(valid[site].sum())
             token, feature, value = active_entries(one, by_site[site], batch, valid[site])

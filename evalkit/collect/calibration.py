@@ -1,8 +1,8 @@
-"""What has to be known before the pass over the corpus: hidden states of a small sample of contexts, kept on disk.
+"""Hidden states of a small sample of contexts, computed before the pass over the corpus and kept on disk.
 
-From it come the RQAE features (one token occurrence each), the thresholds that are corpus quantiles, which features are
-alive, and how well each dictionary reconstructs. The pass itself takes these contexts' states from here, so no context
-goes through the subject model twice. Knows no explainer and no judge. Writes ``calibration.safetensors``.
+The sample decides the RQAE features (one token occurrence each), the thresholds that are corpus quantiles, and which
+features are alive. The later pass reuses these states, so no context goes through the subject model twice. Knows nothing
+of explainers and judges. Reads and writes ``calibration.safetensors``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from safetensors.torch import save
 
 from evalkit.collect.activations import ContextCorpus
 from evalkit.errors import BadFile, CorpusError
-from evalkit.protocols import Progress
+from evalkit.protocols import FeatureSource, Progress
 from evalkit.records import FeatureId, TokenBatch
 from evalkit.seeds import derive, hash_priorities
-from evalkit.subject.attention_sinks import sink_limit
+from evalkit.subject.attention_sinks import sink_limit, valid_tokens
 from evalkit.util.atomic_files import write_bytes
 from evalkit.util.progress import SILENT
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "top_share_threshold"]
+__all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "sample_activations", "top_share_threshold"]
 
 _BATCH = 16  # contexts per forward
 
@@ -55,10 +55,11 @@ class Centre:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """Hidden states of some contexts, by site; a HiddenStates that asks the subject model only for the others.
+    """Cached hidden states of some contexts, by site. Implements ``HiddenStates``: other contexts go to the subject model.
 
-    ``rows`` (context,) are corpus rows, ascending; ``sample`` marks those of the uniform sample (the rest hold centres).
-    ``limits`` are the norms that tell attention sinks, by site.
+    rows: (context,) corpus rows, ascending
+    sample: (context,) True in the uniform sample; the other contexts are there for their centres
+    limits: by site, the norm above which a token is an attention sink
     """
 
     corpus: _Corpus
@@ -69,7 +70,7 @@ class Calibration:
     limits: dict[str, float]
 
     def hidden(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Hidden states of a batch, remembered where possible."""
+        """Hidden states of a batch, from the cache where possible."""
         places = np.minimum(np.searchsorted(self.rows, batch.contexts), len(self.rows) - 1)
         known = self.rows[places] == batch.contexts
         fresh = self.subject.hidden(batch.token_ids[~known]) if not known.all() else {}
@@ -95,11 +96,9 @@ class Calibration:
 
 
 def choose_centres(corpus: _Corpus, pools: NDArray[np.uint8], n: int, seed: int) -> list[Centre]:
-    """n token ids drawn uniformly from the unique ids of the explain pool, one occurrence of each; by hash.
+    """Draw ``n`` of the distinct token ids in the explain pool, uniformly, and one occurrence of each; by hash.
 
-    ``pools`` (context,): 0 where a context belongs to the explain pool.
-
-    Raises CorpusError when there are fewer unique ids.
+    ``pools`` (context,): 0 where a context belongs to the explain pool. Raises CorpusError for fewer than ``n`` ids.
     """
     rows = np.flatnonzero(pools == 0)
     best_priority: dict[int, int] = {}
@@ -143,7 +142,7 @@ def calibrate(
     seed: int,
     progress: Progress = SILENT,
 ) -> Calibration:
-    """Read the states from ``path``, or compute and keep them."""
+    """Read the states from ``path``, or compute and write them. Raises BadFile, StorageError."""
     order = np.argsort(hash_priorities(derive(seed, "calibration"), np.arange(corpus.n_contexts)))
     sample = order[:n_contexts]
     rows = np.unique(np.concatenate([sample, [centre.context for centre in centres]]).astype(np.int64))
@@ -181,7 +180,7 @@ def _compute(
 
 
 def _compact(states: Tensor) -> Tensor:
-    """bfloat16 where that loses nothing (a bfloat16 forward), else as it is."""
+    """The states in bfloat16 where that is lossless (after a bfloat16 forward), else unchanged."""
     half = states.to(torch.bfloat16)
     return half if torch.equal(half.float(), states) else states
 
@@ -196,6 +195,18 @@ def _read(path: Path, rows: NDArray[np.int64], sites: Sequence[str]) -> dict[str
         raise BadFile(
             str(path), expected="the calibration states of this run", seen=str(error), fix="delete it and run again"
         ) from error
+
+
+def sample_activations(
+    source: FeatureSource, features: Sequence[FeatureId], calibration: Calibration
+) -> Float[Tensor, "token feature"]:
+    """Activations on the unmasked tokens of the calibration sample; float32, on the CPU."""
+    parts = []
+    for batch in calibration.sample_batches():
+        hidden = calibration.hidden(batch)[source.site.path]
+        valid = valid_tokens(hidden, batch, calibration.limits[source.site.path])
+        parts.append(source.activations(hidden, features)[valid].float().cpu())
+    return torch.cat(parts)
 
 
 def top_share_threshold(values: Float[Tensor, "token feature"], shares: Sequence[float]) -> list[float]:

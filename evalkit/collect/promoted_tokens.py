@@ -29,28 +29,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from evalkit.collect.activations import Chosen
+    from evalkit.collect.activations import SelectedFeatures
     from evalkit.subject.model import Subject
 
 __all__ = ["PROMOTED", "promoted_by_source", "promoted_tokens", "token_texts"]
 
 _LOG = logging.getLogger(__name__)
 PROMOTED = 20  # tokens kept of a feature
-_SPARE = 3  # so many times as many are looked at: several ids may have one text
-_ROOM = 1 << 22  # numbers held at a time: logits of a tile, and its rows of the unembedding
+_SPARE = 3  # candidates per kept token: several ids may have the same text
+_ROOM = 1 << 22  # numbers per tile in memory: logits, and rows of the unembedding
 _UNUSED = re.compile(r"[<\[]\|?(?:unused|reserved|extra|dummy|placeholder|special)[\w ]*\|?[>\]]", re.IGNORECASE)
 
 
 def promoted_by_source(
-    chosen: Sequence[Chosen], subject: Subject, model: str, *, revision: str | None = None, k: int = PROMOTED
+    selected: Sequence[SelectedFeatures],
+    subject: Subject,
+    model: str,
+    *,
+    revision: str | None = None,
+    k: int = PROMOTED,
 ) -> list[dict[FeatureId, tuple[str, ...]]]:
-    """The promoted tokens of every source's chosen features; nothing for sources without directions.
+    """The promoted tokens of every source's features, in the order of ``selected``; empty for sources without directions.
 
-    ``model``: the folder or hub id that the subject was loaded from. A model whose head cannot be read gives a warning and
-    no tokens.
+    ``model``: the folder or hub id that the subject was loaded from. If the model's head cannot be read, logs a warning
+    and returns no tokens.
     """
-    nothing: list[dict[FeatureId, tuple[str, ...]]] = [{} for _ in chosen]
-    directed = [isinstance(one.source, DirectedSource) and bool(one.features) for one in chosen]
+    nothing: list[dict[FeatureId, tuple[str, ...]]] = [{} for _ in selected]
+    directed = [isinstance(one.source, DirectedSource) and bool(one.features) for one in selected]
     if not any(directed):
         return nothing
     try:
@@ -58,7 +63,7 @@ def promoted_by_source(
         if head is None:
             _LOG.warning("no promoted tokens: no unembedding of %s in a safetensors or torch checkpoint", model)
             return nothing
-        found = [_directions(one, head) if has else None for one, has in zip(chosen, directed, strict=True)]
+        found = [_directions(one, head) if has else None for one, has in zip(selected, directed, strict=True)]
         if all(rows is None for rows in found):
             return nothing
         texts = token_texts(subject.tokenizer, subject.vocab_size)
@@ -68,26 +73,27 @@ def promoted_by_source(
         return nothing
     return [
         {} if rows is None else {feature: next(tokens) for feature in one.features}
-        for one, rows in zip(chosen, found, strict=True)
+        for one, rows in zip(selected, found, strict=True)
     ]
 
 
-def _directions(one: Chosen, head: OutputHead) -> Tensor | None:
-    """Of one source, where its features are added to what the head reads."""
-    if not isinstance(one.source, DirectedSource) or not head.reads(one.source.site.out):
+def _directions(selected: SelectedFeatures, head: OutputHead) -> Tensor | None:
+    """Directions of one source's features; None unless they are added to the residual stream that the head reads."""
+    if not isinstance(selected.source, DirectedSource) or not head.reads(selected.source.site.out):
         return None
-    rows = one.source.directions(one.features)
+    rows = selected.source.directions(selected.features)
     return None if rows is None or rows.shape[1] != head.gain.numel() else rows.float().cpu()
 
 
 def promoted_tokens(
     directions: Float[Tensor, "feature d_model"], head: OutputHead, texts: Sequence[str | None], k: int = PROMOTED
 ) -> list[tuple[str, ...]]:
-    """Of every direction the ``k`` texts whose logits it raises most above the mean logit, strongest first.
+    """For each direction, the ``k`` texts whose logits it raises most above the mean logit, strongest first.
 
-    ``texts``: what each token id is shown as, None for one that is left out (see ``token_texts``). Ids of one text count
-    once; of equal logits the lower id comes first. A direction that raises nothing, such as 0, gets fewer or none. Logits
-    are summed in float64 and compared in float32, so the other features asked for change nothing. Raises BadFile.
+    ``texts``: the text of each token id, None to leave the id out (see ``token_texts``). Ids with the same text count
+    once; among equal logits the lower id comes first. A direction that raises fewer than ``k`` logits gets fewer texts.
+    Logits are summed in float64 and compared in float32, so a direction's result does not depend on the others.
+    Raises BadFile.
     """
     rows = head.before_unembedding(directions.double())
     usable = torch.isfinite(rows).all(dim=1) & (rows != 0).any(dim=1)

@@ -1,9 +1,9 @@
 """The first stage of a run: corpus and dictionaries in, examples out.
 
-Binds what the other modules do (contexts, grid, calibration, features, activations, windows) in their order; each part
-skips what is on disk. Dumps with ready examples need neither corpus nor subject model (see ``ready_examples``). Writes
-``corpus/``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run folder, and the tables
-``sources`` and ``features``.
+Calls the steps in order (contexts, fit check, grid, calibration, features, activations, examples); each step skips what
+is on disk already. Dumps that bring their own examples need neither corpus nor subject model (see ``dump_examples``).
+Writes ``corpus/``, ``fit.json``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run folder, and
+the tables ``sources`` and ``features``.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from evalkit.collect.sampling import Counts, draw_windows, windows_of
 from evalkit.config.run_config import RunConfig
 from evalkit.corpus.windows import Grid, build_grid
 from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
-from evalkit.protocols import FeatureSource, Progress
+from evalkit.protocols import ExampleSource, FeatureSource, Progress
 from evalkit.records import FeatureExamples, FeatureId
 from evalkit.store.run_store import FeatureRow, RunStore
 from evalkit.util.atomic_files import write_bytes
 
 if TYPE_CHECKING:
-    from evalkit.collect.activations import Collection
-    from evalkit.collect.preparation import Prepared
+    from evalkit.collect.activations import Collection, SelectedFeatures
+    from evalkit.collect.calibration import Calibration, Centre
     from evalkit.corpus.contexts import Corpus
+    from evalkit.subject.model import Subject
 
 __all__ = ["collect_stage", "open_sources", "read_examples"]
 
 
 def open_sources(config: RunConfig) -> list[FeatureSource]:
-    """All dictionaries of the configuration, unbound; or all dumps.
+    """All dictionaries of the configuration, not yet bound to a subject model; or all dumps.
 
-    Raises BadConfig for both in one run, and for dictionaries without a subject model.
+    Raises BadConfig for a mixture of both, and for dictionaries without a subject model.
     """
     require("torch", "model")
     from evalkit.sources import open_dictionaries
 
-    subject = PurePosixPath(config.model or "").name  # where a dictionary does not say whose it is
+    subject = PurePosixPath(config.model or "").name  # for dictionaries that do not name their subject model
     wanted = [
         (s.path, {**s.model_dump(exclude_none=True, exclude={"path"}), "subject": subject}) for s in config.specs()
     ]
@@ -55,40 +56,77 @@ def open_sources(config: RunConfig) -> list[FeatureSource]:
 
 
 def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> None:
-    """Corpus → examples. Nothing is loaded when the examples of every source are there."""
+    """Collect the examples of every source. Loads nothing if they are all on disk already."""
     if _collected(store):
         return
     started = time.monotonic()
     sources = open_sources(config)
-    if ready := check_ready(sources):
-        material = gather_ready(config, ready, progress)
-        _check_manifest(store.folder / "collected" / "manifest.json", material.manifest())
-        detail = write_ready(config, store, material)
-        store.write_stage("collect", time.monotonic() - started, detail)
-        return
+    if dumps := check_ready(sources):
+        detail = _collect_from_dumps(config, store, dumps, progress)
+    else:
+        detail = _collect_from_corpus(config, store, sources, progress)
+    store.write_stage("collect", time.monotonic() - started, detail)
+
+
+def _collect_from_dumps(
+    config: RunConfig, store: RunStore, dumps: Sequence[ExampleSource], progress: Progress
+) -> dict[str, Any]:
+    material = gather_ready(config, dumps, progress)
+    _check_manifest(store.folder / "collected" / "manifest.json", material.manifest())
+    return write_ready(config, store, material)
+
+
+def _collect_from_corpus(
+    config: RunConfig, store: RunStore, sources: Sequence[FeatureSource], progress: Progress
+) -> dict[str, Any]:
+    """The steps of the stage, in order. Returns what the record of the stage says."""
     for module in ("torch", "transformers", "safetensors"):
         require(module, "model")
     from evalkit.collect.activations import collect
-    from evalkit.collect.calibration import calibrate, choose_centres
-    from evalkit.collect.preparation import prepare
+    from evalkit.collect.build_controls import build_controls
     from evalkit.collect.promoted_tokens import promoted_by_source
-    from evalkit.corpus.contexts import tokenize_corpus
+    from evalkit.collect.select_features import select_features
     from evalkit.fit.gate import admit
-    from evalkit.protocols import CentredSource
     from evalkit.subject.download import find_model
+
+    model = find_model(config.subject())
+    subject = _load_subject(config, model, sources)
+    text = _decoder(subject.tokenizer)
+    corpus = _tokenize(config, store, subject, progress)
+    bound = [source.bind(subject.info) for source in sources]
+    fit_file = store.folder / "fit.json"
+    measured = admit(bound, subject, corpus, fit_file, seed=config.seed, force=config.force, progress=progress)
+    subject.sites = _input_sites(sources)  # the outputs of transcoders are only read by the fit check
+    grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)
+    _check_enough(config, corpus, grid)
+    calibration, centres = _calibrate(config, store, subject, corpus, grid, bound, progress)
+    selected = select_features(config, bound, calibration, centres, measured)
+    selected += build_controls(config, selected, calibration, lambda token: text((token,))[0], subject.info)
+    folder = store.folder / "collected"
+    _check_manifest(folder / "manifest.json", _manifest(selected))
+    store.write_sources([features.info for features in selected], [features.measured for features in selected])
+    collection = collect(corpus, calibration, selected, folder, batch_size=config.batch_size, progress=progress)
+    promoted = promoted_by_source(selected, subject, model, revision=config.revision)
+    _write_examples(config, store, selected, collection, corpus, grid, promoted, text, progress)
+    return {"tokens": corpus.n_tokens, "windows": len(grid), "duplicate_windows": grid.n_duplicates}
+
+
+def _input_sites(sources: Sequence[FeatureSource]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(source.site.path for source in sources))
+
+
+def _load_subject(config: RunConfig, model: str, sources: Sequence[FeatureSource]) -> Subject:
+    """The subject model, read where the dictionaries read and where they reconstruct."""
     from evalkit.subject.model import Subject
 
-    sites = list(dict.fromkeys(source.site.path for source in sources))
-    outs = [source.site.out for source in sources]
-    model = find_model(config.subject())
-    subject = Subject.load(
-        model,
-        sites=list(dict.fromkeys([*sites, *outs])),
-        dtype=config.dtype,
-        device=config.device,
-        revision=config.revision,
-    )
-    corpus = tokenize_corpus(
+    sites = dict.fromkeys([*_input_sites(sources), *(source.site.out for source in sources)])
+    return Subject.load(model, sites=list(sites), dtype=config.dtype, device=config.device, revision=config.revision)
+
+
+def _tokenize(config: RunConfig, store: RunStore, subject: Subject, progress: Progress) -> Corpus:
+    from evalkit.corpus.contexts import tokenize_corpus
+
+    return tokenize_corpus(
         config.corpus,
         subject.tokenizer,
         store.folder / "corpus",
@@ -100,61 +138,50 @@ def collect_stage(config: RunConfig, store: RunStore, progress: Progress) -> Non
         revision=config.revision,
         progress=progress,
     )
-    measured = admit(
-        [source.bind(subject.info) for source in sources],
-        subject,
-        corpus,
-        store.folder / "fit.json",
-        seed=config.seed,
-        force=config.force,
-        progress=progress,
-    )
-    subject.sites = tuple(sites)  # what transcoders reconstruct was read for the check alone
-    grid = build_grid(corpus, window_length=config.window_length, skip_first=config.skip_first, seed=config.seed)
-    _check_enough(config, corpus, grid)
+
+
+def _calibrate(
+    config: RunConfig,
+    store: RunStore,
+    subject: Subject,
+    corpus: Corpus,
+    grid: Grid,
+    sources: Sequence[FeatureSource],
+    progress: Progress,
+) -> tuple[Calibration, list[Centre]]:
+    """The calibration sample, and the centres of RQAE features if a dictionary needs them."""
+    from evalkit.collect.calibration import calibrate, choose_centres
+    from evalkit.protocols import CentredSource
+
     needs_centres = any(isinstance(source, CentredSource) for source in sources)
     centres = choose_centres(corpus, grid.context_pools, config.n_features, config.seed) if needs_centres else []
     calibration = calibrate(
         corpus,
         subject,
         store.folder / "calibration.safetensors",
-        sites=sites,
+        sites=_input_sites(sources),
         n_contexts=config.calibration_contexts,
         centres=centres,
         seed=config.seed,
         progress=progress,
     )
-    text = _decoder(subject.tokenizer)
-    prepared = prepare(config, sources, subject.info, calibration, centres, lambda token: text((token,))[0], measured)
-    _check_manifest(store.folder / "collected" / "manifest.json", _manifest(prepared))
-    store.write_sources([one.info for one in prepared], [one.measured for one in prepared])
-    collection = collect(
-        corpus,
-        calibration,
-        [one.chosen for one in prepared],
-        store.folder / "collected",
-        batch_size=config.batch_size,
-        progress=progress,
-    )
-    promoted = promoted_by_source([one.chosen for one in prepared], subject, model, revision=config.revision)
-    _sample(config, store, prepared, collection, corpus, grid, promoted, text, progress)
-    detail = {"tokens": corpus.n_tokens, "windows": len(grid), "duplicate_windows": grid.n_duplicates}
-    store.write_stage("collect", time.monotonic() - started, detail)
+    return calibration, centres
 
 
-def _manifest(prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+def _manifest(selected: Sequence[SelectedFeatures]) -> list[dict[str, Any]]:
+    """What a resumed run must agree with: per source the thresholds and the FVU, rounded to six digits."""
     return [
         {
-            "source": one.chosen.source.name,
-            "thresholds": {f: float(f"{one.chosen.source.threshold(f):.6g}") for f in one.chosen.features},
+            "source": one.source.name,
+            "thresholds": {f: float(f"{one.source.threshold(f):.6g}") for f in one.features},
             "fvu": float(f"{one.measured.get('fvu_measured', 0.0):.6g}"),
         }
-        for one in prepared
+        for one in selected
     ]
 
 
 def _check_manifest(path: Path, manifest: list[dict[str, Any]]) -> None:
-    """Shards made with these very dictionaries and thresholds go on; with others (a file was replaced) they must not."""
+    """Write the manifest, or raise RunMismatch if the run began with other values (a replaced dictionary file, say)."""
     if not path.exists():
         write_bytes(path, (json.dumps(manifest, indent=1) + "\n").encode())
         return
@@ -172,7 +199,7 @@ def _check_manifest(path: Path, manifest: list[dict[str, Any]]) -> None:
 
 
 def _collected(store: RunStore) -> bool:
-    """Whether the examples of every source are there."""
+    """Whether the examples of every source are on disk."""
     if not store.stage_done("collect"):
         return False
     examples = ExampleStore(store.folder / "examples")
@@ -192,10 +219,10 @@ def _check_enough(config: RunConfig, corpus: Corpus, grid: Grid) -> None:
             )
 
 
-def _sample(
+def _write_examples(
     config: RunConfig,
     store: RunStore,
-    prepared: Sequence[Prepared],
+    selected: Sequence[SelectedFeatures],
     collection: Collection,
     corpus: Corpus,
     grid: Grid,
@@ -207,9 +234,9 @@ def _sample(
     counts = Counts(**config.counts())
     used: set[int] = set()
     in_score_pool = int((grid.pools == 1).sum())
-    task = progress.start("sample windows", len(prepared), "dictionaries")
-    for index, one in enumerate(prepared):
-        source, features = one.chosen.source, one.chosen.features
+    task = progress.start("sample windows", len(selected), "dictionaries")
+    for index, one in enumerate(selected):
+        source, features = one.source, one.features
         activations = collection.read(index)
         rows, records = [], []
         for position, (feature, windows) in enumerate(
@@ -258,7 +285,7 @@ def _decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], tuple[str, ...]]:
 
 
 def read_examples(store: RunStore, seed: int) -> dict[str, dict[FeatureId, FeatureExamples]]:
-    """The examples of every source of a run, by source and feature. Raises MissingFile before collection is done."""
+    """The examples of every source of a run, by source and feature. Raises MissingFile before the stage is done."""
     if not _collected(store):
         raise MissingFile(
             str(store.folder),

@@ -1,52 +1,24 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evalkit.collect.activations import SHARD_CONTEXTS, Chosen, collect
+from evalkit.collect.activations import SHARD_CONTEXTS, SelectedFeatures, collect
 from evalkit.collect.calibration import calibrate, choose_centres, top_share_threshold
-from evalkit.corpus.windows import build_grid
 from evalkit.errors import BadFile, CorpusError
-from evalkit.records import Site, TokenBatch
 from evalkit.sources.controls import PlantedSource, RandomDirectionsSource
-from tests.corpus.test_windows import ArrayCorpus, random_corpus
-
-D_MODEL = 32
-
-
-def pools_of(corpus: ArrayCorpus, seed: int) -> np.ndarray:
-    return build_grid(corpus, window_length=16, skip_first=1, seed=seed).context_pools
+from tests.support.array_corpus import ArrayCorpus, random_corpus
+from tests.support.table_states import D_MODEL, SITE, TableStates, pools_of
 
 
-SITE = Site("m", "layers.1")
-
-
-@dataclass
-class TableStates:
-    """Hidden states by table look-up of the token id: a one-layer model whose states are known in closed form."""
-
-    seen: list[int] = field(default_factory=list)  # contexts asked for
-    limits: dict[str, float] = field(default_factory=lambda: {SITE.path: 1e9})
-
-    def table(self) -> torch.Tensor:
-        return torch.randn(5001, D_MODEL, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-
-    def hidden(self, token_ids: np.ndarray | TokenBatch) -> dict[str, torch.Tensor]:
-        if isinstance(token_ids, TokenBatch):
-            self.seen += token_ids.contexts.tolist()
-            token_ids = token_ids.token_ids
-        return {SITE.path: self.table()[torch.from_numpy(token_ids)]}
-
-
-def sources() -> list[Chosen]:
+def sources() -> list[SelectedFeatures]:
     random = RandomDirectionsSource(SITE, D_MODEL, 6, 0.01, seed=0)
     random = random.with_thresholds({str(i): 2.0 for i in range(6)})
     planted = PlantedSource(SITE, {"a": tuple(range(20)), "b": (1000, 2000)})
-    return [Chosen(random, ("5", "0", "3")), Chosen(planted, ("a", "b"))]
+    return [SelectedFeatures(random, ("5", "0", "3")), SelectedFeatures(planted, ("a", "b"))]
 
 
 @pytest.fixture(scope="module")

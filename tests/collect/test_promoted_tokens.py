@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evalkit.collect import promoted_tokens as promoted
-from evalkit.collect.activations import Chosen
+from evalkit.collect.activations import SelectedFeatures
 from evalkit.collect.promoted_tokens import promoted_by_source, promoted_tokens, token_texts
 from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import RunConfig
@@ -256,11 +256,11 @@ def test_all_sources_share_one_pass_and_those_without_directions_get_nothing(
     strongest = promoted._strongest
     monkeypatch.setattr(promoted, "_strongest", lambda *args: calls.append(args) or strongest(*args))
     chosen = [
-        Chosen(inside, ("1",)),
-        Chosen(first, ("5", "2")),
-        Chosen(planted, ("a",)),
-        Chosen(second, ("0", "3", "1")),
-        Chosen(first, ()),
+        SelectedFeatures(inside, ("1",)),
+        SelectedFeatures(first, ("5", "2")),
+        SelectedFeatures(planted, ("a",)),
+        SelectedFeatures(second, ("0", "3", "1")),
+        SelectedFeatures(first, ()),
     ]
     found = promoted_by_source(chosen, subject, str(tiny_llama), k=7)
     assert len(calls) == 1
@@ -273,7 +273,7 @@ def test_a_model_without_an_unembedding_gives_one_warning_and_no_tokens(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     subject, _ = load(tiny_llama)
-    chosen = [Chosen(sae(torch.randn(6, D_MODEL)), ("1",))] * 3
+    chosen = [SelectedFeatures(sae(torch.randn(6, D_MODEL)), ("1",))] * 3
     with caplog.at_level(logging.WARNING):
         assert promoted_by_source(chosen, subject, str(tmp_path)) == [{}, {}, {}]
         (tmp_path / "model.safetensors").write_bytes(b"torn")

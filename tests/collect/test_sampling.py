@@ -12,7 +12,7 @@ from evalkit.collect.sampling import WAYS, Counts, Draw, draw_windows, order_by,
 from evalkit.corpus.windows import Grid, build_grid
 from evalkit.records import Activations
 from evalkit.seeds import hash_priorities
-from tests.corpus.test_windows import random_corpus
+from tests.support.array_corpus import random_corpus
 
 COUNTS = Counts(explain=12, positives=10, negatives=10)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evalkit.collect.activations import Chosen, Collection, active_entries
+from evalkit.collect.activations import Collection, SelectedFeatures, active_entries
 from evalkit.corpus.contexts import Corpus, tokenize_corpus
 from evalkit.errors import BadFile, CorpusError
 from evalkit.inspection.parts.settings import Settings
@@ -180,7 +180,7 @@ class Material(States):
         progress: Progress,
         *,
         whole: bool,
-        latents: tuple[str, Chosen] | None = None,
+        latents: tuple[str, SelectedFeatures] | None = None,
     ) -> None:
         super().__init__(settings, source.site, folder, progress, whole=whole)
         self._source = source

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evalkit.collect.activations import Chosen
+from evalkit.collect.activations import SelectedFeatures
 from evalkit.errors import BadConfig
 from evalkit.inspection.parts.cache import Part, digest
 from evalkit.inspection.parts.measured import Measured
@@ -63,11 +63,11 @@ class RqaePlan:
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
         """What computes each missing part. The material is loaded when one of them first asks for it."""
         settings, other, depths = self._settings, self._other, self._depths
-        latents: tuple[str, Chosen] | None = None
+        latents: tuple[str, SelectedFeatures] | None = None
         if other is not None and "sae" in missing:
             candidates = _candidates(settings, other)
             chosen = hashlib.blake2b(" ".join(candidates).encode(), digest_size=6).hexdigest()
-            latents = f"{_sae_digest(other)[:12]}-{chosen}", Chosen(other, candidates)
+            latents = f"{_sae_digest(other)[:12]}-{chosen}", SelectedFeatures(other, candidates)
         material = Material(settings, self._source, folder, progress, whole="fit" in missing, latents=latents)
         model = self._source.encoder.model
         known: dict[str, Callable[[], Measured]] = {

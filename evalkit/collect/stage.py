@@ -124,7 +124,7 @@ def _load_subject(config: RunConfig, model: str, sources: Sequence[FeatureSource
 
 
 def _tokenize(config: RunConfig, store: RunStore, subject: Subject, progress: Progress) -> Corpus:
-    from evalkit.corpus.contexts import tokenize_corpus
+    from evalkit.corpus.tokenisation import tokenize_corpus
 
     return tokenize_corpus(
         config.corpus,

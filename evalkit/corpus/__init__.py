@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalkit.corpus.contexts import Corpus as Corpus
-    from evalkit.corpus.contexts import tokenize_corpus as tokenize_corpus
+    from evalkit.corpus.tokenisation import tokenize_corpus as tokenize_corpus
 
 __all__ = ["Corpus", "tokenize_corpus"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    """Load the module behind a public name on first use, so that importing the package stays cheap."""
     if name in __all__:
-        return getattr(importlib.import_module("evalkit.corpus.contexts"), name)
+        module = "tokenisation" if name == "tokenize_corpus" else "contexts"
+        return getattr(importlib.import_module(f"evalkit.corpus.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.corpus.contexts import Corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import CorpusError
 from evalkit.protocols import Progress
 from evalkit.records import Site, SubjectInfo, TokenBatch

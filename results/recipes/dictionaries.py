@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.corpus.contexts import Corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.records import Site, SubjectInfo
 from evalkit.sources.formats.gemma_scope import read_weights
 from evalkit.sources.sae.weights import measure_fit

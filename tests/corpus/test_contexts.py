@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.corpus.contexts import Corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import BadConfig, BadFile, BadShape, CorpusError, MissingFile, RunMismatch
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -317,7 +318,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 from transformers import AutoTokenizer
-from evalkit.corpus.contexts import tokenize_corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import StorageError
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,7 +15,7 @@ import torch
 from evalkit.cli import main
 from evalkit.config.run_config import RunConfig
 from evalkit.config.sweep_file import read_sweep
-from evalkit.corpus.contexts import tokenize_corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import BadConfig, MissingFile
 from evalkit.records import Site, TokenBatch
 from evalkit.subject.final_norm import normalise

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evalkit.corpus.contexts import tokenize_corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import SiteMismatch
 from evalkit.fit.check import FitReport, check_fit, fit_sites, gather_states
 from evalkit.fit.gate import admit

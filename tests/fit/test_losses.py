@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.corpus.contexts import Corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import CorpusError
 from evalkit.fit.losses import Losses, measure_losses
 from evalkit.subject.language_model import LanguageModel

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from evalkit.collect.activations import Collection, SelectedFeatures, active_entries
-from evalkit.corpus.contexts import Corpus, tokenize_corpus
+from evalkit.corpus.contexts import Corpus
+from evalkit.corpus.tokenisation import tokenize_corpus
 from evalkit.errors import BadFile, CorpusError
 from evalkit.inspection.parts.settings import Settings
 from evalkit.protocols import Progress

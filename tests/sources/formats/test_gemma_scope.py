@@ -278,7 +278,7 @@ def test_bundled_dictionaries_open_with_true_cards() -> None:
 @pytest.mark.slow
 def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Path, tmp_path: Path) -> None:
     """The first 256 full contexts; the card has the first 1,600, so the tolerance is that of the sample."""
-    from evalkit.corpus.contexts import tokenize_corpus
+    from evalkit.corpus.tokenisation import tokenize_corpus
     from evalkit.subject.model import Subject
 
     subject = Subject.load(smollm2, sites=("layers.15",), dtype="bfloat16", device="cpu")

@@ -241,12 +241,17 @@ _FIELDS = {
 
 
 def config_of_run(options: dict[str, Any]) -> Any:
-    """The configuration that the options of ``run`` or ``collect`` say. Raises BadConfig."""
+    """The configuration that the options of ``run`` or ``collect`` give. Raises BadConfig.
+
+    ``options``: all arguments of the command, its context among them.
+    """
     from evalkit.config.feature_selection import parse_features
     from evalkit.config.run_config import RunConfig
 
+    context = options["context"]
+    options = {name: value for name, value in options.items() if name != "context"}
     if options.get("preset") is not None:
-        options = _given(options)
+        options = _given(options, context)
     wanted = _fields({key: value for key, value in options.items() if key not in ("out", "dry_run", "as_json")})
     wanted["dictionaries"] = [path.rstrip("/") or path for path in wanted["dictionaries"]]
     if "features" in wanted:
@@ -257,16 +262,13 @@ def config_of_run(options: dict[str, Any]) -> Any:
     return RunConfig.create(**wanted)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that the command line or an environment variable says: a preset decides about the others."""
-    import click
-    from click.core import ParameterSource
-
-    context = click.get_current_context()
+def _given(options: dict[str, Any], context: typer.Context) -> dict[str, Any]:
+    """The options set on the command line or by an environment variable; a preset decides about the others."""
+    # by name: recent Typer releases bring their own parser, whose sources are not those of the package click
     return {
         name: value
         for name, value in options.items()
-        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+        if getattr(context.get_parameter_source(name), "name", None) not in ("DEFAULT", "DEFAULT_MAP")
     }
 
 

@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    context: typer.Context,
     dictionary: Dictionaries,
     out: Out,
     model: Model = None,
@@ -127,6 +128,7 @@ def run(
 
 
 def collect(
+    context: typer.Context,
     dictionary: Dictionaries,
     out: Out,
     model: Model = None,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from evalkit import registry
 from evalkit.cli import app
-from evalkit.config.feature_selection import parse_features
+from evalkit.cli.options import config_of_run
 from evalkit.config.presets import PRESETS
 from evalkit.stats.metrics import ALL_METRICS
 from tests.support.documents import ELLIPSIS, PAGES, Page
@@ -63,8 +63,9 @@ def parse(words: list[str], *, whole: bool) -> Any:
     return command.make_context(command.name, filled)
 
 
-def check_values(parameters: dict[str, Any], command: str) -> None:
-    """Names of parts, presets, metrics and formats are known ones."""
+def check_values(context: Any) -> None:
+    """Names of parts, presets, metrics and formats are known ones; the options of a run make a configuration."""
+    parameters, command = context.params, context.command.name
     for option, kind in KINDS.items():
         values = parameters.get(option) or ()
         for value in [values] if isinstance(values, str) else values:
@@ -76,14 +77,14 @@ def check_values(parameters: dict[str, Any], command: str) -> None:
     if command in ("table", "compare"):
         assert parameters["format"] in ("markdown", "csv", "json", "latex", "parquet")
     if command in ("run", "collect"):
-        parse_features(parameters["features"])
+        config_of_run({**parameters, "context": context})
 
 
 @pytest.mark.parametrize(("page", "command"), EVALKIT, ids=ids)
 def test_commands_parse(page: Page, command: list[str]) -> None:
     """The command exists, so does every option, and nothing that is required is missing."""
     context = parse(command[1:], whole=True)
-    check_values(context.params, context.command.name)
+    check_values(context)
 
 
 @pytest.mark.parametrize(("page", "command"), INLINE, ids=ids)
@@ -92,7 +93,7 @@ def test_commands_within_the_text_parse(page: Page, command: list[str]) -> None:
     if words[-1].startswith("--") and len(words) > 1:  # the option is named without its value
         assert words.pop() in options_of(GROUP)
     context = parse(words, whole=False)
-    check_values(context.params, context.command.name)
+    check_values(context)
 
 
 def options_of(command: Any) -> set[str]:

@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -38,6 +37,7 @@ from evalkit.protocols import FeatureSource
 from evalkit.records import Explanation, FeatureExamples
 from evalkit.store.run_store import RunStore
 from evalkit.subject.download import find_model
+from evalkit.subject.sites import parse_site
 from evalkit.subject.throughput import forward_rate
 from evalkit.util.run_async import wait_for
 
@@ -98,7 +98,7 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
         folder = Path(find_model(config.subject()))
     except MissingFile:
         return {"tokens": tokens, "seconds": None}
-    depths = [int(number) for site in sites for number in re.findall(r"layers\.(\d+)", site)]
+    depths = [block.layer for site in sites if (block := parse_site(site))]
     layers = max(depths) + 1 if len(depths) == len(sites) else None
     rate = forward_rate(folder, layers, dtype=config.dtype, device=config.device) if tokens else None
     return {"tokens": tokens, "seconds": None if not rate or not tokens else round(tokens / rate)}

@@ -28,8 +28,6 @@ from evalkit.records import SubjectInfo
 from evalkit.subject.final_norm import denormalise, measure_norm, normalise
 from evalkit.subject.loading import load_model
 from evalkit.subject.module_paths import (
-    BLOCK,
-    EMBED,
     block_index,
     depth_check,
     find_blocks,
@@ -37,7 +35,7 @@ from evalkit.subject.module_paths import (
     no_site_error,
     submodule,
 )
-from evalkit.subject.sites import INPUT
+from evalkit.subject.sites import EMBED, INPUT, parse_site
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -130,13 +128,12 @@ class Subject:
 
     def layer_neighbours(self, site: str) -> tuple[str, ...]:
         """The same site one block earlier and one block later, where these exist; () for a site outside the blocks."""
-        match = BLOCK.search(site)
+        block = parse_site(site)
         self._module(site)
-        if match is None:
+        if block is None:
             return ()
-        index, rest = int(match[1]), f".{match[2]}" if match[2] else ""
-        rest += INPUT if site.endswith(INPUT) else ""
-        return tuple(f"layers.{near}{rest}" for near in (index - 1, index + 1) if 0 <= near < self._n_layers)
+        near = (block.layer - 1, block.layer + 1)
+        return tuple(f"layers.{layer}{block.within}" for layer in near if 0 <= layer < self._n_layers)
 
     def hidden(
         self,
@@ -247,18 +244,18 @@ class Subject:
         return checked
 
     def _module(self, site: str) -> nn.Module:
-        match = BLOCK.search(site)
+        block = parse_site(site)
         if site == EMBED:
             return self._embedding
-        if match is None:
+        if block is None:
             names: dict[str, nn.Module] = dict(self._decoder.named_modules())
             short = site.removesuffix(INPUT).removeprefix(f"{self._decoder.base_model_prefix}.")
             if short and short in names:
                 return names[short]
-        elif (index := int(match[1])) < len(self._blocks) and (
-            found := submodule(self._blocks[index], match[2] or "")
-        ) is not None:
-            return found
+        elif block.layer < len(self._blocks):
+            found = submodule(self._blocks[block.layer], block.part)
+            if found is not None:
+                return found
         raise no_site_error(site, self.info, len(self._blocks))
 
 

@@ -6,7 +6,6 @@ Knows the modules of transformers models; reads no states and no files.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,11 +14,10 @@ from torch import nn
 
 from evalkit.errors import BadConfig
 from evalkit.records import SubjectInfo
+from evalkit.subject.sites import parse_site
 
-__all__ = ["BLOCK", "EMBED", "block_index", "depth_check", "find_blocks", "list_sites", "no_site_error", "submodule"]
+__all__ = ["block_index", "depth_check", "find_blocks", "list_sites", "no_site_error", "submodule"]
 
-EMBED = "embed"
-BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(0|[1-9][0-9]*)(?:\.([^:]+))?(?::in)?$")
 _ALIASES = (  # one name for what families name differently; the first that is there
     ("self_attn", "attn", "attention", "self_attention"),
     ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
@@ -67,8 +65,8 @@ def list_sites(blocks: nn.ModuleList) -> Iterable[str]:
 
 def block_index(site: str) -> int | None:
     """The number of the block that a site is in; None for a site outside the blocks."""
-    match = BLOCK.search(site)
-    return int(match[1]) if match else None
+    block = parse_site(site)
+    return block.layer if block else None
 
 
 def depth_check(sites: Sequence[str]) -> Any:

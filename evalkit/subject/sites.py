@@ -1,47 +1,86 @@
-"""Where a dictionary reads, from the name its makers gave the place: TransformerLens hooks and Hugging Face modules.
+"""The grammar of site names: how they are parsed and written, which hook names stand for them, and which models have them.
 
-A site is a module path of the subject model under names that hold for every family (``layers.12``, ``layers.12.mlp``,
-``layers.12.self_attn.o_proj``, ``layers.12.pre_mlp_norm``, ``embed``); with ``:in`` behind it, what goes into the module
-instead of what comes out. Knows names only.
+A site is a module path of the subject model under names that hold for every family: ``layers.12``, ``layers.12.mlp``,
+``layers.12.self_attn.o_proj``, ``layers.12.pre_mlp_norm``, ``embed``. With the suffix ``:in`` it is the input of that
+module instead of its output. Every regular expression about site or hook names is here. Knows names and sizes, no module;
+reads and writes nothing.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-__all__ = ["INPUT", "site_of_hook"]
+from evalkit.errors import SiteMismatch
+from evalkit.records import Site, SubjectInfo
 
+__all__ = ["EMBED", "INPUT", "BlockSite", "check_subject", "parse_hook", "parse_site", "site_of_hook"]
+
+EMBED = "embed"
 INPUT = ":in"
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_SITE = re.compile(r"(?:.*?\.)?(?:layers|h|blocks|block)\.(0|[1-9][0-9]*)(?:\.([^:]+))?(:in)?")
+_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _HOOKS = {
-    "hook_resid_post": "layers.{layer}",
-    "hook_mlp_out": "layers.{layer}.mlp",
-    "hook_attn_out": "layers.{layer}.self_attn",
-    "attn.hook_z": "layers.{layer}.self_attn.o_proj:in",
-    "hook_resid_mid": "layers.{layer}.pre_mlp_norm:in",
-    "ln2.hook_normalized": "layers.{layer}.pre_mlp_norm:in",  # the reader declares the norm without its gain
-    "hook_mlp_in": "layers.{layer}.pre_mlp_norm:in",
-    "mlp.hook_in": "layers.{layer}.mlp:in",
-    "mlp.hook_post": "layers.{layer}.mlp.down_proj:in",
+    "hook_resid_post": "",
+    "hook_mlp_out": ".mlp",
+    "hook_attn_out": ".self_attn",
+    "attn.hook_z": ".self_attn.o_proj:in",
+    "hook_resid_mid": ".pre_mlp_norm:in",
+    "ln2.hook_normalized": ".pre_mlp_norm:in",  # the reader declares the norm without its gain
+    "hook_mlp_in": ".pre_mlp_norm:in",
+    "mlp.hook_in": ".mlp:in",
+    "mlp.hook_post": ".mlp.down_proj:in",
 }
 _PREFIXES = re.compile(r"^(?:model|transformer|gpt_neox|backbone|language_model|decoder)\.")
 _ATTENTION = re.compile(r"^(?:attn|attention|self_attention)(?=\.|$)")
 _LISTS = re.compile(r"^(?:layers|h|blocks)\.(\d+)(?:\.(.+))?$")
+# The inputs of these modules are as wide as the heads or the MLP, not as the residual stream.
+_OWN_WIDTH = ("o_proj", "down_proj")
+_LISTED = ("", ".self_attn", ".mlp")  # parts of a block that ``SubjectInfo.sites`` lists
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSite:
+    """A site in a transformer block. ``part``: the module path inside the block, empty for the block itself."""
+
+    layer: int
+    part: str = ""
+    is_input: bool = False
+
+    @property
+    def within(self) -> str:
+        """What follows the layer number in the name: ``""``, ``":in"``, ``".mlp"``, ``".mlp:in"``."""
+        return (f".{self.part}" if self.part else "") + (INPUT if self.is_input else "")
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}{self.within}"
+
+
+def parse_site(path: str) -> BlockSite | None:
+    """The parts of a site's name, also where a family calls its list of blocks otherwise; None outside the blocks."""
+    found = _SITE.fullmatch(path)
+    return BlockSite(int(found[1]), found[2] or "", found[3] is not None) if found else None
+
+
+def parse_hook(name: str) -> tuple[int, str] | None:
+    """Layer and hook of a TransformerLens name: ``blocks.3.hook_mlp_out`` gives ``(3, "hook_mlp_out")``."""
+    found = _HOOK.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def site_of_hook(name: str) -> str | None:
-    """The site of a hook or module name, or None for one that stands for nothing known.
+    """The site that a TransformerLens hook or a Hugging Face module name stands for, or None for an unknown name.
 
-    ``blocks.8.hook_resid_pre`` is what comes out of the block before: ``layers.7``, or ``layers.0:in`` for the first block.
+    ``blocks.8.hook_resid_pre`` is the output of the block before: ``layers.7``, or ``layers.0:in`` for the first block.
     """
     name = name.strip()
-    if found := _BLOCK.fullmatch(name):
-        layer, hook = int(found[1]), found[2]
+    if hooked := parse_hook(name):
+        layer, hook = hooked
         if hook == "hook_resid_pre":
             return "layers.0:in" if layer == 0 else f"layers.{layer - 1}"
-        return _HOOKS[hook].format(layer=layer) if hook in _HOOKS else None
-    if name in ("hook_embed", "embed"):
-        return "embed"
+        return f"layers.{layer}{_HOOKS[hook]}" if hook in _HOOKS else None
+    if name in ("hook_embed", EMBED):
+        return EMBED
     name, suffix = (name.removesuffix(INPUT), INPUT) if name.endswith(INPUT) else (name, "")
     bare = name
     while (shorter := _PREFIXES.sub("", bare)) != bare:
@@ -50,5 +89,27 @@ def site_of_hook(name: str) -> str | None:
         rest = "" if found[2] is None else f".{_ATTENTION.sub('self_attn', found[2])}"
         return f"layers.{int(found[1])}{rest}{suffix}"
     if bare in ("embed_tokens", "wte", "embed_in"):
-        return "embed"
+        return EMBED
     return None
+
+
+def check_subject(name: str, site: Site, d_model: int, subject: SubjectInfo) -> None:
+    """Check that a dictionary can read a subject model. Raises SiteMismatch for another width or a missing site."""
+    block = parse_site(site.path)
+    own_width = block is not None and block.is_input and block.part.endswith(tuple(f".{part}" for part in _OWN_WIDTH))
+    if subject.d_model != d_model and not own_width:
+        raise SiteMismatch(
+            name,
+            expected=f"a subject model with d_model {d_model} ({site.model})",
+            seen=f"{subject.model} with d_model {subject.d_model}",
+            fix="score it with the model it was trained on",
+        )
+    if not subject.sites or block is None:
+        return
+    if block.layer >= subject.n_layers or (block.within in _LISTED and str(block) not in subject.sites):
+        raise SiteMismatch(
+            name,
+            expected=f"a subject model with the module path {site.path}",
+            seen=f"{subject.model} with {subject.n_layers} layers",
+            fix="score it with the model it was trained on, or name its site with the option site=",
+        )

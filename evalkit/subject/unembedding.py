@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evalkit.records import SubjectInfo
+from evalkit.subject.sites import EMBED, parse_site
 from evalkit.util.tensor_files import Stored, open_safetensors, open_torch
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embedd
 _LAYER_NORMS = ("ln_f", "final_layer_norm", "final_layernorm")  # RMS norms are measured, not read
 _POST_NORM = re.compile(r"\.\d+\.post_feedforward_layernorm\.")
 _IN_BLOCK = re.compile(r"\.\d+\.")
-_STREAM = re.compile(r"embed|(?:.*\.)?(?:layers|h|blocks|block)\.\d+(?::in|\.pre_mlp_norm:in)?")
-_ADDED = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.(?:mlp|self_attn|attn)(?:\.(?:o_proj|down_proj))?")
-_ADDED_NORMED = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.post_(?:feedforward|attention)_layernorm")
+# Sites by what follows the layer number: those whose states are the residual stream, and those added to it.
+_STREAM = ("", ":in", ".pre_mlp_norm:in")
+_ADDED = tuple(f".{part}{last}" for part in ("mlp", "self_attn", "attn") for last in ("", ".o_proj", ".down_proj"))
+_ADDED_NORMED = (".post_feedforward_layernorm", ".post_attention_layernorm")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +54,8 @@ class OutputHead:
     def reads(self, path: str) -> bool:
         """Whether what a module at this site path returns is, or is added to, the residual stream that the head reads."""
         added = _ADDED_NORMED if self.post_norms else _ADDED
-        return bool(_STREAM.fullmatch(path) or added.fullmatch(path))
+        block = parse_site(path)
+        return path == EMBED if block is None else block.within in (*_STREAM, *added)
 
     def before_unembedding(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """What the final norm makes of directions, but for the positive scale that it gives each token."""

@@ -1,6 +1,6 @@
 import pytest
 
-from evalkit.subject.sites import site_of_hook
+from evalkit.subject.sites import BlockSite, parse_site, site_of_hook
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,35 @@ from evalkit.subject.sites import site_of_hook
 )
 def test_names_of_places(name: str, site: str | None) -> None:
     assert site_of_hook(name) == site
+
+
+@pytest.mark.parametrize(
+    ("path", "parsed", "written"),
+    [
+        ("layers.12", BlockSite(12), "layers.12"),
+        ("layers.12:in", BlockSite(12, is_input=True), "layers.12:in"),
+        ("layers.0.mlp", BlockSite(0, "mlp"), "layers.0.mlp"),
+        (
+            "layers.3.self_attn.o_proj:in",
+            BlockSite(3, "self_attn.o_proj", is_input=True),
+            "layers.3.self_attn.o_proj:in",
+        ),
+        (
+            "model.language_model.layers.7.pre_mlp_norm:in",
+            BlockSite(7, "pre_mlp_norm", True),
+            "layers.7.pre_mlp_norm:in",
+        ),
+        ("transformer.h.5.attn", BlockSite(5, "attn"), "layers.5.attn"),
+        ("blocks.1.mlp", BlockSite(1, "mlp"), "layers.1.mlp"),
+        ("embed", None, None),
+        ("layers.01", None, None),
+        ("layers.x", None, None),
+        ("mylayers.1", None, None),
+        ("layers.1:out", None, None),
+        ("", None, None),
+    ],
+)
+def test_sites_are_parsed_and_written_back(path: str, parsed: BlockSite | None, written: str | None) -> None:
+    found = parse_site(path)
+    assert found == parsed
+    assert (None if found is None else str(found)) == written

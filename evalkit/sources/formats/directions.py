@@ -21,7 +21,7 @@ import torch
 from evalkit.errors import BadConfig, BadFile, BadShape, EvalkitError, MissingFile, SiteMismatch, UnknownFeature
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.formats.common import check_options, matrix, read_card, site_from, vector
-from evalkit.subject.binding import check_subject
+from evalkit.subject.sites import check_subject
 from evalkit.util.tensor_files import Stored, open_npz, open_safetensors
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from evalkit.records import Site
 from evalkit.sources.formats.common import COMMON, check_one, check_options, find_beside, matrix, read_json, site_from
 from evalkit.sources.formats.gemma_scope import jumprelu
 from evalkit.sources.sae.source import SaeSource
-from evalkit.subject.sites import site_of_hook
+from evalkit.subject.sites import parse_site, site_of_hook
 from evalkit.util.tensor_files import Stored, open_safetensors
 
 __all__ = ["GemmaScope2Reader"]
@@ -123,9 +123,9 @@ def _source(folder: Path, options: Mapping[str, Any]) -> SaeSource:
 
 
 def _order(source: SaeSource) -> tuple[str, int, str, int, float, str]:
-    layer = re.search(r"layers\.(\d+)(.*)", source.site.path)
-    place = (source.site.model, int(layer[1]), layer[2]) if layer else (source.site.model, -1, source.site.path)
-    return (*place, source.weights.width, source.l0 or 0.0, source.name)
+    block = parse_site(source.site.path)
+    place = (block.layer, block.within) if block else (-1, source.site.path)
+    return (source.site.model, *place, source.weights.width, source.l0 or 0.0, source.name)
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ from evalkit.sources.formats.saelens_transforms import (
 )
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.weights import Gate, SaeWeights
-from evalkit.subject.sites import site_of_hook
+from evalkit.subject.sites import parse_hook, site_of_hook
 from evalkit.util.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
@@ -261,9 +261,9 @@ def _hook(config: Mapping[str, Any], key: str, plain: str) -> str | None:
     """The hook's name; the module's of Hugging Face where the hook stands for nothing known."""
     names = [config[name] for name in (key, plain) if isinstance(config.get(name), str) and config[name]]
     name = next((name for name in names if site_of_hook(name)), names[0] if names else None)
-    added = re.fullmatch(r"blocks\.(\d+)\.(hook_mlp_out|hook_attn_out)", name or "")
-    if added and _POST_NORMED.match(model_of(config)):
-        return f"layers.{int(added[1])}.{_POST_NORMS[added[2]]}"
+    layer, hook = parse_hook(name or "") or (0, "")
+    if hook in _POST_NORMS and _POST_NORMED.match(model_of(config)):
+        return f"layers.{layer}.{_POST_NORMS[hook]}"
     return name
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from evalkit.errors import BadConfig
 from evalkit.sources.formats.common import bad_key, positive
 from evalkit.sources.sae.transforms import Centre, LayerNorm, RmsNorm, Scale, Step, UnitNorm
-from evalkit.subject.sites import site_of_hook
+from evalkit.subject.sites import EMBED, parse_site, site_of_hook
 
 if TYPE_CHECKING:
     from evalkit.records import Site
@@ -28,7 +28,7 @@ SCALED = "expected_average_only_in"
 SCALER = "activation_scaler.json"
 SKIPPING = frozenset({"skip_transcoder", "jumprelu_skip_transcoder"})
 TRANSCODERS = SKIPPING | {"transcoder", "jumprelu_transcoder"}
-_ON_RESIDUAL = re.compile(r"embed|layers\.\d+(?:\.mlp|\.self_attn|\.pre_mlp_norm:in|:in)?")  # what centring changes
+_ON_RESIDUAL = ("", ".mlp", ".self_attn", ".pre_mlp_norm:in", ":in")  # sites in a block whose states centring changes
 _RMS_NORMED = re.compile(r"gemma|(?:meta-)?llama|mistral|mixtral|qwen|deepseek|smollm|yi-|phi-3|olmo-?2|gpt-oss")
 _LAYER_NORMED = re.compile(
     r"(?:distil)?gpt-?2|gpt-?neo|gpt-?j|pythia|opt-|bloom|gelu-|solu-|attn-only|tiny-?stories|phi-[12]"
@@ -46,8 +46,13 @@ def centring(where: Path, config: Mapping[str, Any], site: Site, options: Mappin
     given = options.get("centre")
     if given is not None and not isinstance(given, bool):
         raise BadConfig(str(where), expected="centre=true or centre=false", seen=repr(given), fix="correct that option")
-    wanted = given if given is not None else _ON_RESIDUAL.fullmatch(site.path) and _trained_centred(config)
+    wanted = given if given is not None else _on_residual(site.path) and _trained_centred(config)
     return (Centre(),) if wanted else ()
+
+
+def _on_residual(path: str) -> bool:
+    block = parse_site(path)
+    return path == EMBED if block is None else block.within in _ON_RESIDUAL
 
 
 def _trained_centred(config: Mapping[str, Any]) -> bool:

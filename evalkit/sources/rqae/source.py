@@ -19,8 +19,8 @@ import torch
 from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, UnknownFeature
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.rqae.shared_encoder import SharedEncoder, rqae_errors
-from evalkit.subject.binding import check_subject
 from evalkit.subject.final_norm import denormalise, normalise
+from evalkit.subject.sites import check_subject
 from rqae import RQAE, layer_weights, random_codes, scaled_vectors
 from rqae.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 

@@ -17,7 +17,7 @@ from evalkit.errors import BadConfig, SiteMismatch, UnknownFeature
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.sae.transforms import Step, describe, parse_transform, transformed
 from evalkit.sources.sae.weights import Latents, SaeWeights
-from evalkit.subject.binding import check_subject
+from evalkit.subject.sites import check_subject
 from evalkit.util.tensor_files import take
 
 if TYPE_CHECKING:

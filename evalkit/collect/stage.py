@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evalkit.collect.dump_examples import check_ready, gather_ready, write_ready
+from evalkit.collect.dump_examples import write_ready
+from evalkit.collect.dump_windows import check_ready, gather_ready
 from evalkit.collect.example_files import ExampleStore, rows_of
 from evalkit.collect.sampling import Counts, draw_windows, windows_of
 from evalkit.config.run_config import RunConfig
@@ -25,7 +26,8 @@ from evalkit.corpus.windows import Grid, build_grid
 from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
 from evalkit.protocols import ExampleSource, FeatureSource, Progress
 from evalkit.records import FeatureExamples, FeatureId
-from evalkit.store.run_store import FeatureRow, RunStore
+from evalkit.store.run_store import RunStore
+from evalkit.store.tables import FeatureRow
 from evalkit.util.atomic_files import write_bytes
 
 if TYPE_CHECKING:

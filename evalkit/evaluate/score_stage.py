@@ -23,7 +23,8 @@ from evalkit.records import (
     ScoreExamples,
 )
 from evalkit.seeds import derive
-from evalkit.store.run_store import RunStore, ScoreKey
+from evalkit.store.run_store import RunStore
+from evalkit.store.tables import ScoreKey
 from evalkit.util.progress import SILENT
 
 __all__ = ["Test", "score_features", "shuffled_partners"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.collect.dump_examples import check_ready
+from evalkit.collect.dump_windows import check_ready
 from evalkit.collect.stage import open_sources, read_examples
 from evalkit.config.run_config import RunConfig
 from evalkit.corpus.readers import locate

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from evalkit import registry
-from evalkit.collect.dump_examples import check_ready
+from evalkit.collect.dump_windows import check_ready
 from evalkit.config.run_config import NULL_SOURCES, RunConfig
 from evalkit.evaluate.components import make_explainers, make_tests
 from evalkit.evaluate.score_stage import Test

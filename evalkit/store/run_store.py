@@ -1,7 +1,7 @@
 """The records of a run folder: ``records.sqlite`` (WAL), beside the folders that other modules fill.
 
-Every record has a key; writing a feature's records is one transaction, so a killed process leaves whole features or
-nothing. Knows the tables; knows nothing about how records are made. Needs neither torch nor a model.
+Every record has a key. A feature's records are written in one transaction, so a killed process leaves each feature
+complete or absent. Knows nothing of how records are made; needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -12,90 +12,26 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadFile, MissingFile, StorageError
-from evalkit.records import BASELINE, Explanation, FeatureId, Score, SourceInfo
+from evalkit.records import Explanation, FeatureId, Score, SourceInfo
 from evalkit.store.llm_usage import Asked
 from evalkit.store.run_folder import acquire, bind_identity, sweep
+from evalkit.store.tables import FEATURES_QUERY, LAYOUT, SCORE_KEY, TABLES, FeatureRow, ScoreKey
 from evalkit.util.atomic_files import storage_errors
 from evalkit.util.sqlite import open_to_read, open_to_write
 
 if TYPE_CHECKING:
     from evalkit.store.frames import RunFrames
 
-__all__ = ["FeatureRow", "RunStore", "ScoreKey", "read_run"]
+__all__ = ["RunStore", "read_run"]
 
-_LAYOUT = 2  # of the tables; raised with every change of them
-_TABLES = """
-CREATE TABLE IF NOT EXISTS sources (
-    position INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL,
-    width INTEGER, l0 REAL, depth INTEGER, measured TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS features (
-    source TEXT NOT NULL, feature TEXT NOT NULL, position INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT,
-    density REAL, threshold REAL, peak REAL, explain_peak REAL, window_share REAL, promoted TEXT NOT NULL,
-    PRIMARY KEY (source, feature));
-CREATE TABLE IF NOT EXISTS explanations (
-    source TEXT NOT NULL, feature TEXT NOT NULL, explainer TEXT NOT NULL, version TEXT NOT NULL, text TEXT,
-    reason TEXT, note TEXT NOT NULL, PRIMARY KEY (source, feature, explainer));
-CREATE TABLE IF NOT EXISTS scores (
-    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
-    control TEXT NOT NULL, repeat INTEGER NOT NULL, version TEXT NOT NULL, judge_version TEXT NOT NULL, cutoff REAL,
-    reason TEXT, PRIMARY KEY (source, feature, scorer, explainer, judge, control, repeat));
-CREATE TABLE IF NOT EXISTS judgements (
-    source TEXT NOT NULL, feature TEXT NOT NULL, scorer TEXT NOT NULL, explainer TEXT NOT NULL, judge TEXT NOT NULL,
-    control TEXT NOT NULL, repeat INTEGER NOT NULL, item INTEGER NOT NULL, window INTEGER NOT NULL, label INTEGER NOT NULL,
-    match INTEGER, confidence REAL, probability REAL, decile INTEGER, reason TEXT, moments TEXT,
-    PRIMARY KEY (source, feature, scorer, explainer, judge, control, repeat, item)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS asked (
-    model TEXT PRIMARY KEY, calls INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
-    cost REAL, estimate TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
-"""
-
-# a feature that was eligible and of which an explanation or a score failed and none succeeded is "failed"; what the
-# lexical baseline made of it, which fails for nobody, says nothing about the others
-_FEATURES = f"""
-WITH failures AS (
-    SELECT source, feature, reason, explainer = '{BASELINE[0]}' AS baseline FROM explanations WHERE text IS NULL
-    UNION ALL SELECT source, feature, reason, (explainer, judge) = {BASELINE} FROM scores WHERE reason IS NOT NULL)
-SELECT source, feature, position, density, threshold, peak, window_share,
-    CASE WHEN failed IS NULL THEN status ELSE 'failed' END AS status, coalesce(failed, reason) AS reason
-FROM (SELECT f.*, (SELECT min(x.reason) FROM failures x WHERE x.source = f.source AND x.feature = f.feature
-        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL
-            AND (x.baseline OR (s.explainer, s.judge) <> {BASELINE}))
-    ) AS failed FROM features f)
-ORDER BY source, position
-"""
-
-ScoreKey = tuple[str, str, str, str, str, str, int]  # source, feature, scorer, explainer, judge, control, repeat
-_KEY = "source, feature, scorer, explainer, judge, control, repeat"
-_FORGET_JUDGEMENTS = f"DELETE FROM judgements WHERE ({_KEY}) = (?, ?, ?, ?, ?, ?, ?)"
-
-
-class FeatureRow(NamedTuple):
-    """A feature that was tried; the columns of table features.
-
-    ``density`` is the share of unmasked tokens it is active on, ``explain_peak`` its largest activation in a window of
-    the explain pool, ``window_share`` the share of windows of the score pool in which it is active (None where unknown).
-    ``status`` is "ok" or "ineligible" with a ``reason``. ``promoted``: see ``ExplainExamples``.
-    """
-
-    source: str
-    feature: FeatureId
-    position: int
-    status: str
-    reason: str | None
-    density: float
-    threshold: float
-    peak: float
-    explain_peak: float
-    window_share: float | None = None
-    promoted: tuple[str, ...] = ()
+_FORGET_JUDGEMENTS = f"DELETE FROM judgements WHERE ({SCORE_KEY}) = (?, ?, ?, ?, ?, ?, ?)"
 
 
 def _forget_scores(connection: sqlite3.Connection, source: str, feature: FeatureId, explainer: str) -> None:
-    """Drop the scores that rest on an explanation: its own, and the shuffled ones it may be in."""
+    """Delete the scores that used an explanation: the feature's own, and shuffled ones, which may have used it."""
     for table in ("scores", "judgements"):
         connection.execute(
             f"DELETE FROM {table} WHERE source = ? AND explainer = ? AND (feature = ? OR control = 'shuffled')",
@@ -117,7 +53,7 @@ class RunStore:
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> RunStore:
-        """Make the folder, or go on with it. Raises RunMismatch, RunLocked, StorageError."""
+        """Create the folder, or resume the run in it. Raises RunMismatch, RunLocked, StorageError."""
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock = acquire(folder / "run.lock")
@@ -126,8 +62,8 @@ class RunStore:
             bind_identity(folder, identity)
             store = cls(folder, open_to_write(folder / "records.sqlite"))
             with store._writing():
-                store._connection.executescript(_TABLES)
-                store._connection.execute(f"PRAGMA user_version = {_LAYOUT}")
+                store._connection.executescript(TABLES)
+                store._connection.execute(f"PRAGMA user_version = {LAYOUT}")
         except BaseException:
             os.close(lock)
             raise
@@ -136,7 +72,7 @@ class RunStore:
 
     @classmethod
     def open(cls, folder: Path) -> RunStore:
-        """A finished or unfinished run, to read. Raises MissingFile, BadFile."""
+        """Open a finished or unfinished run read-only. Raises MissingFile, BadFile."""
         path = folder / "records.sqlite"
         if not path.is_file():
             inside = ", ".join(sorted(found.name for found in folder.glob("*"))[:4])
@@ -151,18 +87,18 @@ class RunStore:
             (layout,) = connection.execute("PRAGMA user_version").fetchone()
         except sqlite3.DatabaseError as error:
             raise BadFile(str(path), expected="the records of a run", seen=str(error), fix="run again") from error
-        if layout != _LAYOUT:
+        if layout != LAYOUT:
             connection.close()
             raise BadFile(
                 str(path),
-                expected=f"records in layout {_LAYOUT}, as this version of evalkit writes them",
+                expected=f"records in layout {LAYOUT}, as this version of evalkit writes them",
                 seen=f"layout {layout}",
                 fix="read it with the version that made it, or run again with another --out",
             )
         return cls(folder, connection)
 
     def close(self) -> None:
-        """Close the records and let another process in."""
+        """Close the records and release the lock."""
         self._connection.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -189,7 +125,7 @@ class RunStore:
             ) from error
 
     def write_sources(self, sources: Sequence[SourceInfo], measured: Sequence[dict[str, Any]]) -> None:
-        """Replace the list of sources; ``measured`` holds what was seen of each (FVU, L0 on the calibration tokens)."""
+        """Replace the list of sources; ``measured`` holds the measurements of each (FVU, L0 on the calibration tokens)."""
         rows = [
             (i, s.name, s.kind, s.site, s.width, s.l0, s.depth, json.dumps({**s.declared, **m}, sort_keys=True))
             for i, (s, m) in enumerate(zip(sources, measured, strict=True))
@@ -199,14 +135,14 @@ class RunStore:
             connection.executemany("INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def write_features(self, source: str, rows: Iterable[FeatureRow]) -> None:
-        """Replace a source's features: what was tried, whether it is eligible, and why not."""
+        """Replace a source's rows in the table of features."""
         with self._writing() as connection:
             connection.execute("DELETE FROM features WHERE source = ?", (source,))
             kept = [(*row[:-1], json.dumps(row.promoted, ensure_ascii=False)) for row in rows]
             connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", kept)
 
     def features(self, source: str) -> list[FeatureRow]:
-        """The rows of a source, in the order they were chosen."""
+        """The rows of a source, in the order of selection."""
         query = "SELECT * FROM features WHERE source = ? ORDER BY position"
         rows = (FeatureRow(*row) for row in self._connection.execute(query, (source,)))
         return [row._replace(promoted=tuple(json.loads(str(row.promoted)))) for row in rows]
@@ -216,7 +152,7 @@ class RunStore:
         return [name for (name,) in self._connection.execute("SELECT name FROM sources ORDER BY position")]
 
     def write_explanation(self, explanation: Explanation) -> None:
-        """Keep a finished explanation. Scores that rest on an older one go: its own, and the shuffled ones it may be in."""
+        """Store an explanation. If it replaces another one, delete the scores that used that one."""
         e = explanation
         key = (e.source, e.feature, e.explainer)
         with self._writing() as connection:
@@ -230,7 +166,7 @@ class RunStore:
             )
 
     def write_failed_explanation(self, source: str, feature: FeatureId, explainer: str, reason: str) -> None:
-        """Keep the reason why a feature has no explanation; it is tried again on resume. Scores of an older one go."""
+        """Store why a feature has no explanation; a resumed run retries it. Deletes the scores of an older explanation."""
         with self._writing() as connection:
             query = "SELECT 1 FROM explanations WHERE source = ? AND feature = ? AND explainer = ? AND text IS NOT NULL"
             if connection.execute(query, (source, feature, explainer)).fetchone():
@@ -252,7 +188,7 @@ class RunStore:
         }
 
     def write_score(self, key: ScoreKey, score: Score, *, judge_version: str) -> None:
-        """Keep a score and all its judgements, in one transaction, under the names in ``key``."""
+        """Store a score and all its judgements under ``key``, in one transaction."""
         rows = [
             (
                 *key,
@@ -277,12 +213,12 @@ class RunStore:
             connection.executemany("INSERT INTO judgements VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def explainers(self) -> list[str]:
-        """Names of the explainers that explanations are recorded of."""
+        """Names of the explainers with at least one explanation."""
         query = "SELECT DISTINCT explainer FROM explanations WHERE text IS NOT NULL ORDER BY explainer"
         return [name for (name,) in self._connection.execute(query)]
 
     def write_failed_score(self, key: ScoreKey, reason: str) -> None:
-        """Keep the reason why a score is missing; it is tried again on resume. An older one goes."""
+        """Store why a score is missing; a resumed run retries it. Deletes the judgements of an older score."""
         with self._writing() as connection:
             connection.execute(_FORGET_JUDGEMENTS, key)
             connection.execute(
@@ -290,12 +226,12 @@ class RunStore:
             )
 
     def finished_scores(self) -> dict[ScoreKey, tuple[str, str]]:
-        """Scores that need not be made again, with the versions of their scorer and their judge."""
-        query = f"SELECT {_KEY}, version, judge_version FROM scores WHERE reason IS NULL"
+        """Keys of the finished scores, each with the versions of its scorer and judge."""
+        query = f"SELECT {SCORE_KEY}, version, judge_version FROM scores WHERE reason IS NULL"
         return {row[:7]: (row[7], row[8]) for row in self._connection.execute(query)}
 
     def write_stage(self, name: str, seconds: float, detail: dict[str, Any]) -> None:
-        """Add to the time a stage took over all invocations; keep its latest detail."""
+        """Add to the total time of a stage over all commands; replace its detail."""
         with self._writing() as connection:
             connection.execute(
                 "INSERT INTO stages VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
@@ -308,7 +244,7 @@ class RunStore:
         return bool(self._connection.execute("SELECT 1 FROM stages WHERE name = ?", (name,)).fetchone())
 
     def write_estimate(self, model: str, estimate: dict[str, Any]) -> None:
-        """Keep what asking a model is expected to take; the first estimate of a run stays."""
+        """Store the expected calls and tokens of a model; the first estimate of a run is kept."""
         with self._writing() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO asked VALUES (?, 0, 0, 0, NULL, ?)",
@@ -318,7 +254,7 @@ class RunStore:
     def write_asked(
         self, model: str, *, calls: int, prompt_tokens: int, completion_tokens: int, cost: float | None
     ) -> None:
-        """Keep what asking a model has taken so far."""
+        """Store the calls, tokens and cost of a model so far."""
         with self._writing() as connection:
             connection.execute(
                 "INSERT INTO asked VALUES (?, ?, ?, ?, ?, '{}') ON CONFLICT (model) DO UPDATE SET calls = excluded.calls, "
@@ -328,7 +264,7 @@ class RunStore:
             )
 
     def asked(self) -> list[Asked]:
-        """What language models were asked, one row per model."""
+        """Calls, tokens and cost of each language model."""
         rows = self._connection.execute(
             "SELECT model, calls, prompt_tokens, completion_tokens, cost, estimate FROM asked ORDER BY model"
         )
@@ -343,7 +279,7 @@ class RunStore:
         return found
 
     def _cost(self) -> str:
-        """What the run took, in words."""
+        """Time and language model usage of the run, as a sentence."""
         stages = list(self._connection.execute("SELECT name, seconds FROM stages ORDER BY rowid"))
         told = [", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages)] if stages else []
         return "; ".join([*told, *(asked.sentence() for asked in self.asked())]) or "not recorded"
@@ -358,7 +294,7 @@ class RunStore:
             return pd.read_sql_query(query, self._connection)
 
         judgements = frame(
-            f"SELECT j.*, s.version AS scorer_version, s.judge_version FROM judgements j JOIN scores s USING ({_KEY})"
+            f"SELECT j.*, s.version AS scorer_version, s.judge_version FROM judgements j JOIN scores s USING ({SCORE_KEY})"
         )
         judgements["label"] = judgements["label"].astype(bool)
         judgements["match"] = judgements["match"].astype("boolean")
@@ -371,7 +307,7 @@ class RunStore:
         sources["l0"] = sources["l0"].astype("float64")
         return RunFrames(
             sources=sources,
-            features=frame(_FEATURES),
+            features=frame(FEATURES_QUERY),
             explanations=frame("SELECT * FROM explanations ORDER BY source, feature"),
             judgements=judgements,
             meta={**self.identity(), "cost": self._cost()},

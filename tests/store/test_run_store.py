@@ -10,7 +10,8 @@ import pytest
 
 from evalkit.errors import BadFile, MissingFile, RunLocked, RunMismatch
 from evalkit.records import Explanation, Judgement, Score, SourceInfo
-from evalkit.store.run_store import FeatureRow, RunStore, ScoreKey, read_run
+from evalkit.store.run_store import RunStore, read_run
+from evalkit.store.tables import FeatureRow, ScoreKey
 
 IDENTITY = {"model": "m", "depths": (16, 64), "seed": 0}
 SOURCE = SourceInfo("m/layers.1/sae", "sae", "layers.1", width=8, l0=2.5)

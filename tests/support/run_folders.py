@@ -13,7 +13,8 @@ from evalkit.evaluate.score_stage import Test
 from evalkit.protocols import Judge, Scorer
 from evalkit.records import Judgement, Score, SourceInfo
 from evalkit.store.frames import RunFrames
-from evalkit.store.run_store import FeatureRow, RunStore
+from evalkit.store.run_store import RunStore
+from evalkit.store.tables import FeatureRow
 from tests.support.dictionaries import write_rqae, write_sae
 from tests.support.simulated import simulate
 

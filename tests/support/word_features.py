@@ -17,7 +17,8 @@ import evalkit
 from evalkit.collect.example_files import ExampleRow, ExampleStore
 from evalkit.config.run_config import RunConfig
 from evalkit.records import Example, ExplainExamples, FeatureExamples, ScoreExamples, SourceInfo, TestExamples
-from evalkit.store.run_store import FeatureRow, RunStore
+from evalkit.store.run_store import RunStore
+from evalkit.store.tables import FeatureRow
 
 SOURCE = "words/one-each"
 SHOWN, EACH, WINDOW = 5, 8, 14

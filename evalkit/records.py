@@ -1,12 +1,11 @@
 """The frozen records that every stage shares.
 
-Knows only the shapes of things: no disk, no model, no network. Imports nothing of ours. Plain Python and numpy, so that
+Knows only the shapes of things: no disk, no model, no network. Plain Python and numpy, so that
 tables and plots can be read on a machine without torch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -14,14 +13,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from evalkit.thoughts import answer_after_thought, ends_in_thought
+
 __all__ = [
     "BASELINE",
     "CONTROL_MARK",
     "NO_EXPLAINER",
     "REAL",
     "SHUFFLED",
-    "THOUGHT_END",
-    "THOUGHT_START",
     "Activations",
     "Answer",
     "Example",
@@ -46,9 +45,6 @@ __all__ = [
     "TokenBatch",
 ]
 
-_TAG = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)"
-THOUGHT_START = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷|<\|channel\|>analysis", re.IGNORECASE)
-THOUGHT_END = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
 BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
 CONTROL_MARK = "/null-"  # in the name of a dictionary that is a control
@@ -339,9 +335,9 @@ class Response:
     @property
     def answer(self) -> str:
         """The text without what a reasoning model thought aloud before it."""
-        return self.text.rpartition("</think>")[2]
+        return answer_after_thought(self.text)
 
     @property
     def in_thought(self) -> bool:
         """Whether the reply ends before its thought does, so that what stands in it is no answer yet."""
-        return THOUGHT_START.match(self.answer.lstrip()) is not None
+        return ends_in_thought(self.text)

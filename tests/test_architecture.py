@@ -31,7 +31,7 @@ LAYERS = """
     rqae.searching
     rqae
 
-    evalkit.errors
+    evalkit.errors evalkit.thoughts
     evalkit.records
     evalkit.seeds evalkit.markup evalkit.protocols
     evalkit.registry
@@ -78,7 +78,14 @@ LAYERS = """
 LEVEL = {room: level for level, line in enumerate(LAYERS.splitlines()) for room in line.split()}
 
 # Plug-ins import the contracts and nothing else, so that a package of somebody else's can do what a built-in does.
-CONTRACTS = {"evalkit.records", "evalkit.errors", "evalkit.protocols", "evalkit.markup", "evalkit.seeds"}
+CONTRACTS = {
+    "evalkit.records",
+    "evalkit.errors",
+    "evalkit.protocols",
+    "evalkit.markup",
+    "evalkit.seeds",
+    "evalkit.thoughts",
+}
 RULES = {"explainers": {*CONTRACTS, "explainers"}, "scorers": {*CONTRACTS, "scorers"}, "rqae": {"rqae"}}
 # What an export holds is known in one place, which loads no torch.
 MORE = {"explainers/neuronpedia.py": {"evalkit.sources.dumps.neuronpedia_explanations"}}

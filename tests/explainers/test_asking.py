@@ -19,8 +19,7 @@ from explainers.asking import phrase, read_object, read_prompt
 from explainers.contrastive import ContrastiveExplainer, contrastive_prompt
 from explainers.cot import CotExplainer, cot_prompt, parse_conclusion
 from explainers.default import DefaultExplainer, explain_prompt, parse_explanation
-from tests.explainers.test_default import EXAMPLES, HOSTILE, Narrow, Scripted
-from tests.explainers.test_words import window
+from tests.support.explaining import EXAMPLES, HOSTILE, Narrow, Scripted, window
 
 PLAIN = '{"explanation": "whales"}'
 NOTED = '{"observations": ["1: whale is marked", "2: print is"], "explanation": "whales"}'

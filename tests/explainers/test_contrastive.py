@@ -8,8 +8,8 @@ import pytest
 
 from evalkit.records import ExplainExamples
 from explainers.contrastive import ContrastiveExplainer, contrastive_prompt
-from tests.explainers.test_default import EXAMPLES, GOLDEN, Narrow, Scripted
-from tests.explainers.test_words import window
+from tests.support.explaining import EXAMPLES, Narrow, Scripted, window
+from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 
 REPLY = '{"explanation": "words"}'
 POSITIVES = tuple(window(i, f"active{i} " + "and more " * 6, **{f"active{i}": 50.0 - i}) for i in range(40))

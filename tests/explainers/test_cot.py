@@ -11,7 +11,8 @@ import pytest
 from evalkit.llm.clients.server.dialects import Ask, Dialect
 from evalkit.records import Response
 from explainers.cot import SCHEMA, CotExplainer, cot_prompt, parse_conclusion
-from tests.explainers.test_default import EXAMPLES, GOLDEN, Scripted
+from tests.support.explaining import EXAMPLES, Scripted
+from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 
 NOTES = ["1: whale and sea are marked", "2: print, in a command", "2: secret too"]
 

@@ -18,8 +18,8 @@ from evalkit.records import ExplainExamples, Explanation, Message, Response
 from evalkit.registry import create
 from explainers.ensemble import EnsembleExplainer
 from explainers.validation import held_back, parse_verdicts, validation_prompt
-from tests.explainers.test_default import EXAMPLES, GOLDEN
-from tests.explainers.test_words import window
+from tests.support.explaining import EXAMPLES, window
+from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 
 # "whale" stands in every active window and in no other, "sea" in two of three active ones and in one of three others,
 # "again" in all

@@ -15,7 +15,7 @@ from evalkit.records import Example, ExplainExamples
 from evalkit.registry import create
 from explainers.patterns import PatternsExplainer
 from explainers.word_units import units
-from tests.explainers.test_words import window
+from tests.support.explaining import window
 
 NAMES = ["Anna", "Boris", "Clara", "David", "Edith", "Felix", "Greta", "Henry", "Irma", "Jakob", "Karin", "Lewis"]
 NOUNS = [

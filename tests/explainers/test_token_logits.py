@@ -11,7 +11,8 @@ import pytest
 from evalkit.errors import BadConfig, ClientError, InputError
 from evalkit.registry import create
 from explainers.token_logits import PromotedExplainer, TokenLogitsExplainer, token_logits_prompt
-from tests.explainers.test_default import EXAMPLES, GOLDEN, Scripted
+from tests.support.explaining import EXAMPLES, Scripted
+from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 
 HOSTILE = (' "]\n\nIgnore', "<<", "\\", "\n\n", ' whales"', "日", "\u202e", "{")
 BAKING = replace(EXAMPLES, promoted=(" bread", " cake", "bread", " Cake", "akery"))

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 import pytest
 
 from evalkit.errors import CorpusError
 from evalkit.records import Example, ExplainExamples
 from explainers.words import WordsExplainer
-
-
-def window(number: int, text: str, **activations: float) -> Example:
-    """A window cut into words with their leading space; ``activations`` by the stripped piece (or by position, p3)."""
-    tokens = tuple(re.findall(r"\s*\w+|\s*[^\w\s]+|\s+$", text))
-    values = [activations.get(token.strip(), activations.get(f"p{place}", 0.0)) for place, token in enumerate(tokens)]
-    return Example(number, number, tokens, tuple(values), decile=9)
+from tests.support.explaining import window
 
 
 def explain(

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-from evalkit.records import THOUGHT_END, THOUGHT_START
+from evalkit.thoughts import answer_after_thought, opens_thought
 
 __all__ = [
     "Unparsable",
@@ -72,10 +72,10 @@ def parse_list(text: str, count: int) -> tuple[bool, ...]:
     An answer is a number equal to 0 or 1, or true, false, yes or no, bare or quoted. Prose around a list is tolerated, but
     not around a list of one, which might be a mere reference such as "[1]". Raises Unparsable, and nothing else.
     """
-    reply = THOUGHT_END.split(_visible(text))[-1].strip()
+    reply = answer_after_thought(_visible(text)).strip()
     if len(reply) > _LONGEST:
         raise Unparsable(f"a reply of {len(reply)} characters: {_short(text)}")
-    if THOUGHT_START.search(reply):
+    if opens_thought(reply):
         raise Unparsable(f"the reply ends within a thought: {_short(text)}")
     if "[" in reply or "]" in reply:
         answers = _in_brackets(reply, text)

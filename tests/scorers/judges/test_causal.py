@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from evalkit.errors import BadConfig, BadFile, MissingFile
 from scorers.judges.causal import CausalModel
+from tests.support.plain_forward import log_probabilities_by_hand
 
 PREFIX = 'Description: "ships and whales"\nText:'
 TEXTS = [
@@ -24,29 +23,6 @@ TEXTS = [
 ]
 
 
-@cache
-def plain(folder: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(folder), model.eval()
-
-
-def by_hand(folder: Path, prefix: str, text: str) -> np.ndarray:
-    """One plain forward over prefix and text, unpadded and without a cache, in float32; sums in float64."""
-    import torch
-
-    tokenizer, model = plain(folder)
-    before = tokenizer(prefix)["input_ids"]
-    after = tokenizer(text, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([before + after]), use_cache=False).logits[0].double().numpy()
-    rows = logits[len(before) - 1 : -1]
-    normalisers = np.log(np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1)) + rows.max(axis=1)
-    return np.asarray(rows[np.arange(len(after)), after] - normalisers)
-
-
 def read(model: CausalModel, texts: list[str], prefix: str = PREFIX) -> list[np.ndarray]:
     return list(model.log_probabilities(model.prefix_ids(prefix), model.ids(texts)))
 
@@ -57,7 +33,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(fixture: str, request: p
     folder: Path = request.getfixturevalue(fixture)
     found = read(CausalModel(str(folder), "float32", "cpu"), TEXTS[:8])
     for text, row in zip(TEXTS[:8], found, strict=True):
-        np.testing.assert_allclose(row, by_hand(folder, PREFIX, text), atol=2e-5)
+        np.testing.assert_allclose(row, log_probabilities_by_hand(folder, PREFIX, text), atol=2e-5)
         assert (row < 0).all()
 
 

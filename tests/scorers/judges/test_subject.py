@@ -23,9 +23,9 @@ from evalkit.registry import create
 from scorers.judges.causal import CausalModel
 from scorers.judges.subject import SubjectJudge, before_explanation, before_text
 from scorers.surprisal import SurprisalScorer
-from tests.scorers.judges.test_causal import by_hand
 from tests.support.builders import EXPLANATION, OracleJudge, examples, random_test
 from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
+from tests.support.plain_forward import log_probabilities_by_hand
 from tests.support.word_features import SOURCE, make_examples
 
 TEXTS = [
@@ -60,7 +60,9 @@ def test_confidence_is_the_gain_in_nats_a_token(subject_model: Path) -> None:
     explanation = 'words such as "sea", whale'
     told, neutral = before_text(explanation), before_text("")
     expected = [
-        by_hand(subject_model, told, text).mean() - by_hand(subject_model, neutral, text).mean() for text in TEXTS[:3]
+        log_probabilities_by_hand(subject_model, told, text).mean()
+        - log_probabilities_by_hand(subject_model, neutral, text).mean()
+        for text in TEXTS[:3]
     ]
     found = confidences(SubjectJudge(subject_model, "float32", "cpu"), explanation, TEXTS[:3])
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -71,7 +73,11 @@ def test_the_other_way_round_it_is_the_gain_of_the_explanation(subject_model: Pa
     explanation = "whales"
 
     def told(quoted: str) -> float:
-        return float(by_hand(subject_model, f"{before_explanation()} {quoted}\nDescription:", ' "whales"').mean())
+        return float(
+            log_probabilities_by_hand(
+                subject_model, f"{before_explanation()} {quoted}\nDescription:", ' "whales"'
+            ).mean()
+        )
 
     expected = [told('" sea"') - told('""'), told('" \\"quoted\\"\\n(text)"') - told('""')]
     judge = create("judges", "subject", model=subject_model, dtype="float32", device="cpu", direction="explanation")

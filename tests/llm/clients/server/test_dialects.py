@@ -246,3 +246,11 @@ def test_what_is_no_reply(made: Any, words: str) -> None:
 def test_a_log_probability_of_any_size_is_no_reason_to_fail() -> None:
     made = completion("a", logprobs=logprobs({"a": 10**400}))
     assert read_reply(replace(ASK, logprobs=2), PLAIN, made).logprobs == ()
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(("content", "expected"), [("[1, 0]", "[1, 0]"), (None, ""), ("", "")])
+def test_reasoning_in_a_field_of_its_own_stays_out_of_the_text(field: str, content: str | None, expected: str) -> None:
+    reply = completion(content)
+    setattr(reply.choices[0].message, field, "First idea: [1, 1]. No.")
+    assert read_reply(ASK, PLAIN, reply).text == expected

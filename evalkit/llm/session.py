@@ -23,6 +23,7 @@ from evalkit.llm.accounting.answer_store import Spent
 from evalkit.llm.accounting.budget import MOST_TOKENS_PER_CHARACTER, BudgetedClient
 from evalkit.llm.accounting.prices import Price, read_prices
 from evalkit.llm.clients.batch.ledger import requests_in_batches
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.llm.clients.sender.parent import Sender, lock_when_free
 from evalkit.protocols import Client
 from evalkit.store.run_store import RunStore
@@ -118,7 +119,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         ending.callback(os.close, lock)
         asked = _in_its_process(config, live, path, lock)
         guard = BudgetedClient(asked, max_calls=config.max_calls, max_cost=config.max_cost, price=price)
-        client = registry.create("clients", "replay", path=path, record_from=guard, cache=config.cache)
+        client = Recorder(path, guard, cache=config.cache)
         ending.push_async_callback(client.close)
         in_batches = batched(config)
         handed_in = requests_in_batches(store.folder / BATCHES, live.name)

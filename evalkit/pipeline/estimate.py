@@ -18,9 +18,10 @@ from typing import Any
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import EvalkitError
 from evalkit.evaluate.score_stage import Test
-from evalkit.llm.accounting.answer_store import Recording, Request, Spent
+from evalkit.llm.accounting.answer_store import KeyedRequest, Recording, Spent
 from evalkit.llm.accounting.budget import TOKENS_PER_CHARACTER
 from evalkit.llm.accounting.prices import Price
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.protocols import Explainer
 from evalkit.records import (
     Example,
@@ -132,7 +133,7 @@ class CountingClient:
         self.load = Load()
 
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
-        request = Request.of(self.name, messages, **options)
+        request = KeyedRequest.of(self.name, GenerateRequest(messages, **options))
         text = _reply(options.get("schema"), options.get("choices"), f"{_PHRASE}, {request.key[:6]}")
         if request.key in self._seen:  # asked once, answered to all
             return Response(text)

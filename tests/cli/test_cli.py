@@ -212,7 +212,7 @@ def test_a_stage_in_which_everything_fails_is_an_error(
     """An empty recording answers nothing: every feature fails, is recorded as failed, and the command says so."""
     import asyncio
 
-    from evalkit.llm.clients.replay import ReplayClient
+    from evalkit.llm.clients.recorder import Recorder
     from evalkit.records import Message, Response
     from evalkit.store.run_store import read_run
 
@@ -223,7 +223,7 @@ def test_a_stage_in_which_everything_fails_is_an_error(
             return Response("nothing")
 
     recording = tmp_path / "calls.sqlite"
-    client = ReplayClient(recording, record_from=Once())
+    client = Recorder(recording, Once())
     asyncio.run(client.generate([Message("user", "hello")], max_tokens=1))
     asyncio.run(client.close())
     options = [part for pair in good.items() for part in pair]

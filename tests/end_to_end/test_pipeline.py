@@ -18,7 +18,7 @@ from evalkit.config.run_config import RunConfig
 from evalkit.errors import CorpusError, MissingFile, RunMismatch
 from evalkit.evaluate.explain_stage import explain_features
 from evalkit.evaluate.score_stage import score_features
-from evalkit.llm.clients.replay import ReplayClient
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.pipeline.plan import plan
 from evalkit.pipeline.stages import load_config, run
 from evalkit.records import Message, Response
@@ -172,7 +172,7 @@ def test_llm_explainer_and_judge_replay_a_recorded_run(
     """Recorded once, the same explanations and judgements come from the recording alone, through the named client."""
     recording = tmp_path / "calls.sqlite"
     live = RuleClient()
-    client = ReplayClient(recording, record_from=live)
+    client = Recorder(recording, live)
     frames = []
     for name in ("live", "replayed"):
         folder = tmp_path / name

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evalkit.llm.clients.server.dialects import Ask, Dialect
+from evalkit.llm.clients.server.dialects import Dialect
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Response
 from explainers.cot import SCHEMA, CotExplainer, cot_prompt, parse_conclusion
 from tests.support.explaining import EXAMPLES, Scripted
@@ -31,7 +32,7 @@ def test_of_notes_and_phrase_only_the_phrase_is_kept() -> None:
 
 def test_the_notes_are_written_first_and_bounded() -> None:
     """Constrained decoding writes the fields in the order of the schema: it has to survive on its way to a server."""
-    ask = Ask((), SCHEMA, None, None, 0, 0, 600)
+    ask = GenerateRequest((), schema=SCHEMA, seed=0, max_tokens=600)
     sent = Dialect("json_schema").put(ask).body["response_format"]["json_schema"]["schema"]
     for schema in (SCHEMA, sent, Dialect("vllm").put(ask).extra["structured_outputs"]["json"]):
         assert list(schema["properties"]) == schema["required"] == ["observations", "explanation"]

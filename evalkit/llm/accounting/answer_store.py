@@ -11,16 +11,17 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evalkit.errors import BadFile, StorageError
-from evalkit.records import Message, Response
+from evalkit.llm.requests.generate_request import GenerateRequest
+from evalkit.records import Response
 from evalkit.util.sqlite import open_to_read, open_to_write
 
-__all__ = ["Recorded", "Recording", "Request", "Spent"]
+__all__ = ["KeyedRequest", "Recorded", "Recording", "Spent"]
 
 _TABLE = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, request TEXT NOT NULL, response TEXT NOT NULL,
@@ -32,38 +33,22 @@ _ADD = f"INSERT OR IGNORE INTO answers ({_COLUMNS}, paid) VALUES (?, ?, ?, ?, ?,
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A request as it is recorded: ``text`` is its canonical JSON (sorted keys, no spaces), ``key`` the hash of that."""
+class KeyedRequest:
+    """A request as it is recorded: ``text`` is its canonical JSON, ``key`` the hash of that."""
 
     key: str
     model: str
     text: str
 
     @classmethod
-    def of(
-        cls,
-        model: str,
-        messages: Sequence[Message],
-        *,
-        schema: Mapping[str, Any] | None = None,
-        choices: Sequence[str] | None = None,
-        regex: str | None = None,
-        logprobs: int = 0,
-        seed: int | None = None,
-        max_tokens: int,
-    ) -> Request:
-        content = {
-            "model": model,
-            "messages": [asdict(message) for message in messages],
-            "schema": schema,
-            "choices": None if choices is None else list(choices),
-            "regex": regex,
-            "logprobs": logprobs,
-            "seed": seed,
-            "max_tokens": max_tokens,
-        }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    def of(cls, model: str, request: GenerateRequest) -> KeyedRequest:
+        """The request to ``model`` with its key."""
+        text = request.canonical_json(model)
         return cls(hashlib.blake2b(text.encode(), digest_size=20).hexdigest(), model, text)
+
+    def content(self) -> GenerateRequest:
+        """The request that ``text`` describes."""
+        return GenerateRequest.from_json(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +124,11 @@ class Recording:
                 str(self.path), expected=f"an answer under {key[:12]}", seen=str(error), fix="delete that row"
             ) from error
 
-    def add(self, request: Request, recorded: Recorded, *, paid: bool) -> None:
+    def add(self, request: KeyedRequest, recorded: Recorded, *, paid: bool) -> None:
         """Keep an answer; the first one of a request stays. ``paid``: it was asked for here. Raises StorageError."""
         self._add([_row(request, recorded, int(paid))])
 
-    def add_batched(self, answers: Sequence[tuple[Request, Recorded]]) -> None:
+    def add_batched(self, answers: Sequence[tuple[KeyedRequest, Recorded]]) -> None:
         """Keep answers that were asked for here in a batch, in one transaction. Raises StorageError."""
         self._add([_row(request, recorded, 2) for request, recorded in answers])
 
@@ -200,7 +185,7 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _row(request: Request, recorded: Recorded, paid: int) -> tuple[Any, ...]:
+def _row(request: KeyedRequest, recorded: Recorded, paid: int) -> tuple[Any, ...]:
     response = recorded.response
     tokens = (response.prompt_tokens, response.completion_tokens)
     return (request.key, request.model, request.text, _encoded(response), *tokens, recorded.seconds, paid)

@@ -5,13 +5,13 @@ Requests in flight count with the most they can cost. Knows no server; keeps not
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from evalkit.errors import BudgetSpent
-from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.accounting.answer_store import KeyedRequest
 from evalkit.llm.accounting.prices import Price
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.protocols import Client
 from evalkit.records import Message, Response
 
@@ -42,20 +42,19 @@ class BudgetedClient:
         self._reserved = 0.0
         self._under_way: dict[str, float] = {}  # by key, the most a request costs that an earlier command sent
 
-    def count_under_way(self, requests: Sequence[Request]) -> None:
+    def count_under_way(self, requests: Sequence[KeyedRequest]) -> None:
         """Count what an earlier command handed in and is not answered yet; asked for again, it is not counted twice."""
         for request in requests:
-            asked = json.loads(request.text)
-            messages = [Message(message["role"], message["content"]) for message in asked["messages"]]
-            self._under_way[request.key] = self._most(messages, asked["max_tokens"])
+            self._under_way[request.key] = self._most(request.content())
         self.spent_calls += len(requests)
         self._reserved += sum(self._under_way.values())
 
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
         """The reply of the client behind. Raises BudgetSpent before sending what would go over a limit."""
-        key = Request.of(self.name, messages, **options).key if self._under_way else ""
+        request = GenerateRequest(messages, **options)
+        key = KeyedRequest.of(self.name, request).key if self._under_way else ""
         if (most := self._under_way.pop(key, None)) is not None:
-            return await self._ask(messages, options, most)
+            return await self._ask(request, most)
         if self._max_calls is not None and self.spent_calls >= self._max_calls:
             raise BudgetSpent(
                 "--max-calls",
@@ -63,7 +62,7 @@ class BudgetedClient:
                 seen="more to ask",
                 fix="every answer is kept; raise the limit and run the same command to go on",
             )
-        most = self._most(messages, options["max_tokens"])
+        most = self._most(request)
         if self._max_cost is not None and self.spent_cost + self._reserved + most > self._max_cost:
             raise BudgetSpent(
                 "--max-cost",
@@ -73,11 +72,11 @@ class BudgetedClient:
             )
         self.spent_calls += 1
         self._reserved += most
-        return await self._ask(messages, options, most)
+        return await self._ask(request, most)
 
-    async def _ask(self, messages: Sequence[Message], options: Mapping[str, Any], most: float) -> Response:
+    async def _ask(self, request: GenerateRequest, most: float) -> Response:
         try:
-            response = await self._live.generate(messages, **options)
+            response = await self._live.generate(request.messages, **request.options())
         finally:
             self._reserved -= most
         if self._price is not None:
@@ -85,15 +84,15 @@ class BudgetedClient:
             self.spent_cost += told if response.prompt_tokens > 0 else most  # a server that tells no usage
         return response
 
-    def _most(self, messages: Sequence[Message], max_tokens: int) -> float:
+    def _most(self, request: GenerateRequest) -> float:
         """What a request costs if its reply is as long as it may be; the prompt's tokens are estimated, generously.
 
         By bytes: what takes several per character, Chinese for example, takes more tokens as well.
         """
         if self._price is None:
             return 0.0
-        size = sum(len(message.content.encode("utf-8", "replace")) for message in messages)
-        return self._price.cost(MOST_TOKENS_PER_CHARACTER * size, max_tokens)
+        size = sum(len(message.content.encode("utf-8", "replace")) for message in request.messages)
+        return self._price.cost(MOST_TOKENS_PER_CHARACTER * size, request.max_tokens)
 
     async def close(self) -> None:
         """Close the client behind."""

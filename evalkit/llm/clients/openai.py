@@ -17,10 +17,11 @@ from typing import Any
 
 from evalkit.errors import ClientDown, ClientError, NoAnswer, require
 from evalkit.llm.clients.server.connection import Server
-from evalkit.llm.clients.server.dialects import CONSTRAINTS, Ask, Constraints, Dialect, Form, MalformedReply
+from evalkit.llm.clients.server.dialects import CONSTRAINTS, Constraints, Dialect, Form, MalformedReply
 from evalkit.llm.clients.server.endpoints import Endpoint, expect, is_number
 from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure
 from evalkit.llm.clients.server.limits import Limits, Permit
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
 
 __all__ = ["OpenAIClient"]
@@ -93,12 +94,14 @@ class OpenAIClient:
         max_tokens: int,
     ) -> Response:
         """One reply. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown."""
+        request = GenerateRequest(
+            messages, schema=schema, choices=choices, regex=regex, logprobs=logprobs, seed=seed, max_tokens=max_tokens
+        )
         self._connect()
-        ask = Ask(messages, schema, choices, regex, logprobs, seed, max_tokens, self.endpoint.temperature)
         asked = time.monotonic()
         async with self._gate:
             try:
-                return await self._until_answered(ask, asked)
+                return await self._until_answered(request, asked)
             except ClientDown as error:
                 if asked >= self._down_until:
                     self._down, self._down_until = error, time.monotonic() + _BAD_NEWS_S
@@ -132,7 +135,7 @@ class OpenAIClient:
         self._limits = Limits(*self._rates, clock=loop.time)
         self._servers = [self.endpoint.server(url, self.dialects[url], self._timeout_s) for url in self.dialects]
 
-    async def _until_answered(self, ask: Ask, asked: float) -> Response:
+    async def _until_answered(self, request: GenerateRequest, asked: float) -> Response:
         tenacity, started = self._tenacity, time.monotonic()
         jittered = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
 
@@ -154,7 +157,7 @@ class OpenAIClient:
             reraise=True,
         )
         try:
-            response: Response = await retrying(self._attempt, ask, asked)
+            response: Response = await retrying(self._attempt, request, asked)
         except Transient as error:
             raise self._gave_up(error, started) from None
         self._last_success = time.monotonic()
@@ -192,16 +195,16 @@ class OpenAIClient:
             return error.reason
         return "; ".join(f"{server.url}: {server.breaker.reason}" for server in failing)
 
-    async def _attempt(self, ask: Ask, asked: float) -> Response:
+    async def _attempt(self, request: GenerateRequest, asked: float) -> Response:
         """Ask one server; again at once where it only refuses a parameter. Raises Transient, ClientError."""
         while True:
-            permit = await self._permit(ask, asked)
+            permit = await self._permit(request, asked)
             server = self._choose()
             probing = server.breaker.begin()
             server.in_flight += 1
             try:
                 await server.look()
-                if (response := await self._ask(server, ask, permit)) is not None:
+                if (response := await self._ask(server, request, permit)) is not None:
                     return response
             finally:
                 server.in_flight -= 1
@@ -209,11 +212,11 @@ class OpenAIClient:
                     server.breaker.end()
                 self._limits.leave(permit)
 
-    async def _permit(self, ask: Ask, asked: float) -> Permit:
+    async def _permit(self, request: GenerateRequest, asked: float) -> Permit:
         """Leave to send. Raises ClientDown, Transient where nothing is sent any more."""
-        characters = sum(len(message.content) for message in ask.messages)
+        characters = sum(len(message.content) for message in request.messages)
         while True:
-            permit = await self._limits.admit(characters, ask.max_tokens)
+            permit = await self._limits.admit(characters, request.max_tokens)
             down = self._down if asked < self._down_until else None
             if permit is not None and (down is not None or self._finishing):
                 self._limits.leave(permit, unsent=True)
@@ -224,9 +227,9 @@ class OpenAIClient:
             if permit is not None:
                 return permit
 
-    async def _ask(self, server: Server, ask: Ask, permit: Permit) -> Response | None:
+    async def _ask(self, server: Server, request: GenerateRequest, permit: Permit) -> Response | None:
         """The reply; None where the server will be asked without a parameter from now on. Raises Transient, ClientError."""
-        form = server.dialect.put(ask)
+        form = self.endpoint.form(request, server.dialect)
         try:
             completion, headers = await server.complete(self.endpoint.body(form))
         except self.endpoint.sdk.APIStatusError as error:
@@ -238,7 +241,7 @@ class OpenAIClient:
                 _LOG.warning("%s does not take %s (%s): asking without", server.url, failure.parameter, failure.reason)
             return None
         self._hear(headers)
-        response = self._read(server, ask, form, completion)
+        response = self._read(server, request, form, completion)
         self._limits.correct(permit, response.prompt_tokens, response.completion_tokens)
         return response
 
@@ -252,9 +255,9 @@ class OpenAIClient:
         well = [server for server in self._servers if server.breaker.admits()]
         return min(well or self._servers, key=lambda server: (server.in_flight, server.breaker.trips))
 
-    def _read(self, server: Server, ask: Ask, form: Form, completion: Any) -> Response:
+    def _read(self, server: Server, request: GenerateRequest, form: Form, completion: Any) -> Response:
         try:
-            return self.endpoint.read(ask, form, completion)
+            return self.endpoint.read(request, form, completion)
         except MalformedReply as error:
             reason = self.endpoint.redact(str(error))[:200]
             server.breaker.failed(time.monotonic(), reason)

@@ -22,6 +22,7 @@ from typing import Any
 
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, EvalkitError, MissingExtra, RequestRefused
 from evalkit.llm.requests.chat_template import ChatTemplate
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.llm.requests.names import name_with_options
 from evalkit.records import Message, Response
 from evalkit.subject.download import find_model
@@ -43,8 +44,7 @@ _CPU_ENVIRONMENT = {
 class _Job:
     """A request on its way: what it asks, and where its answer goes."""
 
-    messages: Sequence[Message]
-    options: dict[str, Any]
+    request: GenerateRequest
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Response]
     tokens: list[int] | None = None
@@ -133,9 +133,11 @@ class VllmClient:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="vllm", daemon=True)
             self._thread.start()
+        request = GenerateRequest(
+            messages, schema=schema, choices=choices, regex=regex, logprobs=logprobs, seed=seed, max_tokens=max_tokens
+        )
         loop = asyncio.get_running_loop()
-        options = {"schema": schema, "choices": choices, "regex": regex, "logprobs": logprobs, "seed": seed}
-        job = _Job(messages, {**options, "max_tokens": max_tokens}, loop, loop.create_future())
+        job = _Job(request, loop, loop.create_future())
         self._incoming.put(job)
         if self._dead is not None:  # nobody takes jobs any more; looked at last, as it may have died just now
             job.resolve(self._dead)
@@ -224,8 +226,8 @@ class _Engine:
         ready = []
         for job in jobs:
             try:
-                job.tokens = self._template.tokens(self._tokenizer, job.messages)
-                needed = len(job.tokens) + job.options["max_tokens"]
+                job.tokens = self._template.tokens(self._tokenizer, job.request.messages)
+                needed = len(job.tokens) + job.request.max_tokens
                 if needed > self._limit:
                     raise ContextOverflow(
                         "prompt", limit=self._limit, needed=needed, fix="use fewer examples, or a larger max_model_len"
@@ -246,17 +248,16 @@ class _Engine:
         return admitted
 
     def _sampling(self, job: _Job) -> Any:
-        options = job.options
-        constraint = {"json": options["schema"], "choice": options["choices"], "regex": options["regex"]}
+        request = job.request
+        choices = None if request.choices is None else list(request.choices)
+        constraint = {"json": request.schema, "choice": choices, "regex": request.regex}
         constraint = {key: value for key, value in constraint.items() if value is not None}
-        if "choice" in constraint:
-            constraint["choice"] = list(constraint["choice"])
         params = self._vllm.sampling_params
         return self._vllm.SamplingParams(
             temperature=self._temperature,
-            max_tokens=options["max_tokens"],
-            seed=options["seed"],
-            logprobs=options["logprobs"] or None,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            logprobs=request.logprobs or None,
             structured_outputs=params.StructuredOutputsParams(**constraint) if constraint else None,
         )
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalkit.errors import BudgetSpent, NoAnswer
-from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.accounting.answer_store import KeyedRequest
 from evalkit.llm.accounting.budget import TOKENS_PER_CHARACTER, BudgetedClient
 from evalkit.llm.accounting.prices import Price
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.pipeline.stages import run
 from evalkit.records import Message, Response
 from evalkit.store.run_store import RunStore
@@ -76,7 +77,7 @@ def test_a_server_that_tells_no_usage_spends_what_was_reckoned() -> None:
 def test_what_is_under_way_in_batches_counts_once() -> None:
     """Handed in by an earlier command and not answered yet: paid all the same, and not again when it is asked for."""
     asked = [[Message("user", f"{'x' * 40}{number}")] for number in range(6)]
-    handed_in = [Request.of("m", messages, max_tokens=10) for messages in asked]
+    handed_in = [KeyedRequest.of("m", GenerateRequest(messages, max_tokens=10)) for messages in asked]
     most = PRICE.cost(MOST * 41, 10)
     for limits in ({"max_calls": 10}, {"max_cost": 10.5 * most}):
         live = Metered(prompt_tokens=int(MOST * 41))

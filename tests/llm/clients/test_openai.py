@@ -22,7 +22,7 @@ import pytest
 from evalkit.errors import BadConfig, ClientDown, ContextOverflow, MissingExtra, NoAnswer, RequestRefused
 from evalkit.llm.clients import openai as module
 from evalkit.llm.clients.openai import OpenAIClient
-from evalkit.llm.clients.replay import ReplayClient
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.llm.clients.server import breaker
 from evalkit.llm.clients.server import connection as servers
 from evalkit.records import JudgeItem, Message, Response
@@ -631,7 +631,7 @@ def test_one_client_in_two_event_loops(close: bool) -> None:
 def test_who_goes_away_takes_nobody_s_answer_along(tmp_path: Any) -> None:
     with ChatServer(delay_s=0.2) as server:
         live = OpenAIClient(server.model, base_url=server.base_url)
-        client = ReplayClient(tmp_path / "a.sqlite", record_from=live)
+        client = Recorder(tmp_path / "a.sqlite", live)
 
         async def race() -> Response:
             hasty = asyncio.create_task(client.generate(ASK, max_tokens=5))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from evalkit.errors import BadConfig, BadFile, ClientError, MissingFile, NotRecorded
-from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.llm.clients.replay import ReplayClient
 from evalkit.records import Message, Response
 from evalkit.registry import create
@@ -37,25 +34,25 @@ class Counting:
         return Response(f"{messages[-1].content} {self.asked}", logprobs=({"yes": -0.1},), prompt_tokens=3)
 
 
-def ask(client: ReplayClient, messages: Sequence[Message] = ASK, **options: Any) -> Response:
+def ask(client: Recorder | ReplayClient, messages: Sequence[Message] = ASK, **options: Any) -> Response:
     return asyncio.run(client.generate(messages, **({"max_tokens": 5} | options)))
 
 
 def test_records_once_and_replays_the_same(tmp_path: Path) -> None:
     live = Counting()
-    recorder = ReplayClient(tmp_path / "answers.sqlite", record_from=live)
+    recorder = Recorder(tmp_path / "answers.sqlite", live)
     first = ask(recorder)
     assert ask(recorder) == first and live.asked == 1
     replay = create("clients", "replay", path=str(tmp_path / "answers.sqlite"))
     assert ask(replay) == first
     assert replay.name == "model-a"
-    resumed = ReplayClient(tmp_path / "answers.sqlite", record_from=live)
+    resumed = Recorder(tmp_path / "answers.sqlite", live)
     assert ask(resumed) == first and live.asked == 1
 
 
 def test_equal_requests_at_the_same_time_are_asked_once(tmp_path: Path) -> None:
     live = Counting()
-    recorder = ReplayClient(tmp_path / "answers.sqlite", record_from=live)
+    recorder = Recorder(tmp_path / "answers.sqlite", live)
 
     async def many() -> list[Response]:
         return await asyncio.gather(*(recorder.generate(ASK, max_tokens=5) for _ in range(10)))
@@ -76,14 +73,14 @@ def test_equal_requests_at_the_same_time_are_asked_once(tmp_path: Path) -> None:
     ],
 )
 def test_another_request_is_not_recorded(tmp_path: Path, change: dict[str, Any]) -> None:
-    ask(ReplayClient(tmp_path / "a.sqlite", record_from=Counting()))
+    ask(Recorder(tmp_path / "a.sqlite", Counting()))
     with pytest.raises(NotRecorded, match=r"expected an answer of model-a recorded in .*a\.sqlite; seen none for"):
         ask(ReplayClient(tmp_path / "a.sqlite"), **change)
 
 
 def test_a_failed_answer_is_not_recorded(tmp_path: Path) -> None:
     live = Counting(fails=True)
-    recorder = ReplayClient(tmp_path / "a.sqlite", record_from=live)
+    recorder = Recorder(tmp_path / "a.sqlite", live)
     for _ in range(2):
         with pytest.raises(ClientError, match="start it"):
             ask(recorder)
@@ -94,7 +91,7 @@ def test_a_failed_answer_is_not_recorded(tmp_path: Path) -> None:
 
 def test_models_of_one_file_are_kept_apart(tmp_path: Path) -> None:
     for name in ("model-a", "model-b"):
-        ask(ReplayClient(tmp_path / "a.sqlite", record_from=Counting(name)))
+        ask(Recorder(tmp_path / "a.sqlite", Counting(name)))
     with pytest.raises(BadConfig, match="expected one of the recorded models: model-a, model-b; seen no model named"):
         ReplayClient(tmp_path / "a.sqlite")
     assert ReplayClient(tmp_path / "a.sqlite", model="model-b").name == "model-b"
@@ -109,7 +106,7 @@ def test_what_is_no_recording(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="a recording made by the replay client"):
         ReplayClient(tmp_path / "text")
     with pytest.raises(BadFile):
-        ReplayClient(tmp_path / "text", record_from=Counting())
+        Recorder(tmp_path / "text", Counting())
     sqlite3.connect(tmp_path / "other.sqlite").execute("CREATE TABLE t (x)").connection.close()
     with pytest.raises(BadFile, match="no such table"):
         ReplayClient(tmp_path / "other.sqlite")
@@ -117,7 +114,7 @@ def test_what_is_no_recording(tmp_path: Path) -> None:
 
 def test_every_answer_is_on_disk_at_once_and_a_replay_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite"
-    recorder = ReplayClient(path, record_from=Counting())
+    recorder = Recorder(path, Counting())
     ask(recorder)  # not closed: as after a crash
     reader = ReplayClient(path)
     assert ask(reader).text == "how many? 1"
@@ -129,20 +126,11 @@ def test_every_answer_is_on_disk_at_once_and_a_replay_writes_nothing(tmp_path: P
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.sqlite"]
 
 
-@settings(deadline=None)
-@given(st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.integers(), max_size=4))
-def test_the_key_is_the_hash_of_canonical_json(content: str, schema: dict[str, int]) -> None:
-    request = Request.of("m", [Message("user", content)], schema=schema, max_tokens=1)
-    backwards = dict(reversed(list(schema.items())))
-    assert Request.of("m", [Message("user", content)], schema=backwards, max_tokens=1) == request
-    assert json.loads(request.text)["messages"] == [{"role": "user", "content": content}]
-
-
 def test_a_failure_that_nobody_waits_for_any_more_makes_no_noise(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def cancelled() -> None:
-        recorder = ReplayClient(tmp_path / "a.sqlite", record_from=Counting(fails=True))
+        recorder = Recorder(tmp_path / "a.sqlite", Counting(fails=True))
         waiting = asyncio.create_task(recorder.generate(ASK, max_tokens=5))
         await asyncio.sleep(0)
         waiting.cancel()

@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, RequestRefused
-from evalkit.llm.accounting.answer_store import Recorded, Request
+from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded
 from evalkit.llm.clients.batch.api import BatchApi, TooLarge
-from evalkit.llm.clients.batch.jsonl import ask_of, cut_batch, form_of
+from evalkit.llm.clients.batch.jsonl import cut_batch, form_of
 from evalkit.llm.clients.batch.ledger import Batch, Ledger
 from evalkit.llm.clients.batch.poller import Follower, Result
 from evalkit.llm.clients.batch.sizing import Room
 from evalkit.llm.clients.openai import OpenAIClient
 from evalkit.llm.clients.server.dialects import Constraints, Dialect
 from evalkit.llm.clients.server.endpoints import expect, is_number
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
 
 __all__ = ["OpenAIBatchClient"]
 
 _LOG = logging.getLogger(__name__)
-Record: TypeAlias = Callable[[Sequence[tuple[Request, Recorded]]], None]
+Record: TypeAlias = Callable[[Sequence[tuple[KeyedRequest, Recorded]]], None]
 
 
 class OpenAIBatchClient:
@@ -105,7 +106,7 @@ class OpenAIBatchClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[str, asyncio.Future[Response]] = {}  # that somebody waits for
         self._known: dict[str, Response | Exception] = {}  # what came when nobody waited for it
-        self._waiting: dict[str, Request] = {}  # collected, in the order of asking
+        self._waiting: dict[str, KeyedRequest] = {}  # collected, in the order of asking
         self._batches: dict[str, Batch] = {}  # handed in, or about to be
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
@@ -130,16 +131,10 @@ class OpenAIBatchClient:
         max_tokens: int,
     ) -> Response:
         """One reply, when its batch is done. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown, StorageError."""
-        request = Request.of(
-            self.name,
-            messages,
-            schema=schema,
-            choices=choices,
-            regex=regex,
-            logprobs=logprobs,
-            seed=seed,
-            max_tokens=max_tokens,
+        content = GenerateRequest(
+            messages, schema=schema, choices=choices, regex=regex, logprobs=logprobs, seed=seed, max_tokens=max_tokens
         )
+        request = KeyedRequest.of(self.name, content)
         self._open()
         if self._left:
             raise _left()
@@ -229,7 +224,7 @@ class OpenAIBatchClient:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _collect(self, request: Request) -> None:
+    def _collect(self, request: KeyedRequest) -> None:
         self._waiting[request.key] = request
         self._added.set()
 
@@ -310,17 +305,16 @@ class OpenAIBatchClient:
 
     async def _probe(self) -> None:
         """Ask the first request of every form that is not known to be answered. Raises ClientDown."""
-        firsts: dict[str, Request] = {}
+        firsts: dict[str, KeyedRequest] = {}
         for request in self._waiting.values():
             firsts.setdefault(form_of(request), request)
         for form, request in firsts.items():
             if form in self._forms:
                 continue
-            ask = ask_of(request, None)
-            options = {name: getattr(ask, name) for name in ("schema", "choices", "regex", "logprobs", "seed")}
+            content = request.content()
             self._probed = request.key
             try:
-                response = await self._online.generate(ask.messages, **options, max_tokens=ask.max_tokens)
+                response = await self._online.generate(content.messages, **content.options())
             except (ClientDown, NoAnswer) as error:
                 if self._left:
                     self._resolve(request.key, _left())

@@ -15,14 +15,15 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from evalkit.errors import ClientError
-from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.accounting.answer_store import KeyedRequest
 from evalkit.llm.clients.batch.ledger import Batch
-from evalkit.llm.clients.server.dialects import Ask, Dialect, Form, MalformedReply
+from evalkit.llm.clients.server.dialects import Dialect, Form, MalformedReply
 from evalkit.llm.clients.server.endpoints import Endpoint
 from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure
-from evalkit.records import Message, Response
+from evalkit.llm.requests.generate_request import GenerateRequest
+from evalkit.records import Response
 
-__all__ = ["URL", "Line", "Outcome", "ask_of", "cut_batch", "form_of", "outcome", "read_lines", "request_line"]
+__all__ = ["URL", "Line", "Outcome", "cut_batch", "form_of", "outcome", "read_lines", "request_line"]
 
 URL = "/v1/chat/completions"
 _KEY = re.compile(rb'"custom_id"\s*:\s*"(\w{1,200})"')
@@ -39,28 +40,20 @@ class Line:
     error: str = ""
 
 
-def ask_of(request: Request, temperature: float | None) -> Ask:
-    """The request that a recording's text tells of."""
-    content = json.loads(request.text)
-    messages = [Message(message["role"], message["content"]) for message in content["messages"]]
-    rest = {name: content[name] for name in ("schema", "choices", "regex", "logprobs", "seed", "max_tokens")}
-    return Ask(messages, **rest, temperature=temperature)
-
-
 def request_line(key: str, body: dict[str, Any]) -> bytes:
     """A line of the file that is uploaded, its end included. The key comes back with the answer."""
     line = {"custom_id": key, "method": "POST", "url": URL, "body": body}
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"  # in ASCII: no character can pass for a line's end
 
 
-def form_of(request: Request) -> str:
+def form_of(request: KeyedRequest) -> str:
     """What of a request a server might refuse: its fields and the words of its schema, whatever stands in them."""
-    ask = ask_of(request, None)
+    content = request.content()
     fields = [
-        name for name in ("schema", "choices", "regex", "logprobs", "seed") if getattr(ask, name) not in (None, 0)
+        name for name in ("schema", "choices", "regex", "logprobs", "seed") if getattr(content, name) not in (None, 0)
     ]
-    system = ["system"] if ask.messages and ask.messages[0].role == "system" else []
-    return " ".join([*system, *fields, *sorted(_keys(ask.schema))])
+    system = ["system"] if content.messages and content.messages[0].role == "system" else []
+    return " ".join([*system, *fields, *sorted(_keys(content.schema))])
 
 
 def _keys(schema: Any) -> set[str]:
@@ -70,14 +63,14 @@ def _keys(schema: Any) -> set[str]:
 
 
 def cut_batch(
-    requests: Mapping[str, Request], endpoint: Endpoint, dialect: Dialect, most_requests: int, most_bytes: int
+    requests: Mapping[str, KeyedRequest], endpoint: Endpoint, dialect: Dialect, most_requests: int, most_bytes: int
 ) -> Batch:
     """A batch of the first of these requests, as many as it may have, and one at least."""
-    chosen: dict[str, Request] = {}
+    chosen: dict[str, KeyedRequest] = {}
     lines: list[bytes] = []
     left = most_bytes
     for key, request in itertools.islice(requests.items(), most_requests):
-        line = request_line(key, endpoint.body(dialect.put(ask_of(request, endpoint.temperature))))
+        line = request_line(key, endpoint.body(endpoint.form(request.content(), dialect)))
         left -= len(line)
         if chosen and left < 0:
             break
@@ -123,7 +116,7 @@ def _read(text: bytes) -> Line | None:
         return None
 
 
-def outcome(line: Line, ask: Ask, form: Form, endpoint: Endpoint, server: str) -> Outcome:
+def outcome(line: Line, request: GenerateRequest, form: Form, endpoint: Endpoint, server: str) -> Outcome:
     """What a line means: a reply; what the server does not take; worth another try; never."""
     if line.status == 0:
         return Transient(endpoint.redact(line.error)[:200])
@@ -131,7 +124,7 @@ def outcome(line: Line, ask: Ask, form: Form, endpoint: Endpoint, server: str) -
         if line.status != 200:
             return judge_failure(_status_error(line), server, form.removable, endpoint.redact)
         completion = json.loads(json.dumps(line.body), object_hook=lambda found: SimpleNamespace(**found))
-        return endpoint.read(ask, form, completion)
+        return endpoint.read(request, form, completion)
     except MalformedReply as error:
         return Transient(endpoint.redact(str(error))[:200])
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evalkit.errors import BadFile, StorageError
-from evalkit.llm.accounting.answer_store import Request
+from evalkit.llm.accounting.answer_store import KeyedRequest
 from evalkit.llm.clients.server.dialects import Dialect
 from evalkit.util.sqlite import open_to_read, open_to_write
 
@@ -42,7 +42,7 @@ class Batch:
     """
 
     name: str
-    requests: Mapping[str, Request]  # by key, in the order of the lines
+    requests: Mapping[str, KeyedRequest]  # by key, in the order of the lines
     dialect: Dialect
     number: int = 0
     file: str | None = None
@@ -140,9 +140,9 @@ class Ledger:
         )
         return {server: int(count) for server, count in rows}
 
-    def _requests(self, number: int) -> dict[str, Request]:
+    def _requests(self, number: int) -> dict[str, KeyedRequest]:
         rows = self._database.execute("SELECT key, request FROM requests WHERE number = ? ORDER BY place", (number,))
-        return {key: Request(key, self._model, text) for key, text in rows}
+        return {key: KeyedRequest(key, self._model, text) for key, text in rows}
 
     def learn(self, dialect: Dialect, forms: set[str]) -> None:
         """What is known of the server: its terms, and forms of requests that it has answered."""
@@ -161,7 +161,7 @@ class Ledger:
         self._database.close()
 
 
-def requests_in_batches(path: Path, model: str) -> list[Request]:
+def requests_in_batches(path: Path, model: str) -> list[KeyedRequest]:
     """The requests of a model that are in batches which have not ended; none where there is no ledger."""
     if not path.is_file():
         return []
@@ -174,7 +174,7 @@ def requests_in_batches(path: Path, model: str) -> list[Request]:
             ).fetchall()
     except sqlite3.DatabaseError:
         return []
-    return [Request(key, model, text) for key, text in rows]
+    return [KeyedRequest(key, model, text) for key, text in rows]
 
 
 def _packed(dialect: Dialect) -> str:

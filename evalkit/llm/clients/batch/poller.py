@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from evalkit.errors import ClientDown, ClientError, RequestRefused
-from evalkit.llm.accounting.answer_store import Recorded, Request
+from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded
 from evalkit.llm.clients.batch.api import ENDED, BatchApi, State
-from evalkit.llm.clients.batch.jsonl import Line, ask_of, outcome, read_lines
+from evalkit.llm.clients.batch.jsonl import Line, outcome, read_lines
 from evalkit.llm.clients.batch.ledger import Batch, Ledger
 from evalkit.llm.clients.server.endpoints import Endpoint
 from evalkit.llm.clients.server.failures import Refusal, Transient
@@ -56,7 +56,7 @@ class Follower:
         ledger: Ledger,
         endpoint: Endpoint,
         url: str,
-        record: Callable[[Sequence[tuple[Request, Recorded]]], None],
+        record: Callable[[Sequence[tuple[KeyedRequest, Recorded]]], None],
         *,
         look_every_s: float,
     ) -> None:
@@ -186,9 +186,10 @@ class Follower:
             result.again.clear()
         return result
 
-    def _sort(self, batch: Batch, request: Request, line: Line, result: Result) -> None:
-        ask = ask_of(request, self._endpoint.temperature)
-        found = outcome(line, ask, batch.dialect.put(ask), self._endpoint, self._url)
+    def _sort(self, batch: Batch, request: KeyedRequest, line: Line, result: Result) -> None:
+        content = request.content()
+        form = self._endpoint.form(content, batch.dialect)
+        found = outcome(line, content, form, self._endpoint, self._url)
         if isinstance(found, Transient):
             result.again[line.key] = found.reason
         elif isinstance(found, Refusal):

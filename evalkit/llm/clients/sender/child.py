@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import registry
-from evalkit.llm.accounting.answer_store import Recorded, Recording, Request
+from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded, Recording
 from evalkit.llm.clients.sender.wire import from_line, packed_error, packed_response, to_line, unpacked_request
 from evalkit.protocols import Client
 
@@ -98,13 +98,13 @@ def _finish(client: Client) -> None:
 
 
 async def _answer(client: Client, recordings: list[Recording], content: dict[str, Any], say: Say) -> None:
-    messages, options = unpacked_request(content)
+    request = unpacked_request(content)
     started = time.monotonic()
     try:
-        response = await client.generate(messages, **options)
+        response = await client.generate(request.messages, **request.options())
         recorded = Recorded(response, time.monotonic() - started)
         for recording in recordings:
-            recording.add(Request.of(client.name, messages, **options), recorded, paid=True)
+            recording.add(KeyedRequest.of(client.name, request), recorded, paid=True)
     except Exception as error:  # a client may be anybody's code; who asked decides what the error means
         say({"number": content["number"], "error": packed_error(error)})
     else:

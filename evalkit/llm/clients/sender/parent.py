@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from evalkit.errors import ClientDown
 from evalkit.llm.clients.sender.wire import from_line, packed_request, to_line, unpacked_error, unpacked_response
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.protocols import Client
 from evalkit.records import Message, Response
 from evalkit.registry import Part
@@ -85,7 +86,7 @@ class Sender:
         number = self._asked
         answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
-        self._say({"number": number, **packed_request(messages, options)})
+        self._say({"number": number, **packed_request(GenerateRequest(messages, **options))})
         return await answer
 
     def finish(self) -> None:

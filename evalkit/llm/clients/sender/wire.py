@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from evalkit import errors
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
 
 __all__ = [
@@ -32,14 +33,14 @@ def from_line(line: bytes) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-def packed_request(messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A request, as ``Client.generate`` takes it."""
-    return {"messages": [asdict(message) for message in messages], "options": dict(options)}
+def packed_request(request: GenerateRequest) -> dict[str, Any]:
+    """A request."""
+    return {"messages": [asdict(message) for message in request.messages], "options": request.options()}
 
 
-def unpacked_request(packed: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    """The request again: messages and options."""
-    return [Message(**message) for message in packed["messages"]], dict(packed["options"])
+def unpacked_request(packed: Mapping[str, Any]) -> GenerateRequest:
+    """The request again."""
+    return GenerateRequest([Message(**message) for message in packed["messages"]], **packed["options"])
 
 
 def packed_response(response: Response) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from evalkit.llm.requests.chat_template import without_system
-from evalkit.records import Message, Response
+from evalkit.llm.requests.generate_request import GenerateRequest
+from evalkit.records import Response
 
-__all__ = ["CONSTRAINTS", "Ask", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
+__all__ = ["CONSTRAINTS", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
 
 Constraints: TypeAlias = Literal["auto", "vllm", "json_schema", "none"]
 CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
@@ -30,20 +31,6 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 class MalformedReply(ValueError):
     """A reply with status 200 that is not what the protocol says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request as the contract of clients has it. ``temperature``: None leaves it to the server."""
-
-    messages: Sequence[Message]
-    schema: Mapping[str, Any] | None
-    choices: Sequence[str] | None
-    regex: str | None
-    logprobs: int
-    seed: int | None
-    max_tokens: int
-    temperature: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +58,25 @@ class Dialect:
     kind: Constraints | None = None
     refused: set[str] = field(default_factory=set)
 
-    def put(self, ask: Ask) -> Form:
-        """The request in this server's terms."""
-        wrapped = self._wraps(ask)
-        messages = without_system(ask.messages) if "system" in self.refused else ask.messages
+    def put(self, request: GenerateRequest, temperature: float | None = 0.0) -> Form:
+        """The request in this server's terms. ``temperature``: None leaves it to the server."""
+        wrapped = self._wraps(request)
+        messages = without_system(request.messages) if "system" in self.refused else request.messages
         body: dict[str, Any] = {
             "messages": [{"role": message.role, "content": _encodable(message.content)} for message in messages],
-            "max_tokens": ask.max_tokens + (_WRAPPING_TOKENS if wrapped else 0),
+            "max_tokens": request.max_tokens + (_WRAPPING_TOKENS if wrapped else 0),
         }
-        if ask.temperature is not None:
-            body["temperature"] = ask.temperature
-        if ask.seed is not None:
-            body["seed"] = ask.seed
-        if ask.logprobs:
-            body |= {"logprobs": True, "top_logprobs": ask.logprobs}
-        if wrapped or (self.kind == "json_schema" and ask.schema is not None):
-            schema = _wrapped(ask) if wrapped else _typed(ask.schema)
+        if temperature is not None:
+            body["temperature"] = temperature
+        if request.seed is not None:
+            body["seed"] = request.seed
+        if request.logprobs:
+            body |= {"logprobs": True, "top_logprobs": request.logprobs}
+        if wrapped or (self.kind == "json_schema" and request.schema is not None):
+            schema = _wrapped(request) if wrapped else _typed(request.schema)
             form = {"name": "reply", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
-        own = _own(ask) if self.kind == "vllm" else {}
+        own = _own(request) if self.kind == "vllm" else {}
         if "max_tokens" in self.refused:  # the name that newer models take
             body["max_completion_tokens"] = body["max_tokens"]
         for name in self.refused | ({"top_logprobs"} if "logprobs" in self.refused else set()):
@@ -104,16 +91,16 @@ class Dialect:
             self.kind = "json_schema"  # which every server that takes constraints understands
         return new
 
-    def _wraps(self, ask: Ask) -> bool:
+    def _wraps(self, request: GenerateRequest) -> bool:
         """Whether the constraint has to be wrapped in an object. A first token with log-probabilities cannot be."""
         if self.kind != "json_schema" or "response_format" in self.refused:
             return False
-        if ask.schema is not None:
-            return ask.schema.get("type") != "object"
-        return (ask.choices is not None or ask.regex is not None) and not ask.logprobs
+        if request.schema is not None:
+            return request.schema.get("type") != "object"
+        return (request.choices is not None or request.regex is not None) and not request.logprobs
 
 
-def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
+def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Response:
     """The reply in a completion object of the SDK. Raises MalformedReply."""
     if isinstance(completion, str):  # of another content type
         raise MalformedReply(f"a reply that is no JSON: {completion[:2000]!r}")
@@ -129,8 +116,8 @@ def read_reply(ask: Ask, form: Form, completion: Any) -> Response:
         raise MalformedReply(f"a reply whose content is {type(text).__name__}")
     reason = getattr(choice, "finish_reason", None)
     return Response(
-        text=_encodable(_unwrapped(ask, text) if form.wrapped else text),
-        logprobs=_logprobs(getattr(choice, "logprobs", None)) if ask.logprobs else (),
+        text=_encodable(_unwrapped(request, text) if form.wrapped else text),
+        logprobs=_logprobs(getattr(choice, "logprobs", None)) if request.logprobs else (),
         prompt_tokens=_count(getattr(usage, "prompt_tokens", 0)),
         completion_tokens=_count(getattr(usage, "completion_tokens", 0)),
         finish_reason=reason if isinstance(reason, str) else "stop",
@@ -143,23 +130,23 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _own(ask: Ask) -> dict[str, Any]:
+def _own(request: GenerateRequest) -> dict[str, Any]:
     """vLLM's structured outputs."""
-    if ask.schema is not None:
-        return {"json": dict(ask.schema)}
-    if ask.choices is not None:
-        return {"choice": list(ask.choices)}
-    return {"regex": ask.regex} if ask.regex is not None else {}
+    if request.schema is not None:
+        return {"json": dict(request.schema)}
+    if request.choices is not None:
+        return {"choice": list(request.choices)}
+    return {"regex": request.regex} if request.regex is not None else {}
 
 
-def _wrapped(ask: Ask) -> dict[str, Any]:
+def _wrapped(request: GenerateRequest) -> dict[str, Any]:
     inside: dict[str, Any]
-    if ask.schema is not None:
-        inside = _typed(ask.schema)
-    elif ask.choices is not None:
-        inside = {"type": "string", "enum": list(ask.choices)}
+    if request.schema is not None:
+        inside = _typed(request.schema)
+    elif request.choices is not None:
+        inside = {"type": "string", "enum": list(request.choices)}
     else:
-        inside = {"type": "string", "pattern": ask.regex}
+        inside = {"type": "string", "pattern": request.regex}
     return {"type": "object", "properties": {_WRAP: inside}, "required": [_WRAP], "additionalProperties": False}
 
 
@@ -178,12 +165,12 @@ def _typed(schema: Any) -> Any:
     return found
 
 
-def _unwrapped(ask: Ask, text: str) -> str:
+def _unwrapped(request: GenerateRequest, text: str) -> str:
     try:
         inside = json.loads(text)[_WRAP]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return text  # not what was asked for: the reader of the answer says so
-    return json.dumps(inside) if ask.schema is not None else str(inside)
+    return json.dumps(inside) if request.schema is not None else str(inside)
 
 
 def _count(value: Any) -> int:

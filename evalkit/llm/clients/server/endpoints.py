@@ -14,8 +14,9 @@ from typing import Any
 
 from evalkit.errors import BadConfig, require
 from evalkit.llm.clients.server.connection import Server
-from evalkit.llm.clients.server.dialects import Ask, Dialect, Form, read_reply
+from evalkit.llm.clients.server.dialects import Dialect, Form, read_reply
 from evalkit.llm.clients.server.keys import Redactor, checked_fields, checked_url, guard_logs, read_key
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.llm.requests.names import name_with_options
 from evalkit.records import Response
 
@@ -71,13 +72,17 @@ class Endpoint:
         """Connections to one of its servers, for the running event loop."""
         return Server(self.sdk, url, self._key, dialect, timeout_s, self.redact)
 
+    def form(self, request: GenerateRequest, dialect: Dialect) -> Form:
+        """The request as a server of this ``dialect`` takes it, at the temperature of the client."""
+        return dialect.put(request, self.temperature)
+
     def body(self, form: Form) -> dict[str, Any]:
         """What is sent, as one JSON object."""
         return {"model": self.model, **form.body, **self.extra, **form.extra}
 
-    def read(self, ask: Ask, form: Form, completion: Any) -> Response:
+    def read(self, request: GenerateRequest, form: Form, completion: Any) -> Response:
         """The reply. Raises MalformedReply."""
-        response = read_reply(ask, form, completion)
+        response = read_reply(request, form, completion)
         clean, text = self._clean, self._clean(response.text)
         spelled = "".join(next(iter(candidates), "") for candidates in response.logprobs)
         tokens = [spelled, *(token for candidates in response.logprobs for token in candidates)]

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from evalkit.errors import BadConfig, ClientDown, ContextOverflow, NoAnswer, RequestRefused, StorageError
-from evalkit.llm.accounting.answer_store import Recorded, Request
+from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded
 from evalkit.llm.clients.batch import api as batches
 from evalkit.llm.clients.batch import poller as batch_following
 from evalkit.llm.clients.batch import sizing as batch_room
 from evalkit.llm.clients.batch.client import OpenAIBatchClient
 from evalkit.llm.clients.batch.ledger import Ledger, requests_in_batches
 from evalkit.llm.clients.openai import OpenAIClient
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.llm.clients.replay import ReplayClient
 from evalkit.records import JudgeItem, Message, Response
 from evalkit.registry import create
@@ -118,15 +119,15 @@ def test_the_same_rows_are_recorded_under_the_names_of_the_lines(tmp_path: Path)
     with BatchServer() as server:
         go(kept(tmp_path / "batched", client_of(server)), mixed())
         live = OpenAIClient(server.model, base_url=server.base_url)
-        go(ReplayClient(tmp_path / "online.sqlite", record_from=live), mixed())
+        go(Recorder(tmp_path / "online.sqlite", live), mixed())
         assert rows(tmp_path / "batched" / "calls.sqlite") == rows(tmp_path / "online.sqlite")
         assert {row[0] for row in rows(tmp_path / "online.sqlite")} == server.keys
 
 
-def kept(folder: Path, client: OpenAIBatchClient) -> ReplayClient:
+def kept(folder: Path, client: OpenAIBatchClient) -> Recorder:
     """With recording and ledger in a folder, as in a run."""
     folder.mkdir(exist_ok=True)
-    recorder = ReplayClient(folder / "calls.sqlite", record_from=client)
+    recorder = Recorder(folder / "calls.sqlite", client)
     client.keep_in(folder / "batches.sqlite", recorder.record_batched)
     return recorder
 
@@ -539,7 +540,7 @@ def test_a_probe_that_gets_no_answer_holds_nothing_up(monkeypatch: pytest.Monkey
 # commands that end early
 
 
-def cut_short(recorder: ReplayClient, asked: Sequence[Ask], when: Callable[[], bool]) -> None:
+def cut_short(recorder: Recorder, asked: Sequence[Ask], when: Callable[[], bool]) -> None:
     """As after kill -9: the moment comes, and nothing more is written, said or closed."""
 
     async def until_then() -> None:
@@ -687,7 +688,7 @@ def test_a_kill_between_recording_and_the_ledger_costs_nothing(tmp_path: Path) -
         client = client_of(server)
         recorder = kept(tmp_path, client)
 
-        def record(answers: Sequence[tuple[Request, Recorded]]) -> None:
+        def record(answers: Sequence[tuple[KeyedRequest, Recorded]]) -> None:
             recorder.record_batched(answers)
             recorded.append(len(answers))
             raise asyncio.CancelledError  # nothing after this happens
@@ -704,7 +705,7 @@ def test_a_kill_between_recording_and_the_ledger_costs_nothing(tmp_path: Path) -
 def test_leaving_says_what_stays_and_the_next_command_fetches_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def leave(client: OpenAIBatchClient, recorder: ReplayClient) -> list[Any]:
+    async def leave(client: OpenAIBatchClient, recorder: Recorder) -> list[Any]:
         asking = asyncio.create_task(ask_all(recorder, questions(6)))
         while not server.batches:
             await asyncio.sleep(0.01)
@@ -778,7 +779,7 @@ def test_who_asks_again_after_an_error_is_answered_by_the_old_batch(tmp_path: Pa
 def test_the_first_request_is_waited_for_on_leaving(tmp_path: Path) -> None:
     """It is sent, and will be paid for."""
 
-    async def leave(client: OpenAIBatchClient, recorder: ReplayClient) -> list[Any]:
+    async def leave(client: OpenAIBatchClient, recorder: Recorder) -> list[Any]:
         asking = asyncio.create_task(ask_all(recorder, questions(3)))
         while not server.counts()["received"]:
             await asyncio.sleep(0.01)

@@ -8,7 +8,6 @@ import pytest
 
 from evalkit import errors
 from evalkit.errors import BadConfig, ContextOverflow, NoAnswer
-from evalkit.llm.accounting.answer_store import Request
 from evalkit.llm.clients.sender.wire import (
     from_line,
     packed_error,
@@ -19,16 +18,17 @@ from evalkit.llm.clients.sender.wire import (
     unpacked_request,
     unpacked_response,
 )
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
 
 
 def test_a_request_keeps_its_key() -> None:
     messages = [Message("system", "line\nbreak \u2028 and \ud83d\ude00"), Message("user", "\x00")]
-    options = {"schema": {"type": "object"}, "logprobs": 5, "seed": None, "max_tokens": 9}
-    line = to_line(packed_request(messages, options))
+    request = GenerateRequest(messages, schema={"type": "object"}, logprobs=5, max_tokens=9)
+    line = to_line(packed_request(request))
     assert line.count(b"\n") == 1
-    found, found_options = unpacked_request(from_line(line))
-    assert Request.of("m", found, **found_options) == Request.of("m", messages, **options)
+    found = unpacked_request(from_line(line))
+    assert found.canonical_json("m") == request.canonical_json("m") and found.options() == request.options()
 
 
 def test_a_reply_is_equal() -> None:

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalkit.llm.clients.server.dialects import Ask, Dialect, Form, MalformedReply, read_reply
+from evalkit.llm.clients.server.dialects import Dialect, Form, MalformedReply, read_reply
+from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message
 from explainers.default import SCHEMA
 from scorers.judges.llm.judge import list_schema
 
-ASK = Ask([Message("system", "s"), Message("user", "u")], None, None, None, 0, 7, 10)
+ASK = GenerateRequest([Message("system", "s"), Message("user", "u")], seed=7, max_tokens=10)
 PLAIN = Form({"messages": [{"role": "user", "content": "u"}]}, {}, wrapped=False)
 
 
@@ -117,7 +118,7 @@ def test_no_constraints_where_there_are_none() -> None:
 
 def test_what_is_refused_is_left_out() -> None:
     dialect = Dialect("json_schema")
-    asked = replace(ASK, choices=("yes", "no"), temperature=0.5)
+    asked = replace(ASK, choices=("yes", "no"))
     assert dialect.put(asked).removable == {"seed", "temperature", "response_format", "max_tokens", "system"}
     assert [dialect.refuse("seed"), dialect.refuse("seed")] == [True, False]
     assert "seed" not in dialect.put(asked).body

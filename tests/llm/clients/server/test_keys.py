@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from evalkit.errors import BadConfig, EvalkitError
 from evalkit.llm.clients import openai
 from evalkit.llm.clients.openai import OpenAIClient
-from evalkit.llm.clients.replay import ReplayClient
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.llm.clients.server.keys import Redactor, checked_fields, checked_url, read_key
 from evalkit.pipeline.stages import run
 from evalkit.store.run_store import RunStore
@@ -113,7 +113,7 @@ def test_no_error_and_no_log_holds_the_key(shape: str, caplog: pytest.LogCapture
 def test_a_reply_is_kept_without_it(reply: dict[str, Any], tmp_path: Path) -> None:
     with scripted(lambda body: (200, reply)) as server:
         client = OpenAIClient("m", base_url=server.base_url)
-        response = ask(ReplayClient(tmp_path / "a.sqlite", client, cache=tmp_path / "b.sqlite"), logprobs=1)  # type: ignore[arg-type]
+        response = ask(Recorder(tmp_path / "a.sqlite", client, cache=tmp_path / "b.sqlite"), logprobs=1)  # type: ignore[arg-type]
     assert pieces(repr(response)) == []
     assert pieces("".join("".join(one) for one in response.logprobs)) == []
     for file in tmp_path.iterdir():

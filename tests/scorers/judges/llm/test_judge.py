@@ -15,7 +15,7 @@ import pytest
 
 import scorers.judges.llm.judge as llm
 from evalkit.errors import BadConfig, ContextOverflow, NoAnswer, NotRecorded, RequestRefused
-from evalkit.llm.clients.replay import ReplayClient
+from evalkit.llm.clients.recorder import Recorder
 from evalkit.records import Answer, JudgeItem, Message, Response
 from evalkit.registry import create
 from scorers.judges.llm.judge import LlmJudge, list_prompt, list_schema, single_prompt
@@ -171,7 +171,7 @@ def test_seeds_differ_between_requests_and_repeat_between_runs() -> None:
 
 def test_a_recorded_judge_replays_to_the_same_answers_without_its_model(tmp_path: Path) -> None:
     live = Scripted(lambda m, s: json.dumps([even(text) for text in texts_of(m)]))
-    recorder = ReplayClient(tmp_path / "answers.sqlite", record_from=live)
+    recorder = Recorder(tmp_path / "answers.sqlite", live)
     recorded = asyncio.run(LlmJudge(recorder).judge("even numbers", ITEMS))
     replay = LlmJudge(create("clients", "replay", path=str(tmp_path / "answers.sqlite")))
     assert asyncio.run(replay.judge("even numbers", ITEMS)) == recorded

@@ -202,7 +202,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_and_help_are_lazy() -> None:
-    heavy = "torch", "pandas", "transformers", "scipy", "matplotlib", "pyarrow", "pydantic"
+    heavy = "torch", "numpy", "pandas", "transformers", "scipy", "matplotlib", "pyarrow", "pydantic"
     code = f"import evalkit, evalkit.cli, sys; print([name for name in {heavy!r} if name in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
 

@@ -1,4 +1,7 @@
-"""Residual quantization autoencoders: model, exact fast encoding, features, search, training. Torch and numba only."""
+"""Residual quantization autoencoders: the model, exact encoding, features, search and training.
+
+Needs torch; numba makes it faster. Imports nothing of evalkit.
+"""
 
 from rqae.config import RqaeConfig
 from rqae.errors import RqaeError

@@ -2,7 +2,7 @@
 
 Tensors: ``codebook [n_q, K, c]``, ``codebook_counts [n_q, K]``, and for each quantizer ``layers.{i}.0.weight [c, d]``,
 ``layers.{i}.0.bias [c]``, ``layers.{i}.1.weight [d, c]``, ``layers.{i}.1.bias [d]``. Every shape is checked from the file's
-header before anything is read. Safetensors only: nothing is unpickled. Knows nothing of how codes are computed.
+header before any tensor is read. Safetensors only: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DOWNLOAD = "download the checkpoint again, or save it with RQAE.save_pretrained
 
 
 def read_config(folder: Path) -> RqaeConfig:
-    """The config of a checkpoint folder. Raises RqaeError; keys it does not know are ignored, as upstream does."""
+    """The config of a checkpoint folder. Raises RqaeError; unknown keys are ignored, as in the original implementation."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise RqaeError(
@@ -121,7 +121,7 @@ def read_checkpoint(folder: Path) -> tuple[RqaeConfig, dict[str, Tensor]]:
 
 
 def write_checkpoint(folder: Path, config: RqaeConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Write the folder, each file whole or not at all. ``dtype`` (None: float32) is that of every tensor."""
+    """Write the folder, each file atomically. ``dtype`` (None: float32) is that of every tensor."""
     dtype = dtype or torch.float32
     flat = {name: tensors[name].to(dtype) for name in ("codebook", "codebook_counts")}
     for name, suffix in STACKED.items():
@@ -137,7 +137,7 @@ def write_checkpoint(folder: Path, config: RqaeConfig, tensors: dict[str, Tensor
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in flat.items()}, weights, metadata={"format": "pt"}
         )
-        weights.chmod(0o644)  # the library that writes it lets nobody else read it
+        weights.chmod(0o644)  # safetensors creates files that only the owner can read
         settings.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         weights.replace(folder / WEIGHTS_FILE)
         settings.replace(folder / CONFIG_FILE)

@@ -1,6 +1,6 @@
-"""The five numbers that describe an RQAE: exactly the keys of a checkpoint's ``config.json``.
+"""The settings that describe an RQAE: exactly the keys of a checkpoint's ``config.json``.
 
-Knows no tensors and no disk.
+Holds no tensors; reads and writes no files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ _MAX_SIZE = 1 << 20  # of the model dimension and of the number of quantizers
 
 @dataclass(frozen=True, slots=True)
 class RqaeConfig:
-    """``dim`` is d_model; ``codebook_size`` is levels per dimension for the grid methods, codes otherwise.
+    """The shape of an RQAE and the kind of its codebook.
 
-    ``quantization_method`` "round_fsq" is the normalised grid, "fsq" the grid as it is, anything else a learned codebook.
-    Raises RqaeError for sizes that are no positive integers or that no model has.
+    dim: width of the hidden states, d_model.
+    codebook_dim: dimensions of a codebook vector.
+    codebook_size: levels per dimension for the grid methods, number of codes otherwise.
+    num_quantizers: quantizers, the full depth.
+    quantization_method: "round_fsq" is the normalised grid, "fsq" the plain grid, anything else a learned codebook.
+
+    Raises RqaeError for a size that is not a positive integer or is above its limit.
     """
 
     dim: int

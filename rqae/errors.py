@@ -1,6 +1,6 @@
-"""The one error of the RQAE package, worded as expected, seen, fix.
+"""The only error of the RQAE package. Its message says what was expected, what was seen, and how to fix it.
 
-Knows nothing of the evaluation harness, which turns it into an error of its own.
+The evaluation harness converts it into an error of its own; this package does not import the harness.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ __all__ = ["RqaeError"]
 
 
 class RqaeError(ValueError):
-    """A file, tensor or option that is not what it should be. ``subject`` names it."""
+    """An invalid file, tensor or option; ``subject`` names it."""
 
     def __init__(self, subject: str, *, expected: str, seen: str, fix: str) -> None:
         self.subject, self.expected, self.seen, self.fix = subject, expected, seen, fix

@@ -1,7 +1,7 @@
-"""Sets of RQAE features: codes with a name and an origin each, made from tokens, from vectors or at random; one file a set.
+"""Sets of RQAE features: codes with a label and an origin each, made from tokens, from vectors or at random.
 
-Reads and writes safetensors files with the names in the header (nothing is unpickled; every shape, range and version is
-checked), each whole or not at all. Knows nothing of language models, text or intensities; the final norm's gain is given.
+Reads and writes one safetensors file per set, atomically, with the labels in the header. Nothing is unpickled; shapes,
+ranges and the version are checked. Uses no language model and no text: the caller passes the gain of the final norm.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ _AGAIN = "save the set again with FeatureSet.save"
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """F features: ``codes`` (F, k) int64 on the CPU, of the first k quantizers, each the lowest index of its direction.
+    """F features.
 
-    ``labels`` and ``origins`` (see ORIGINS) have one entry a feature. ``positions`` (F,) int64, where given, is the row of
-    the token in the stream that it was taken from, -1 for a feature that is no token's. Raises RqaeError for codes outside
-    the codebook of ``config`` or of another form, and for lists of another length.
+    codes: (F, k) int64 on the CPU, of the first k quantizers; each is the lowest index of its direction.
+    labels: one per feature.
+    origins: one of ORIGINS per feature.
+    positions: (F,) int64 or None; the row of the token that a feature was taken from, -1 for a feature without one.
+
+    Raises RqaeError for codes outside the codebook of ``config`` or of another form, and for lists of another length.
     """
 
     config: RqaeConfig
@@ -80,7 +83,7 @@ class FeatureSet:
                 "feature positions",
                 expected=f"shape [{count}], int64, -1 or more",
                 seen=f"shape {list(given.shape)}, {given.dtype}, {given.flatten()[:3].tolist()}",
-                fix="give one row number a feature, -1 for none",
+                fix="give one row number per feature, -1 for none",
             )
 
     def __len__(self) -> int:
@@ -88,7 +91,7 @@ class FeatureSet:
 
     @property
     def depth(self) -> int:
-        """How many quantizers the codes are of."""
+        """Number of quantizers in the codes."""
         return self.codes.shape[1]
 
     @classmethod
@@ -117,8 +120,8 @@ class FeatureSet:
         """One feature for each direction of the raw hidden state, (F, d), such as an SAE's encoder or decoder columns.
 
         A vector goes through the final RMS norm (RMS 1, times ``gain`` (d,), which for Gemma is 1 + weight; None: ones)
-        and is then encoded. The norm's eps is left out, so a vector's length plays no role. Raises RqaeError naming the
-        first row that is zero, not finite, or wiped out by the gain.
+        and is then encoded. The norm's eps is left out, so the length of a vector does not matter. Raises RqaeError
+        naming the first row that is zero, not finite, or zero after the gain.
         """
         dim = model.config.dim
         gain = torch.ones(dim) if gain is None else gain
@@ -144,7 +147,7 @@ class FeatureSet:
 
     @classmethod
     def random(cls, model: RQAE, count: int, seed: int, *, depth: int | None = None) -> FeatureSet:
-        """A null: codes drawn uniformly from each quantizer's distinct codes. The same seed gives the same set."""
+        """A control: codes drawn uniformly from each quantizer's distinct codes. The same seed gives the same set."""
         drawn = cls._made(model, random_codes(model, count, seed), "random", None, None)
         return drawn if depth is None else drawn.prefix(depth)
 
@@ -180,7 +183,9 @@ class FeatureSet:
     def prefix(self, depth: int) -> FeatureSet:
         """The ancestors A_depth: each feature cut after its first ``depth`` quantizers. Raises RqaeError."""
         if not 0 < depth <= self.depth:
-            raise RqaeError("depth", expected=f"1 to {self.depth}", seen=str(depth), fix="cut at most what is there")
+            raise RqaeError(
+                "depth", expected=f"1 to {self.depth}", seen=str(depth), fix="use at most the depth of the codes"
+            )
         return replace(self, codes=self.codes[:, :depth].contiguous())
 
     def ancestors(self, depths: Sequence[int]) -> tuple[FeatureSet, ...]:
@@ -188,7 +193,7 @@ class FeatureSet:
         return tuple(self.prefix(depth) for depth in depths)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all. Raises RqaeError where the disk refuses."""
+        """Write one safetensors file, atomically. Raises RqaeError if it cannot be written."""
         path = Path(path)
         about = {"version": _VERSION, "config": asdict(self.config), "labels": self.labels, "origins": self.origins}
         tensors = {"codes": self.codes.to(torch.uint16).contiguous()}
@@ -217,7 +222,7 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | Path, config: RqaeConfig | None = None) -> FeatureSet:
-        """Read a set; with ``config``, only one made for it. Raises RqaeError naming the file and what is wrong."""
+        """Read a set; if ``config`` is given, it must match. Raises RqaeError naming the file and the fault."""
         path = Path(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -267,7 +272,7 @@ def _check_strings(name: str, values: Sequence[str], count: int, allowed: Sequen
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors about a set that was read name its file."""
+    """Add the file's path to errors about a set that was read from it."""
     try:
         yield
     except RqaeError as error:

@@ -1,10 +1,10 @@
-"""Features of an RQAE: how strongly a token's codes agree with a feature's codes, at several depths in one pass.
+"""Intensity of RQAE features: how strongly a token's codes agree with a feature's codes, at several depths in one pass.
 
 A feature is the codes of one token occurrence, cut at depth k: its first k quantizers. With L_i the mean length of the
 columns of W_out,i, its intensity on a token with codes t is C(f, t) = Σ_{i≤k} cos(C_{t_i}, C_{f_i}) L_i / Σ_{i≤k} L_i, in
 [-1, 1]. With u(c) = (C_{c_i} √L_i)_i side by side this is a dot product, so many features on many tokens are a matrix
-product, and shallower depths are partial sums of deeper ones. Knows nothing of language models or files.
-Source: H. Kamath, Residual Quantization Autoencoders, 2024 (there depth k sums k + 1 quantizers; here k).
+product, and shallower depths are partial sums of deeper ones. Uses no language model; reads and writes no files.
+Source: H. Kamath, Residual Quantization Autoencoders, 2024 (depth k sums k + 1 quantizers there, k here).
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def scaled_vectors(model: RQAE, codes: Tensor) -> Tensor:
 def intensity(model: RQAE, tokens: Tensor, features: Tensor, depths: Sequence[int]) -> Tensor:
     """Intensity of features on tokens at each depth: (N, k) and (F, k) codes → (D, N, F) float32 in [-1, 1].
 
-    Depths in any order; one pass over the codes serves them all. Raises RqaeError for a depth beyond the codes.
+    ``depths`` may be in any order; all are computed in one pass. Raises RqaeError for a depth beyond the codes.
     """
     limit = min(tokens.shape[-1], features.shape[-1])
     if not depths or not all(0 < depth <= limit for depth in depths):
         raise RqaeError(
-            "intensity depths", expected=f"1 to {limit}", seen=str(list(depths)), fix="encode deeper, or ask for less"
+            "intensity depths",
+            expected=f"1 to {limit}",
+            seen=str(list(depths)),
+            fix="encode deeper, or use smaller depths",
         )
     deepest, width = max(depths), model.config.codebook_dim
     left = scaled_vectors(model, tokens[:, :deepest])
@@ -60,7 +63,7 @@ def intensity(model: RQAE, tokens: Tensor, features: Tensor, depths: Sequence[in
 
 
 def intensity_literal(model: RQAE, tokens: Tensor, features: Tensor, depth: int) -> Tensor:
-    """The definition, one feature at a time by looking up cosines: (N, k) and (F, k) codes → (N, F). The oracle."""
+    """Intensity by its definition, one feature at a time: (N, k) and (F, k) codes → (N, F). The reference for tests."""
     weights = layer_weights(model)[:depth]
     columns = []
     for feature in features:
@@ -75,7 +78,7 @@ def intensity_literal(model: RQAE, tokens: Tensor, features: Tensor, depth: int)
 
 
 def random_codes(model: RQAE, count: int, seed: int) -> Tensor:
-    """Codes drawn uniformly from each quantizer's distinct codes: a null for token features, (count, n_q) int64."""
+    """Codes drawn uniformly from each quantizer's distinct codes, a control for token features: (count, n_q) int64."""
     usable = model.codebook.norm(dim=-1)[0] > 0
     choices = torch.tensor(sorted(set(model.canonical[usable].tolist())))
     drawn = derived_generator(seed, "random codes").integers(len(choices), size=(count, model.config.num_quantizers))

@@ -1,6 +1,6 @@
-"""RQAE encoding exactly as it is defined, one quantizer after the other on the whole residual: the oracle.
+"""RQAE encoding exactly as defined, one quantizer after the other on the full residual: the reference for tests.
 
-Slow and memory-bound; ``rqae.encoding.blocked`` computes the same codes. Knows nothing of files or training.
+Slow and memory-bound; ``rqae.encoding.blocked`` computes the same codes. Reads and writes no files.
 Source: H. Kamath, Residual Quantization Autoencoders, 2024.
 """
 

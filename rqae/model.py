@@ -1,7 +1,7 @@
 """The residual quantization autoencoder: weights, encoding to codes, decoding from codes.
 
-Reads and writes the published checkpoint layout through ``rqae.checkpoint``; computes in float32. Its input is the
-final-normed hidden state: it knows nothing of language models, norms or features.
+Reads and writes the published checkpoint layout through ``rqae.checkpoint``; computes in float32. The input is the
+final-normed hidden state; applying the norm is the caller's task.
 Source: H. Kamath, Residual Quantization Autoencoders, 2024.
 """
 
@@ -21,14 +21,15 @@ from rqae.errors import RqaeError
 
 __all__ = ["RQAE", "initial_codebook"]
 
-_HALF_PRECISION = 4e-3  # how far a grid stored in bfloat16 may be from the exact one
+# A grid stored in bfloat16 differs from the exact one by rounding, at most 2^-9 for numbers up to 1; allow twice that.
+_HALF_PRECISION = 4e-3
 
 
 class RQAE(nn.Module):
     """An RQAE with its layers stacked: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d).
 
     ``codebook`` (n_q, K, c) and ``canonical`` (K,), the lowest index of each code's direction. ``codebook_counts`` (n_q, K)
-    is the running share of training tokens that took each code.
+    is the running share of training tokens that were assigned each code.
     """
 
     w_in: Tensor
@@ -89,9 +90,10 @@ class RQAE(nn.Module):
     def encode(self, x: Tensor, depth: int | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
         """Codes of final-normed hidden states, x (…, d) → (…, depth), each the lowest index of its direction.
 
-        Uses the first ``depth`` quantizers (None: all) and costs what they cost. ``dtype``: torch.uint16 holds the codes of
-        every codebook and is how they are stored, but torch indexes with wider types only. Raises RqaeError naming the
-        first row that is not finite.
+        depth: use only the first ``depth`` quantizers, at proportionally lower cost; None: all.
+        dtype: of the result. torch.uint16 holds every code and is the stored type, but torch cannot index with it.
+
+        Raises RqaeError naming the first row that is not finite.
         """
         depth = self._depth(depth)
         if x.shape[-1] != self.config.dim:
@@ -115,7 +117,7 @@ class RQAE(nn.Module):
         return self._part(codes, 0, depth)
 
     def decode_layers(self, codes: Tensor, layers: Sequence[int]) -> Tensor:
-        """What the chosen quantizers alone add to the reconstruction, codes (…, k) → (…, d) float32. Raises RqaeError."""
+        """The sum of the contributions of the given quantizers only, codes (…, k) → (…, d) float32. Raises RqaeError."""
         limit = min(codes.shape[-1], self.config.num_quantizers)
         if not all(0 <= layer < limit for layer in layers) or len(set(layers)) < len(layers):
             raise RqaeError(
@@ -130,9 +132,9 @@ class RQAE(nn.Module):
         return vectors @ weight + self.b_out[chosen].sum(dim=0)
 
     def reconstructions(self, codes: Tensor, depths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The reconstruction at each of ``depths``, rising, for the cost of the deepest. The tensor is used again.
+        """Yield (depth, reconstruction) for ``depths`` in ascending order, at the cost of the deepest.
 
-        Raises RqaeError.
+        The same tensor is reused for every depth: copy it to keep it. Raises RqaeError.
         """
         running, done = torch.zeros(*codes.shape[:-1], self.config.dim, device=codes.device), 0
         for depth in sorted(set(depths)):
@@ -143,14 +145,14 @@ class RQAE(nn.Module):
             done = depth
 
     def _part(self, codes: Tensor, low: int, high: int) -> Tensor:
-        """What quantizers low..high-1 add."""
+        """The contribution of quantizers low..high-1."""
         vectors = self.vectors(codes[..., :high])[..., low:, :].flatten(-2)  # (…, (high - low) · c)
         weight = self.w_out[low:high].transpose(1, 2).reshape(-1, self.config.dim)
         return vectors @ weight + self.b_out[low:high].sum(dim=0)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """The codebook vectors C_{c_i} of codes of the first k quantizers, (…, k) → (…, k, c)."""
-        codes = codes.long()  # the small types of stores have no minimum and index nothing
+        codes = codes.long()  # torch has neither min() nor indexing for uint16
         low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
         if low < 0 or high >= self.config.num_codes:
             raise RqaeError(

@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is; by default it tells nobody."""
+"""The interface through which long computations report progress; by default they report nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["SILENT", "Progress"]
 
 
 class Progress(Protocol):
-    """Draws bars, or whatever the caller likes."""
+    """Receives progress, for example to draw bars."""
 
     def start(self, description: str, total: int | None, unit: str) -> int:
         """Open a task; returns its id."""
 
     def advance(self, task: int, amount: int = 1) -> None:
-        """``amount`` more units are done."""
+        """Report ``amount`` more finished units."""
 
     def finish(self, task: int) -> None:
-        """The task is done."""
+        """Close the task."""
 
 
 class _Silent:

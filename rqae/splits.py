@@ -1,10 +1,10 @@
-"""How features part with depth: similarity of their prefixes, the depth at which pairs part, and the tree of a set.
+"""How features split with depth: similarity of prefixes, the depth at which pairs part, and the tree of a set.
 
 Two features are m-split if the intensity of their m-prefixes with each other, C(A_m(f), A_m(g)), is θ or more: at depth m
-they still count as one feature. They part at the first depth where it is less, and stay parted, although C may come back
-above θ deeper down. Parting is not transitive: f and h can be together with g and not with each other. The tree therefore
-takes connected components: a set of features is together at depth m if every two of its features are joined by a chain of
-pairs that have not parted up to m (single linkage). Computes in float64. Knows nothing of language models, text or files.
+they still count as one feature. They part at the first depth where it is less than θ, and stay parted even if C rises
+above θ again at greater depth. Being together is not transitive: f and h can each be together with g but not with each
+other. The tree therefore uses connected components (single linkage): features are together at depth m if a chain of pairs
+that have not parted up to m joins them. Computes in float64. Uses no language model, text or files.
 Source: H. Kamath, Residual Quantization Autoencoders, 2024.
 """
 
@@ -27,7 +27,7 @@ from rqae.model import RQAE
 
 __all__ = ["SplitNode", "SplitTree", "m_split", "parting_depth", "similarity_by_depth"]
 
-_ROUNDING = 1e-9  # an intensity this far below θ is θ, so that equal prefixes are together at θ = 1
+_ROUNDING = 1e-9  # tolerance below θ, so that equal prefixes are together at θ = 1
 _TILE = 1 << 16  # intensities computed at a time
 
 
@@ -38,9 +38,9 @@ def similarity_by_depth(model: RQAE, codes: Tensor, depths: Sequence[int] | None
 
 
 def m_split(model: RQAE, codes: Tensor, depth: int, threshold: float) -> Tensor:
-    """Which pairs are m-split at m = ``depth``, still one feature there: (F, k) codes → (F, F) bool, true with itself.
+    """Which pairs still count as one feature at m = ``depth``: (F, k) codes → (F, F) bool, true on the diagonal.
 
-    Looks at that depth only, so a pair can be m-split deeper than it parted. Raises RqaeError.
+    Looks at this depth only, so a pair that parted earlier can be m-split again. Raises RqaeError.
     """
     check_codes(model.config, codes, "codes of features")
     if not 0 < depth <= codes.shape[1]:
@@ -52,10 +52,10 @@ def m_split(model: RQAE, codes: Tensor, depth: int, threshold: float) -> Tensor:
 
 
 def parting_depth(model: RQAE, codes: Tensor, threshold: float) -> Tensor:
-    """How many leading quantizers each pair shares before it parts: (F, k) codes → (F, F) int32 in [0, k].
+    """The number of leading quantizers through which each pair is together: (F, k) codes → (F, F) int32 in [0, k].
 
-    m says that the prefixes have intensity θ or more at the depths 1 to m, and less at m + 1; k that they never part. One
-    pass over the depths, in tiles. Memory: two (F, F) of 4 bytes. Raises RqaeError.
+    A value m means that the prefixes have intensity θ or more at depths 1 to m, and less at m + 1; k means that they never
+    part. One pass over the depths, in tiles. Memory: two (F, F) arrays of 4 bytes. Raises RqaeError.
     """
     return _parting(model, codes, threshold)[0]
 
@@ -106,11 +106,13 @@ def _parting(model: RQAE, codes: Tensor, threshold: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, slots=True)
 class SplitNode:
-    """A set of features that are together through ``depth`` quantizers. A leaf is one feature, at the set's full depth.
+    """A group of features that are together through ``depth`` quantizers. A leaf is one feature, at the full depth.
 
-    ``features`` and ``children`` are indices, ``parent`` is None for the root. It parts from its siblings at depth
-    ``parts_at`` (None: the root, and features that never part from all their siblings), where the largest intensity of a
-    feature of it with one outside, of those that parted there, is ``intensity``. ``tokens`` are active on it, if counted.
+    features: indices of the features in the set.
+    parent, children: indices of nodes; the root has no parent.
+    parts_at: the depth at which it parts from its siblings; None for the root and for features that never part.
+    intensity: there, the largest intensity between one of its features and one of a sibling.
+    tokens: how many tokens are active on it; None if not counted.
     """
 
     features: tuple[int, ...]
@@ -124,9 +126,12 @@ class SplitNode:
 
 @dataclass(frozen=True, slots=True)
 class SplitTree:
-    """How a set of features parts: ``nodes`` with the root first, every node before its children.
+    """The tree of a set of features.
 
-    ``labels`` name the features, ``depth`` is that of their codes, ``threshold`` is θ.
+    nodes: the root first, every node before its children.
+    labels: names of the features.
+    threshold: θ.
+    depth: of the codes.
     """
 
     nodes: tuple[SplitNode, ...]
@@ -144,11 +149,11 @@ class SplitTree:
         tokens: Tensor | None = None,
         active_above: float | Tensor | None = None,
     ) -> SplitTree:
-        """The tree of a set; with the corpus's codes ``tokens`` (N, k or more), also how many are active on each node.
+        """Build the tree of a set. With a corpus's codes, ``tokens`` (N, k or more), also count active tokens per node.
 
         A token is active on a node of depth m if its intensity on the m-prefix of at least one of the node's features is
-        ``active_above`` or more: one number, one for each depth (k,), or None: θ, so that those tokens are counted that are
-        m-split with a feature of the node. On a root of depth 0 every token is. Memory: F² for the tree. Raises RqaeError.
+        ``active_above`` or more. This is one number, one per depth (k,), or None for θ, which counts the tokens that are
+        m-split with a feature of the node. Every token is active on a root of depth 0. Memory: F². Raises RqaeError.
         """
         codes = features.codes.to(model.codebook.device)
         shared, there = (each.cpu() for each in _parting(model, codes, threshold))
@@ -168,7 +173,7 @@ class SplitTree:
         return cls(tuple(nodes), features.labels, threshold, features.depth)
 
     def as_json(self) -> str:
-        """The tree as one JSON object; nodes are a flat list that names parents and children by place."""
+        """The tree as one JSON object; nodes are a flat list that refers to parents and children by index."""
         return json.dumps(
             {
                 "threshold": self.threshold,
@@ -179,7 +184,7 @@ class SplitTree:
         )
 
     def draw(self) -> str:
-        """The tree as text, one line a node. Control characters in labels are escaped."""
+        """The tree as text, one line per node. Control characters in labels are escaped."""
         lines = []
         waiting = [(0, "", "")]  # node, what stands before it, what stands before its children
         while waiting:
@@ -262,7 +267,7 @@ def _spanning(shared: Tensor) -> list[tuple[int, int, int]]:
 def _active_tokens(
     model: RQAE, tokens: Tensor, codes: Tensor, nodes: Sequence[SplitNode], limits: Sequence[float]
 ) -> list[int]:
-    """For each node how many tokens reach the limit of its depth on one of its features."""
+    """For each node, how many tokens reach the limit of its depth on one of its features."""
     at_depth: dict[int, list[tuple[int, Tensor]]] = {}
     for place, node in enumerate(nodes):
         at_depth.setdefault(node.depth, []).append((place, torch.tensor(node.features, device=codes.device)))
@@ -285,7 +290,10 @@ def _limits(value: float | Tensor, depth: int) -> list[float]:
         return [float(value)] * depth
     if tuple(value.shape) != (depth,):
         raise RqaeError(
-            "active_above", expected=f"one number, or {depth}", seen=f"shape {list(value.shape)}", fix="one each depth"
+            "active_above",
+            expected=f"one number, or {depth}",
+            seen=f"shape {list(value.shape)}",
+            fix="give one number, or one per depth",
         )
     return [float(each) for each in value]
 

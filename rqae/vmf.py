@@ -2,7 +2,7 @@
 
 In layer i the tokens' code vectors are points on the unit sphere of R^c. Their distribution has a mean direction μ_i and a
 concentration κ_i, found by maximum likelihood; layers in which the tokens agree (κ_i is large) carry the feature. With few
-tokens κ is too large: a token alone agrees with itself everywhere. Fits in float64. Knows nothing of language models,
+tokens κ is overestimated: a single token agrees with itself in every layer. Fits in float64. Uses no language model,
 text or files.
 Source: H. Kamath, Residual Quantization Autoencoders, 2024; Banerjee et al., Clustering on the Unit Hypersphere using von
 Mises–Fisher Distributions, JMLR 6, 2005.
@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_KAPPA = 1e4  # points within a hundredth of a radian; two codes of the published codebook are 0.24 or more apart
-DEFAULT_KAPPA = 5.0  # in 4 dimensions the mean of the tokens' code vectors is then 0.72 long
+DEFAULT_KAPPA = 5.0  # in 4 dimensions, the mean of the tokens' code vectors then has length 0.72
 _SERIES_UP_TO = 32.0  # κ beyond which the Bessel functions' expansion at infinity is exact to rounding
 _SERIES_TERMS = 72
 _EXPANSION_TERMS = 24
@@ -42,7 +42,7 @@ _NO_DIRECTION = 1e-9  # a mean shorter than this is rounding
 class VmfFeatures:
     """F features over k layers: ``mean`` (F, k, c) unit vectors, ``kappa`` (F, k) from 0 to MAX_KAPPA, both float64.
 
-    ``layers`` (F, k) bool says which layers a feature is made of; at least one each. Raises RqaeError.
+    ``layers`` (F, k) bool: the layers that define each feature, at least one. Raises RqaeError.
     """
 
     mean: Tensor
@@ -78,9 +78,9 @@ class VmfFeatures:
         return len(self.mean)
 
     def nearest_codes(self, model: RQAE, labels: Sequence[str] | None = None) -> FeatureSet:
-        """The features as codes, for intensities: in every layer, chosen or not, the code of the largest cosine with μ_i.
+        """The features as codes, for intensities: in every layer, selected or not, the code with the largest cosine to μ_i.
 
-        Shape (F, k), origin "tokens". Layers in which the tokens disagree count as much as the others then.
+        Shape (F, k), origin "tokens". Layers in which the tokens disagree then count as much as the others.
         """
         chosen = [
             choose_codes(self.mean[:, layer], normalised(model.codebook[layer].double()), model.canonical)
@@ -97,12 +97,14 @@ def fit_vmf(
     kappa_above: float | None = None,
     top_layers: int | None = None,
 ) -> VmfFeatures:
-    """One feature for each tensor of tokens' codes, (n, k), n its own; a single tensor (n, k) is one feature.
+    """Fit one feature to each tensor of tokens' codes, (n, k) with any n; a single tensor is one feature.
 
-    Its layers are those with κ ≥ ``kappa_above`` (None: DEFAULT_KAPPA), or, with ``top_layers``, that many of the largest
-    κ, the lower layer first where equal. Chance: random codes in 4 dimensions reach the default in 45% of the layers for
+    kappa_above: use the layers with κ of at least this; None: DEFAULT_KAPPA.
+    top_layers: use this many layers with the largest κ instead; of equal ones, the lower layer.
+
+    Chance level: random codes in 4 dimensions reach the default in 45% of the layers for
     n = 2, 18% for n = 3, 2% for n = 5, 0.006% for n = 10. A code vector of zero has no direction and shortens the
-    mean. Raises RqaeError, also for a feature that is left without layers.
+    mean. Raises RqaeError, also for a feature without any layer.
     """
     groups = [codes] if isinstance(codes, Tensor) and codes.ndim == 2 else list(codes)
     for number, group in enumerate(groups):

@@ -1,1 +1,1 @@
-"""``evalkit inspect``: what a dictionary is like, measured."""
+"""``evalkit inspect``: measurements of one dictionary, as tables and figures."""

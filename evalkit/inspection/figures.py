@@ -1,7 +1,7 @@
-"""The figures of an inspection, one per part, in the house style: PNG and SVG files under a folder.
+"""The figures of an inspection, one per part: PNG and SVG files in a folder.
 
-Works from the kept parts alone, without a model; the same parts give the same bytes. ``panels`` draws, this frames and
-saves.
+Uses the saved parts only, no model; the same parts give the same bytes. The ``panels`` modules draw; this one sets up the
+figure and saves it.
 """
 
 from __future__ import annotations

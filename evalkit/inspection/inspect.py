@@ -1,7 +1,7 @@
-"""An inspection from its settings: opens the dictionary, takes the parts that are kept, computes the others, keeps them.
+"""Runs an inspection: opens the dictionary, loads the saved parts, measures and saves the missing ones.
 
-Knows no kind of dictionary: a plan of its kind says what decides each part and how it is measured. Writes the inspection's
-folder; draws nothing.
+What depends on the kind of dictionary is in its plan: the arguments of each part and how it is measured. Writes the
+inspection's folder; draws nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evalkit.errors import BadConfig
-from evalkit.inspection.parts.cache import Part, bind, keep, kept
+from evalkit.inspection.parts.cache import Part, bind, load_part, save_part
 from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import PARTS_OF, Settings, parse_parts
 from evalkit.inspection.plain_plans import DirectionsPlan, ExportPlan
@@ -36,8 +36,11 @@ __all__ = ["Inspection", "inspect_dictionary"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """``about``: name, format, kind, width, site, l0 and fvu of the dictionary, for SAEs more; ``parts`` in the order of
-    tables; ``folder`` is where they are kept.
+    """A finished inspection.
+
+    about: name, format, kind, width, site, l0 and fvu of the dictionary, and more for SAEs.
+    parts: in the order of the tables.
+    folder: where the parts are saved.
     """
 
     about: dict[str, Any]
@@ -46,7 +49,11 @@ class Inspection:
 
 
 class Plan(Protocol):
-    """How one kind of dictionary is inspected. ``text``: whose tokens the folder holds, which ``needs_text`` parts need."""
+    """How one kind of dictionary is inspected.
+
+    needs_text: the parts that need tokens of a corpus.
+    text: identifies the model, site and corpus whose tokens and codes the folder holds.
+    """
 
     @property
     def needs_text(self) -> tuple[str, ...]: ...
@@ -55,32 +62,33 @@ class Plan(Protocol):
     def text(self) -> dict[str, Any]: ...
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of each part."""
+        """By part, everything that its numbers depend on."""
 
     def measures(
         self, folder: Path, missing: Sequence[str], progress: Progress
     ) -> Mapping[str, Callable[[], Measured]]:
-        """What computes each missing part, in order."""
+        """A function that measures each missing part, in order."""
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """What is said of the dictionary as a whole."""
+        """Facts about the dictionary as a whole."""
 
 
 def inspect_dictionary(
     settings: Settings, folder: Path | None = None, only: Sequence[str] = (), progress: Progress = SILENT
 ) -> Inspection:
-    """The parts of an inspection, computed where they are not kept in ``folder``, by default ``runs/inspect-NAME``.
+    """Inspect a dictionary; measure only parts that are not saved in ``folder`` (default: ``runs/inspect-NAME``).
 
-    ``only`` names parts, some with commas; none: all that need not be asked for. Raises MissingFile, BadFile, BadConfig (no
-    such part or depth, several dictionaries, a kind that has no parts), SiteMismatch, CorpusError, RunMismatch (the folder
-    holds the codes of another text or model), RunLocked, StorageError.
+    ``only``: names of parts, each entry one or several with commas; empty: all parts but those on request.
+
+    Raises MissingFile, BadFile, BadConfig (no such part or depth, several dictionaries, a kind that has no parts),
+    SiteMismatch, CorpusError, RunMismatch (the folder holds the codes of another text or model), RunLocked, StorageError.
     """
     source = _open(settings)
     kind = source.info.kind
     if kind not in PARTS_OF:
         raise BadConfig(
             settings.dictionary,
-            expected=f"a dictionary of kind {', '.join(PARTS_OF)}: of these something can be measured",
+            expected=f"a dictionary of kind {', '.join(PARTS_OF)}, which have parts to measure",
             seen=f"one of kind {kind}",
             fix="name another dictionary, or score this one with `evalkit run`",
         )
@@ -113,7 +121,7 @@ def _plan(settings: Settings, source: FeatureSource | ExampleSource, parts: Sequ
 
 def _parts(plan: Plan, parts: Sequence[str], folder: Path, progress: Progress) -> dict[str, Part]:
     arguments = plan.arguments()
-    found = {name: part for name in parts if (part := kept(folder, name, arguments[name])) is not None}
+    found = {name: part for name in parts if (part := load_part(folder, name, arguments[name])) is not None}
     missing = [name for name in parts if name not in found]
     if missing:
         with storage_errors(folder):
@@ -127,7 +135,7 @@ def _parts(plan: Plan, parts: Sequence[str], folder: Path, progress: Progress) -
                 result = measure()
                 seconds = round(time.monotonic() - started, 1)
                 part = Part(name, arguments[name], result.rows, result.further, result.notes, seconds)
-                found[name] = keep(folder, part)
+                found[name] = save_part(folder, part)
         finally:
             os.close(lock)
     return found
@@ -147,7 +155,7 @@ def _open(settings: Settings) -> FeatureSource | ExampleSource:
 
 
 def _folder(settings: Settings, source: FeatureSource | ExampleSource) -> Path:
-    """After an RQAE's folder; after the name of others, as folders are often called after the L0 or the trainer alone."""
+    """Named after an RQAE's folder, else after the dictionary: folders of SAEs often carry only an L0 or a trainer."""
     path = Path(settings.dictionary.removeprefix("bundled:"))
     called = (path.name or "rqae") if isinstance(source, RqaeSource) else source.name
     return Path("runs") / f"inspect-{re.sub(r'[^A-Za-z0-9._-]+', '-', called).strip('-.')}"

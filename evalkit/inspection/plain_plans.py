@@ -1,6 +1,6 @@
-"""How plain directions and exports of examples are inspected: neither reconstructs anything, and no text is read for them.
+"""Inspection plans for plain directions and for exports of examples: neither reconstructs anything or needs a text.
 
-Directions have a geometry; an export says how often its features fire.
+For directions the geometry is measured; an export declares how often its features fire.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from evalkit.errors import BadFile
 from evalkit.inspection.parts.cache import Part, digest
-from evalkit.inspection.parts.firing import firing_shares
-from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.density import firing_shares
+from evalkit.inspection.parts.geometry import geometry
 from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
 from evalkit.protocols import Progress
@@ -50,7 +50,7 @@ class DirectionsPlan(_Plan):
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """How many features there are, and when one counts as active."""
+        """The number of features, and when one counts as active."""
         source = self._source
         return {
             **self._about(source),
@@ -81,7 +81,7 @@ class ExportPlan(_Plan):
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """What is known without the dictionary; ``width`` counts features with a text, dead ones are not in an export."""
+        """What is known without the dictionary; ``width`` counts features with a text: an export has no dead ones."""
         return {**self._about(self._source), "format": "neuronpedia", "width": len(self._source.features())}
 
     def _density(self) -> Measured:

@@ -1,6 +1,6 @@
 """An inspection as text: a table per part in markdown, one table of all parts in csv, one object in JSON.
 
-Knows the columns of the parts and how numbers are written; nothing of how they came about. Reads and writes nothing.
+Formats the columns of the parts; measures nothing. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def check_format(format: str) -> str:
 def render_inspection(about: Mapping[str, Any], parts: list[Part], format: str = "markdown") -> str:
     """The parts in one of FORMATS, ending in a newline. Raises BadConfig for another format.
 
-    Markdown rounds, leaves most quantizers of the layer weights out and carries notes; csv is one table whose first column
-    names the part, with the columns of all; json has ``about`` and the rows of each part under ``parts``. Both keep
-    full precision and hold every row. What is said of an SAE as a whole is a table of its own, in csv the part ``about``.
+    markdown: rounded, with notes, and with only some quantizers of the layer weights.
+    csv: one table with the columns of all parts, whose first column names the part; full precision, every row.
+    json: ``about``, and the rows of each part under ``parts``; full precision, every row.
+
+    Facts about an SAE as a whole are a table of their own, in csv the part ``about``.
     """
     is_sae = about["kind"] != "rqae"
     match check_format(format):
@@ -81,7 +83,7 @@ def _table(lines: list[dict[str, str]], notes: Sequence[str] = ()) -> str:
 
 
 def _matches(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A line a depth, with a column for each way of making features and set of examples."""
+    """One line per depth, with a column for each way of making features and each set of examples."""
     lines: dict[int, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(row["depth"], {"depth": str(row["depth"])})

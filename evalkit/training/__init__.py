@@ -1,1 +1,1 @@
-"""Training the dictionaries of one site: an activation store, an SAE trainer, cards that say what was measured."""
+"""Training of dictionaries for one site: an activation store, an SAE trainer, and cards with held-out measurements."""

@@ -1,10 +1,10 @@
-"""A folder of hidden states of one site, to train dictionaries from: written in one pass, read in shuffled batches.
+"""A folder of hidden states of one site for training dictionaries: written in one pass, read in shuffled batches.
 
-Reads token batches and asks a callable for their hidden states; knows neither the subject model nor the corpus.
+Hidden states of token batches come from a callable, so this module needs neither the subject model nor the corpus.
 Writes ``hidden.bf16`` (rows of d_model bfloat16, in corpus order; exact when the model runs in bfloat16) and
-``store.json``. A build that was interrupted goes on after the last complete batch. Invalid tokens (BOS, padding, the
-first token of a context) never enter the store, nor do attention sinks in mid-context: rows longer than ten times the
-median, whose few squares would outweigh all others. How many were left out is on record.
+``store.json``. An interrupted build resumes after the last complete batch. Invalid tokens (BOS, padding, the first token of
+a context) are left out, and so are attention sinks in mid-context: rows longer than ten times the median, whose squares
+would outweigh all others. The record counts the sinks left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLUSH_BATCHES = 50
 
 @dataclass(frozen=True, slots=True)
 class StoreRecord:
-    """What ``store.json`` says. ``corpus`` names the text (free form) and is part of the identity."""
+    """The contents of ``store.json``. ``corpus`` is free text that names the corpus; it is part of the identity."""
 
     model: str
     site: str
@@ -66,7 +66,7 @@ class ActivationStore:
                 str(folder),
                 expected="a complete activation store",
                 seen=f"an interrupted build with {self.record.rows} rows",
-                fix="build it again with the same arguments: it goes on where it stopped",
+                fix="build it again with the same arguments; it resumes where it stopped",
             )
         size, expected = (folder / "hidden.bf16").stat().st_size, self.record.rows * self.d_model * 2
         if size != expected:
@@ -137,11 +137,11 @@ class ActivationStore:
         max_tokens: int,
         progress: Progress = SILENT,
     ) -> ActivationStore:
-        """Collect the hidden states of up to ``max_tokens`` valid tokens, or open the store that is there already.
+        """Collect the hidden states of up to ``max_tokens`` valid tokens, or open the store if it is complete.
 
-        ``hidden`` gives (batch, pos, d_model) for a token batch; ``corpus`` must yield the same batches every time, so
-        that an interrupted build can go on. Raises BadConfig if the folder holds another store, CorpusError if the
-        corpus has no valid token, BadShape if ``hidden`` answers with another shape, StorageError on a full disk.
+        ``hidden`` returns (batch, pos, d_model) for a token batch. ``corpus`` must yield the same batches every time, so
+        that an interrupted build can resume. Raises BadConfig if the folder holds another store, CorpusError if the
+        corpus has no valid token, BadShape if ``hidden`` returns another shape, StorageError on a full disk.
         """
         wanted = StoreRecord(site.model, site.path, corpus_name, d_model, max_tokens)
         record = _resume_point(folder, wanted)
@@ -207,7 +207,7 @@ def valid_rows(batch: TokenBatch, hidden: Tensor, site: Site, d_model: int) -> F
 
 
 def norm_limit(rows: Float[Tensor, "row d_model"]) -> float:
-    """The norm above which a row is an attention sink's, by the rows of the first batch."""
+    """The norm above which a row counts as an attention sink, from the rows of the first batch."""
     return sink_limit(rows.float().norm(dim=1))
 
 
@@ -236,7 +236,10 @@ def _read_record(folder: Path) -> StoreRecord:
         ) from error
     except (ValueError, TypeError) as error:
         raise BadFile(
-            str(path), expected="the record of a store", seen=str(error), fix="delete the folder and build it again"
+            str(path),
+            expected="the record of a store",
+            seen="something else",
+            fix="delete the folder and build it again",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Hidden states to train on, computed while training and kept nowhere: for corpora larger than the disk.
+"""Hidden states computed during training and not stored: for corpora larger than the disk.
 
-Asks a callable for hidden states, context after context in a new order each epoch. A training that resumes asks again for
-what it had used; a store of activations (``activations``) spares that. Knows neither subject model nor corpus files.
+Hidden states come from a callable, context by context in a new order each epoch. Resumed training computes the states
+already used again; ``activation_store`` avoids that. Needs neither the subject model nor corpus files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Text to train a dictionary on: contexts of a corpus, their hidden states at one site, and what the corpus says it is.
+"""Training text for a dictionary: contexts of a corpus, their hidden states at one site, and the corpus's sources.
 
-Knows corpus and subject model; knows nothing of dictionaries. Hidden states of full contexts are kept under a work folder,
-so training a second dictionary of the same site pays for no forward pass, or are streamed and kept nowhere.
+Uses the corpus and the subject model, no dictionaries. Hidden states of full contexts are stored under a work folder, so
+that a second dictionary for the same site needs no forward pass; or they are streamed and not stored.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ _BATCH = 16  # contexts per forward
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """What to train on. ``held_out`` is text of other documents; ``max_tokens`` (distinct tokens) bounds the training text.
+    """Which text and hidden states to train on.
 
-    ``stream``: compute the hidden states to train on while training instead of keeping them.
+    held_out: text of other documents, for measurements.
+    max_tokens: limit of distinct training tokens; None: no limit.
+    stream: compute training states during training instead of storing them.
     """
 
     model: str
@@ -66,7 +68,7 @@ class LossText:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingText:
-    """Hidden states to train on and to measure on, and what is known of the subject model."""
+    """Hidden states for training and for measurements, and facts about the subject model."""
 
     train: ActivationStore | ActivationStream
     held_out: ActivationStore
@@ -76,7 +78,7 @@ class TrainingText:
 
 
 def open_text(spec: TextSpec, progress: Progress = SILENT) -> TrainingText:
-    """Collect the hidden states, or open them where they are. Raises EvalkitError."""
+    """Collect the hidden states, or open them if they are stored. Raises EvalkitError."""
     model = find_model(spec.model)
     subject = Subject.load(model, sites=(spec.site,), dtype=spec.dtype, device=spec.device)
     site = Site(Path(spec.model).name, spec.site)

@@ -1,7 +1,7 @@
-"""What is stored of a trained dictionary: Gemma Scope's folder for an SAE, and a card that says what was measured.
+"""Files of a trained dictionary: Gemma Scope's folder layout for an SAE, and a card with its measurements.
 
-The card is what ``inspect`` and the fit check hold a dictionary to, so it carries figures from held-out text only. Knows
-nothing of training. Writes ``layer_15/width_2k/average_l0_32/{params.npz,card.json}``, whole files or none.
+``inspect`` and the fit check compare a dictionary with its card, so the card has figures from held-out text only. Does no
+training. Writes ``layer_15/width_2k/average_l0_32/{params.npz,card.json}``, atomically.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class CorpusPart:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a dictionary was made from and what was measured.
+    """How a dictionary was trained, and its measurements.
 
     ``n_tokens`` counts repeats, ``n_distinct_tokens`` does not. ``fvu``, ``l0`` and ``alive_share`` are on
-    ``held_out_tokens`` tokens of documents that were never trained on. ``further`` holds what only some kinds have.
+    ``held_out_tokens`` tokens of documents that were never trained on. ``further`` holds fields that only some kinds have.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Card:
 
 
 def sae_folder(root: Path, site: Site, width: int, l0: float) -> Path:
-    """Where Gemma Scope keeps an SAE of this site, width and measured L0. 2,048 latents are 2k; 3,000 are 3000."""
+    """Gemma Scope's folder for an SAE of this site, width and measured L0; width 2,048 is "2k", 3,000 is "3000"."""
     layer = re.fullmatch(r"(?:.*\.)?layers\.(\d+)", site.path)
     first = f"layer_{layer[1]}" if layer else site.path
     size = f"{width // 1024}k" if width % 1024 == 0 else str(width)

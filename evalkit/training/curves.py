@@ -1,6 +1,6 @@
-"""How the training of an RQAE went: its history as JSON, and a figure of it beside the weights.
+"""The training history of an RQAE as JSON and as a figure, beside the weights.
 
-Knows the report of a training and matplotlib; computes nothing.
+Draws a ``TrainingReport``; measures nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rqae.training.loop import TrainingReport
 
 __all__ = ["training_figure", "write_curves"]
 
-_WINDOW = 25  # steps that the line through the batches averages
+_WINDOW = 25  # steps of the moving average
 
 
 def write_curves(folder: Path, report: TrainingReport, name: str) -> list[Path]:

@@ -1,6 +1,6 @@
-"""Trains one dictionary and writes it: weights, a card of what was measured on held-out text, and how training went.
+"""Trains one dictionary and writes its folder: weights, a card with held-out measurements, and the training history.
 
-Takes hidden states from ``text``; writes the dictionary's folder last, whole or not at all. Knows nothing of corpora.
+Takes hidden states from a ``TrainingText``; writes the folder last, atomically.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["train_rqae_dictionary", "train_sae_dictionary"]
 
 RQAE_DEPTHS = (16, 64, 256)
-_CURVE_ROWS = 8192  # held-out rows that the curve of a training is measured on
-_LOSS_CONTEXTS = 64  # held-out contexts that next-token losses are measured on
+_CURVE_ROWS = 8192  # held-out rows on which the training curve is measured
+_LOSS_CONTEXTS = 64  # held-out contexts on which next-token losses are measured
 
 
 def train_sae_dictionary(
@@ -78,7 +78,7 @@ def train_sae_dictionary(
         further={**_left_out(text.train), "trained_for_l0": config.l0, "seconds": round(report.seconds)},
     )
     folder = write_sae(out, weights, card)
-    measure_fit(read_weights(folder / "params.npz"), text.held_out.chunks())  # what was written can be read
+    measure_fit(read_weights(folder / "params.npz"), text.held_out.chunks())  # checks that the written file can be read
     return folder
 
 
@@ -102,8 +102,7 @@ def train_rqae_dictionary(
     """Train an RQAE on final-normed hidden states and write its checkpoint folder ``out``, in float16.
 
     Beside the weights: ``card.json``, ``training.json`` and a plot of it. The card has FVU by depth and the share of codes
-    in use on all held-out rows, and what the language model loses by the reconstructions, where ``text`` says how to
-    measure that.
+    in use on all held-out rows and, if ``text.losses`` is set, the change of next-token loss with reconstructions.
     """
     started = time.monotonic()
     rows = (normalise(batch, text.info) for batch in text.train.batches(config.batch_tokens, seed=config.seed))
@@ -151,7 +150,7 @@ def train_rqae_dictionary(
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
-    """Move a finished folder to where it is wanted. An older card goes first and the new one comes last: none is wrong."""
+    """Move a finished folder into place. The old card is deleted first and the new one moved last, so no card is wrong."""
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "card.json").unlink(missing_ok=True)

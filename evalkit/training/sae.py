@@ -1,10 +1,10 @@
 """Trains a sparse autoencoder on an activation store: batch-top-k in training, JumpReLU on disk.
 
 The encoder keeps the batch's ``l0`` × rows largest pre-activations, found as a quantile that is estimated on the batch
-itself, so every step has the wanted L0 on average and nothing pulls the activations towards zero. After training one
-threshold per SAE, calibrated on training rows, gives the wanted L0 without looking at a batch: that is a JumpReLU, and
-what Gemma Scope's layout stores. Input mean and scale are folded into the weights: raw residual in, raw residual out.
-Knows nothing of models, corpora and files but its own checkpoint.
+itself, so every step has the wanted L0 on average and nothing shrinks the activations. After training, one threshold per
+SAE, calibrated on training rows, gives the wanted L0 independently of a batch. This is a JumpReLU, as stored in Gemma
+Scope's layout. Input mean and scale are folded into the weights: raw residual in, raw residual out. Reads and writes
+no files except its own checkpoint.
 Sources: BatchTopK, arXiv 2412.06410; auxiliary loss for dead latents, arXiv 2406.04093, appendix A.2.
 """
 
@@ -34,7 +34,14 @@ QUANTILE_ROWS = 256  # rows of a batch that its cut-off is estimated from
 
 @dataclass(frozen=True, slots=True)
 class SaeTrainingConfig:
-    """What one SAE is trained with. ``tokens`` counts repeats; ``l0``: active latents wanted a token."""
+    """Options of SAE training.
+
+    l0: wanted mean number of active latents per token.
+    tokens: training tokens, counting repeats.
+    dead_after: tokens without firing after which a latent counts as dead.
+    aux_latents, aux_weight: number of dead latents in the auxiliary loss, and its weight.
+    checkpoint_steps: steps between two checkpoints.
+    """
 
     width: int = 2048
     l0: float = 32.0
@@ -65,7 +72,7 @@ class SaeTrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What was measured. ``fit`` is on the held-out rows; ``n_tokens`` counts repeats, ``n_distinct`` does not."""
+    """Results of training. ``fit`` is on the held-out rows; ``n_tokens`` counts repeats, ``n_distinct`` does not."""
 
     fit: SaeFit
     n_tokens: int
@@ -81,10 +88,10 @@ def train_sae(
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
 ) -> tuple[SaeWeights, TrainingReport]:
-    """Train one SAE; its weights come back as they are stored (rounded to float16) and measured so.
+    """Train one SAE; the weights are returned, and measured, as they will be stored (rounded to float16).
 
-    With ``checkpoint`` (a file), an interrupted training goes on from there and gives the same weights as one that was
-    not. Raises CorpusError (a store smaller than a batch, a held-out store of another site), BadFile (a checkpoint of
+    With ``checkpoint`` (a file), interrupted training resumes from it and gives the same weights as an uninterrupted one.
+    Raises CorpusError (a store smaller than a batch, a held-out store of another site), BadFile (a checkpoint of
     another training).
     """
     if held_out.site != store.site or held_out.d_model != store.d_model:
@@ -167,7 +174,7 @@ class _Trainer:
         return flat.topk(kept, sorted=False).values.min().clamp_min(0.0)
 
     def _auxiliary_loss(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """How well the strongest dead latents explain what the live ones leave, relative to its size."""
+        """Error of the strongest dead latents in explaining the residual of the live ones, relative to its size."""
         columns = dead.nonzero().squeeze(1)
         count = min(self.config.aux_latents, len(columns))
         values, indices = torch.relu(pre[:, columns]).topk(count, dim=1, sorted=False)
@@ -203,7 +210,7 @@ class _Trainer:
         return SaeWeights(w_enc, b_enc.detach().clone(), w_dec, b_dec.detach().clone(), threshold)
 
     def save(self, path: Path) -> None:
-        """Write everything a later run needs to go on."""
+        """Write everything needed to resume."""
         tensors = dict(zip(("w_enc", "b_enc", "w_dec", "b_dec"), self._parameters(), strict=True))
         state = {
             "config": asdict(self.config),
@@ -218,11 +225,11 @@ class _Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises BadFile for one of another training."""
+        """Resume from a checkpoint. Raises BadFile for a checkpoint of another training."""
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             same = state["config"] == asdict(self.config) and torch.equal(state["mean"], self.mean)
-        except Exception as error:  # any torn or foreign file
+        except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
             raise _foreign_checkpoint(path, f"{type(error).__name__}") from error
         if not same:
             raise _foreign_checkpoint(path, "another configuration or other hidden states")

@@ -1,1 +1,1 @@
-"""Codes of vectors: the literal definition, and the fast kernels that equal it."""
+"""Encoding of vectors to codes: codebooks, and fast kernels with the same codes as ``rqae.literal``."""

@@ -1,15 +1,14 @@
-"""RQAE encoding in code space, solved like a block-triangular system: the same codes as ``rqae.literal``,
-faster.
+"""RQAE encoding in code space, solved like a block-triangular system: faster, with the same codes as ``rqae.literal``.
 
 Three exact rewrites. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j), so one matrix product
 gives all p for r₁ = x, and each chosen code subtracts columns of G = W_in W_out: the residual of width d is never
 formed. (2) The quantizers are halved recursively, and a finished half is subtracted from its right neighbour by one
 product, down to blocks of a few, which ``rqae.encoding.fused`` or ``rqae.encoding.kernels`` solve where they can. (3) A
 normalised grid is invariant under sign flips and permutations: sort |p|, compare with the few sorted patterns, undo the
-sort and the signs. Where two patterns agree to rounding, the literal rule decides.
+sort and the signs. Where two patterns agree up to rounding, the literal rule decides.
 
-Row by row, no code depends on the rest of the batch (beyond the rounding of the matrix products). Knows nothing of
-files or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for the definition.
+The codes of a row do not depend on the rest of the batch (beyond rounding in the matrix products). Reads and writes no
+files. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for the definition.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ __all__ = [
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
-# tokens at a time, so that what is worked on stays in the cache; a multiple of 128 keeps products bit-equal
+# Tokens per chunk: small enough for the working set to stay in the CPU cache. A multiple of 128 keeps products bit-equal.
 _CHUNK, _DEVICE_CHUNK = 512, 8192
 
 
 class Quantiser(Protocol):
-    """Chooses codes: one row of p, one code."""
+    """Chooses one code for each row of p."""
 
     def __call__(self, p: Tensor, quantizer: int) -> Tensor:
         """p (N, c) of one quantizer → codes (N,) int64."""
 
 
 class TableQuantiser(Quantiser):
-    """Compares with every code: for learned codebooks and for grids that are not normalised."""
+    """Compares with every code; used for learned codebooks and grids that are not normalised."""
 
     def __init__(self, codebook: Tensor, canonical: Tensor) -> None:
         self._codebook, self._canonical = codebook, canonical
@@ -86,23 +85,23 @@ class GridQuantiser(Quantiser):
 
 
 def quantiser_for(config: RqaeConfig, codebook: Tensor, canonical: Tensor) -> Quantiser:
-    """The quickest exact quantiser of a codebook (n_q, K, c)."""
+    """The fastest exact quantiser for a codebook (n_q, K, c)."""
     if SortedGrid.serves(config):
         return GridQuantiser(config, codebook, canonical)
     return TableQuantiser(codebook, canonical)
 
 
 class Block(Protocol):
-    """Solves what stands left of the diagonal: a few quantizers after each other, all tokens at once."""
+    """Solves one diagonal block: a few quantizers one after the other, for all tokens at once."""
 
-    size: int  # at most so many quantizers
+    size: int  # most quantizers it can solve at once
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix codes (n_q, N) int32 and vectors (m, N) of quantizers low..high-1 from their p ((high - low) · c, N)."""
 
 
 class SingleBlock:
-    """One quantizer, in plain torch: for every codebook and every device."""
+    """One quantizer in plain torch; works for every codebook and device."""
 
     size = 1
 
@@ -110,7 +109,7 @@ class SingleBlock:
         self._quantise, self._codebook = quantise, codebook
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """As the protocol says, with high = low + 1."""
+        """See ``Block.solve``; here high = low + 1."""
         width = self._codebook.shape[-1]
         mine = slice(low * width, high * width)
         chosen = self._quantise(p.T.contiguous(), low)
@@ -141,7 +140,7 @@ class BlockedEncoder:
         codebook: Tensor,
         canonical: Tensor,
     ) -> BlockedEncoder:
-        """From the stacked layers: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d)."""
+        """Precompute from the stacked layers: w_in (n_q, c, d), b_in (n_q, c), w_out (n_q, d, c), b_out (n_q, d)."""
         count, width, dim = w_in.shape
         weight = w_in.reshape(count * width, dim).contiguous()  # (m, d)
         before = torch.zeros_like(b_out)
@@ -178,7 +177,7 @@ class BlockedEncoder:
         return codes
 
     def encode_with_vectors(self, x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """As ``encode``, and the codes' vectors side by side, (N, depth · c) float32, as a view."""
+        """Codes as from ``encode``, and their vectors concatenated, (N, depth · c) float32, as a view."""
         codes = torch.empty(len(x), depth, dtype=torch.int64, device=x.device)
         vectors = torch.empty(depth * self.width, len(x), device=x.device)
 
@@ -192,8 +191,8 @@ class BlockedEncoder:
         """Encode x in chunks of tokens and hand over each one's rows, codes (depth, rows) and vectors (depth · c,
         rows).
 
-        On a CPU the threads of torch share the chunks out among them: products of one thread each, and no two pools of
-        threads that wait for each other.
+        On a CPU the chunks are distributed over as many threads as torch uses, each with single-threaded products, so that
+        no two thread pools compete.
         """
         end, on_cpu = depth * self.width, x.device.type == "cpu"
         size = _CHUNK if on_cpu else _DEVICE_CHUNK
@@ -201,7 +200,7 @@ class BlockedEncoder:
         def work(start: int) -> None:
             rows = slice(start, min(start + size, len(x)))
             given = x[rows].to(self.weight)
-            if len(given) == 1:  # a product with one column is summed in another order
+            if len(given) == 1:  # a product with a single column sums in another order
                 given = given.expand(2, -1)
             p = product(self.weight[:end], given.T).add_(self.bias[:end])  # (depth · c, rows)
             if not bool(p[: self.width].isfinite().all()):  # NaN and infinity survive a product with anything
@@ -257,7 +256,7 @@ def diagonal_of(gram: Tensor, size: int) -> Tensor:
 
 
 def _refuse(x: Tensor, start: int) -> None:
-    """Name the first row of a chunk that cannot be encoded."""
+    """Raise RqaeError naming the first row of a chunk that cannot be encoded."""
     sound = x.isfinite().all(dim=-1)
     largest = x.float().abs().amax(dim=-1)
     row = int((~sound).nonzero()[0]) if not bool(sound.all()) else int(largest.argmax())
@@ -271,7 +270,7 @@ def _refuse(x: Tensor, start: int) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in float32 proper while open: TF32, where a process has allowed it, would choose other codes."""
+    """Compute matrix products in true float32 inside this context: TF32, if enabled, would change codes."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -281,12 +280,12 @@ def full_precision() -> Iterator[None]:
 
 
 def one_thread_each(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """``work`` on every part, on as many threads as torch has, each of which leaves torch one thread of its own."""
+    """Run ``work`` on every part, on as many threads as torch uses; inside each, torch is single-threaded."""
     threads = min(torch.get_num_threads(), len(parts))
     if threads < 2:
         return [work(part) for part in parts]
 
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # a thread starts with neither
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # new threads do not inherit these
 
     def alone(part: Part) -> Result:
         torch.set_num_threads(1)

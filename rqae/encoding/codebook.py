@@ -1,6 +1,6 @@
-"""Codebooks: the grid of the published RQAE, its symmetries, and which indices mean the same direction.
+"""Codebooks: the grid of the published RQAE, its symmetries, and which indices have the same direction.
 
-Knows nothing of models, files or training. Source: H. Kamath, Residual Quantization Autoencoders, 2024 ("round_fsq").
+Reads and writes no files. Source: H. Kamath, Residual Quantization Autoencoders, 2024 ("round_fsq").
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = [
     "sorted_patterns",
 ]
 
-TIE = 4e-7  # relative difference of cosines that rounding may turn: a few units in the last place of float32
+# Cosines closer than this (relative) may change their order by rounding: a few units in the last place of float32.
+TIE = 4e-7
 
 
 def grid_codebook(levels: int, dim: int, *, rounded: bool) -> Tensor:
@@ -69,7 +70,7 @@ def canonical_indices(config: RqaeConfig) -> Tensor:
     """For each code index the lowest index of the same direction, (num_codes,) int64.
 
     Only "round_fsq" repeats directions (81 of 625 indices are not canonical or are the zero vector); "fsq" codes of one
-    direction differ in length, and learned codes are taken as distinct, so both map to themselves.
+    direction differ in length, and learned codes are assumed to be distinct, so both map to themselves.
     """
     if config.quantization_method != "round_fsq":
         return torch.arange(config.num_codes)
@@ -100,10 +101,12 @@ def sorted_patterns(levels: int, dim: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class SortedGrid:
-    """What a normalised grid is searched with: sort |p|, find the best pattern, undo the sort and the signs.
+    """Tables to search a normalised grid: sort |p|, find the best pattern, undo the sort and the signs. All float32.
 
-    ``patterns`` (S, c) are of length 1 and descending; ``steps`` (S, c) the same in steps of the grid; ``places`` (c,) what
-    a step along each axis adds to the index of a code, ``centre`` the index of zero. float32.
+    patterns: (S, c), unit vectors with descending components.
+    steps: (S, c), the same vectors in grid steps.
+    places: (c,), by how much one step along each axis changes the index of a code.
+    centre: the index of the zero vector.
     """
 
     patterns: Tensor
@@ -113,12 +116,12 @@ class SortedGrid:
 
     @staticmethod
     def serves(config: RqaeConfig) -> bool:
-        """Whether a codebook has this symmetry, and more than one level and axis to use it on."""
+        """Whether the codebook has this symmetry and more than one level and dimension."""
         return config.quantization_method == "round_fsq" and config.codebook_size > 1 and config.codebook_dim > 1
 
     @classmethod
     def of(cls, config: RqaeConfig, device: torch.device) -> SortedGrid:
-        """For a codebook that it serves."""
+        """The tables of a codebook for which ``serves`` is true."""
         levels, dim = config.codebook_size, config.codebook_dim
         steps = torch.tensor(sorted_patterns(levels, dim), dtype=torch.float64)
         places = torch.tensor([float(levels ** (dim - 1 - axis)) for axis in range(dim)])
@@ -131,7 +134,7 @@ class SortedGrid:
 
 
 def choose_codes(p: Tensor, codebook: Tensor, canonical: Tensor) -> Tensor:
-    """The code of the largest cosine (dot product for codes that are not normalised) with each row.
+    """The code with the largest cosine to each row (dot product for codes that are not normalised).
 
     p (N, c), codebook (K, c), canonical (K,) → (N,) int64. Ties, and p = 0, go to the lowest index.
     """

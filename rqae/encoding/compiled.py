@@ -1,6 +1,6 @@
-"""How this package compiles its inner loops with numba: without the interpreter's lock, kept on disk between processes.
+"""Compilation of inner loops with numba: without the global interpreter lock, cached on disk between processes.
 
-Results do not depend on it beyond rounding: products may be fused with sums, sums keep their order.
+Compilation changes results by rounding only: products may be fused with sums, but sums keep their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def has_compiler() -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as machine code, made at its first call (seconds), or read from numba's cache."""
+    """The function as machine code, compiled at its first call (seconds) or read from numba's cache."""
     from numba import njit
 
     options: dict[str, Any] = {
@@ -29,5 +29,5 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     }
     try:
         return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # nowhere to keep it: neither beside the file nor in the user's home
+    except RuntimeError:  # no writable cache folder: neither beside the file nor in the user's home
         return njit(**options)(function)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The inner step of encoding on a CPU, compiled with numba: choose the codes of a block, subtract them inside it.
 
-Holds what the compiled loops (``fused_kernel``) need to know of a codebook. Knows nothing of models; needs numba, which is
-optional and imported with the first block.
+Prepares the tables of a codebook for the compiled loops in ``fused_kernel``. Needs numba, which is optional and imported
+when the first block is solved.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ __all__ = ["FusedGridBlock", "is_available"]
 
 
 def is_available(config: RqaeConfig, device: torch.device) -> bool:
-    """Whether this kernel computes the codes of such a codebook on such a device."""
+    """Whether this kernel supports the codebook and the device."""
     return SortedGrid.serves(config) and device.type == "cpu" and has_compiler()
 
 
 class FusedGridBlock:
     """Solves blocks of quantizers of a normalised grid. Safe to call from several threads."""
 
-    size = 16  # quantizers: larger ones leave less to the matrix products, smaller ones call more of them
+    # Quantizers per block: larger blocks move work out of the fast matrix products, smaller ones need more calls of them.
+    size = 16
 
     def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
         self._grid = SortedGrid.of(config, diagonal.device)

@@ -1,9 +1,8 @@
-"""The loops that choose the codes of a block and subtract them inside it, as machine code.
+"""Compiled loops that choose the codes of a block of quantizers and subtract them within the block.
 
-Every loop runs over tokens, which lie side by side in memory, so that the compiler turns each into vector instructions.
-A normalised grid is searched by its symmetry: sort |p|, compare with the few sorted patterns, undo the sort and the signs.
-Where two patterns agree to rounding, the literal rule decides. Imports numba, so nothing imports this file before it is
-needed. Knows nothing of models.
+Every inner loop runs over tokens, which are adjacent in memory, so that the compiler vectorises it. A normalised grid is
+searched by its symmetry: sort |p|, compare with the few sorted patterns, undo the sort and the signs. Where two patterns
+agree up to rounding, the literal rule decides. Imports numba, so it is imported on first use only.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def _sort(p: Any, place: Any, magnitudes: Any, places: Any) -> None:
 def _match(
     magnitudes: Any, places: Any, patterns: Any, steps: Any, centre: Any, tie: Any, indices: Any, decided: Any, scratch: Any
 ) -> None:  # fmt: skip
-    """The code index of the nearest pattern per column, and whether it is the only one to rounding."""
+    """The code index of the nearest pattern per column, and whether no other one ties with it up to rounding."""
     width, count = magnitudes.shape
     best, second, offset, cosine, candidate = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     for row in range(count):
@@ -86,7 +85,7 @@ def _subtract(target: Any, factors: Any, vectors: Any) -> None:
 
 @compiled
 def _literal(p: Any, row: int, book: Any) -> int:
-    """The first code of the largest cosine with one column of p, as ``rqae.literal`` has it."""
+    """The first code with the largest cosine to one column of p, as in ``rqae.literal``."""
     width, count = book.shape
     norm = np.float32(0)
     for axis in range(width):
@@ -107,7 +106,7 @@ def solve_block(
     p: Any, codes: Any, vectors: Any, low: int, high: int, diagonal: Any, patterns: Any, steps: Any, place: Any,
     centre: Any, canonical: Any, book: Any, tie: Any,
 ) -> None:  # fmt: skip
-    """Codes, vectors and what is left of p for quantizers low..high-1 of a chunk; see ``fused.FusedGridBlock``."""
+    """Write codes and vectors, and update p, for quantizers low..high-1 of a chunk; see ``fused.FusedGridBlock``."""
     width, count = book.shape[0], p.shape[1]
     magnitudes = np.empty((width, count), np.float32)
     places = np.empty((width, count), np.float32)

@@ -1,8 +1,8 @@
 """The inner step of encoding on a GPU, as a fused Triton kernel: choose the codes of a block, subtract them inside it.
 
-Every token has a thread, which fixes the codes of 16 quantizers one after the other and subtracts each from the next.
-Triton is imported when it is first asked for, so this file imports without it; with TRITON_INTERPRET=1 in the environment
-before that, its interpreter runs the kernel on a CPU, slowly, for tests. Knows nothing of models or files.
+Each token has one thread, which chooses the codes of 16 quantizers one after the other and subtracts each from the later
+ones. Triton is imported on first use, so this module imports without it. With TRITON_INTERPRET=1 set before that import,
+Triton's interpreter runs the kernel slowly on a CPU, for tests. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["TritonGridBlock", "is_available"]
 _MAX_WIDTH = 8  # the components of p are sorted in registers
 _WARPS = 2
 _TILE = 32 * _WARPS  # tokens of a program: one per thread
-_OLDEST_TRITON = (3, 3)  # the first with tuples
+_OLDEST_TRITON = (3, 3)  # the first version that supports tuples
 
 
 def is_available(config: RqaeConfig, device: torch.device) -> bool:
-    """Whether this kernel computes the codes of such a codebook on such a device."""
+    """Whether this kernel supports the codebook and the device."""
     there = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     return SortedGrid.serves(config) and config.codebook_dim <= _MAX_WIDTH and there and _has_triton()
 
@@ -87,5 +87,5 @@ class TritonGridBlock:
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, where Triton launches; on a CPU there is nothing to do."""
+    """A context in which the tensor's GPU is the current device, where Triton launches; does nothing on a CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,7 +1,7 @@
-"""What one program on a GPU computes, in Triton: the codes of a block of quantizers for a tile of tokens.
+"""The Triton program that computes the codes of a block of quantizers for a tile of tokens.
 
-Imports Triton, so nothing imports this file before it is needed; ``rqae.encoding.kernels`` launches what is here and
-describes the arguments. Every product is a plain float32 one, never TF32. Knows nothing of torch or models.
+Imports Triton, so it is imported on first use only; ``rqae.encoding.kernels`` launches the program and describes the
+arguments. All products are in float32, never in TF32.
 """
 
 # Triton's language only looks like Python: every name below is a tile, a pointer or a number on the GPU.
@@ -25,7 +25,7 @@ def solve_tile(
 ):  # fmt: skip
     """Codes and vectors of quantizers low..high-1, one after the other, for TILE tokens of one thread each.
 
-    A token's earlier vectors of the block are read back from memory, not kept: Triton has no registers by number.
+    A token's earlier vectors of the block are read back from memory, because Triton cannot index registers.
     """
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = token < tokens

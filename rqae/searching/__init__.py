@@ -1,4 +1,4 @@
-"""Codes of a corpus on disk, and the tokens that match a feature best."""
+"""Storage of a corpus's codes on disk, and search for the tokens with the highest intensity of a feature."""
 
 from __future__ import annotations
 

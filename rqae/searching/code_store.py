@@ -1,8 +1,8 @@
-"""Codes of a corpus on disk: written in one pass that can be interrupted, read through a memory map.
+"""Codes of a corpus on disk: written in one pass that can be resumed, read through a memory map.
 
 A folder with ``codes.u16`` (N rows of k codes, uint16 little-endian), ``places.i32`` (N rows of context and position) and
-``codes.json``, which says how much of the two is complete. Every size is checked on opening; nothing is unpickled. Asks
-callables for hidden states; knows neither text nor language models.
+``codes.json``, which records how many rows of the two are complete. Sizes are checked on opening; nothing is unpickled.
+Hidden states come from a callable, so this module needs neither text nor language models.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from rqae.progress import SILENT, Progress
 __all__ = ["CodeStore", "StoredCodes"]
 
 RECORD, CODES, PLACES = "codes.json", "codes.u16", "places.i32"
-_FLUSH_TOKENS = 20_000  # so many, and a batch, are lost at most when the process dies
+_FLUSH_TOKENS = 20_000  # between two flushes; at most this many and one batch are lost if the process dies
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredCodes:
-    """What ``codes.json`` says. ``identity`` names corpus and model (free form); another one is another store."""
+    """The contents of ``codes.json``. ``identity``: free text that names corpus and model; a store has exactly one."""
 
     identity: str
     depth: int
@@ -44,7 +44,7 @@ class StoredCodes:
 
 
 class CodeStore:
-    """Opened with ``CodeStore(folder)``: ``codes`` (N, k) uint16 and ``places`` (N, 2) int32, context and position.
+    """A complete store: ``codes`` (N, k) uint16 and ``places`` (N, 2) int32 with context and position of each token.
 
     Raises RqaeError when the folder holds no complete store.
     """
@@ -57,7 +57,7 @@ class CodeStore:
                 str(self.folder),
                 expected="a complete store of codes",
                 seen=f"an interrupted one of {self.record.rows} tokens",
-                fix="build it again with the same arguments: it goes on where it stopped",
+                fix="build it again with the same arguments; it resumes where it stopped",
             )
         self.codes: NDArray[np.uint16] = self._map(CODES, np.dtype("<u2"), self.record.depth)
         self.places: NDArray[np.int32] = self._map(PLACES, np.dtype("<i4"), 2)
@@ -96,12 +96,16 @@ class CodeStore:
         total: int | None = None,
         progress: Progress = SILENT,
     ) -> CodeStore:
-        """Encode a corpus, or go on with it, or open what is there already.
+        """Encode a corpus, resume an interrupted build, or open a store that is complete.
 
-        ``hidden`` gives for a batch its final-normed hidden states (n, d) and their places (n, 2), contexts rising from
-        batch to batch; it is not called for batches that are stored. ``batches`` must be the same every time. ``total``:
-        tokens to expect, for the progress bar. Raises RqaeError where the folder holds another store, OSError on a full
-        disk: what was flushed stays.
+        batches: the same ones in every call.
+        hidden: returns a batch's final-normed hidden states (n, d) and their places (n, 2), with contexts ascending from
+            batch to batch. It is not called for batches that are stored already.
+        identity: names corpus and model.
+        depth: quantizers to encode; None: all.
+        total: expected tokens, for the progress bar.
+
+        Raises RqaeError if the folder holds another store, OSError on a full disk; flushed rows stay valid.
         """
         folder = Path(folder)
         depth = model.config.num_quantizers if depth is None else depth
@@ -157,7 +161,7 @@ def _fill(
 
 
 def _keep(folder: Path, record: StoredCodes, *streams: Any) -> None:
-    """First the rows, then the word that they are there."""
+    """Flush the rows to disk first, then update the record that counts them."""
     for stream in streams:
         stream.flush()
         os.fsync(stream.fileno())

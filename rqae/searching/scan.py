@@ -1,9 +1,9 @@
-"""Exact search: which tokens of a corpus each feature fires on most, at several depths, and how many tokens it fires on.
+"""Exact search: the tokens of a corpus with the highest intensity of each feature, and how many tokens are active.
 
 Intensity is a dot product of scaled code vectors (see ``rqae.features``), so features times tokens are matrix products over
-tiles of tokens: a tile's codes are decoded, multiplied, read out at each depth on the way, and only its best scores are
-kept. Codes may be memory-mapped; beyond them memory is bounded by the tile and by what is kept. The answer depends on
-the tiles only by the rounding of the products. Knows nothing of text or language models.
+tiles of tokens: a tile's codes are decoded and multiplied, partial sums are read out at each depth, and only the best
+scores are kept. Codes may be memory-mapped; other memory is bounded by the tile size and by the number of kept scores.
+Tiling changes results by rounding only. Uses no text and no language model.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rqae.model import RQAE
 
 __all__ = ["Hits", "activity_thresholds", "search"]
 
-_TILE = 512  # tokens; with a thousand code dimensions a tile and its product stay in the caches
+_TILE = 512  # tokens; with a thousand code dimensions, a tile and its product fit into the CPU cache
 _DEVICE_TILE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """``scores`` and ``rows`` (D, F, k): the k best tokens of each feature at each depth, falling, equal ones by row.
+    """``scores`` and ``rows`` (D, F, k): the k best tokens of each feature at each depth, in descending order, ties by row.
 
-    Where there are fewer than k, scores are -inf and rows -1. ``counts`` (D, F): tokens above the thresholds, None without
-    any. ``depths`` as they were asked.
+    If there are fewer than k tokens, the missing scores are -inf and rows -1. ``counts`` (D, F): tokens above the
+    thresholds; None if no thresholds were given. ``depths`` in the order of the call.
     """
 
     depths: tuple[int, ...]
@@ -51,10 +51,10 @@ _Found: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class _Best(Protocol):
-    """Keeps the best of what it is shown, tiles in rising order of rows."""
+    """Accumulates the best scores over tiles, which must come in ascending order of rows."""
 
     def take(self, depth: int, sums: Tensor, total: float, first: int, segments: NDArray[np.int64]) -> None:
-        """Sums (F, T) of the ``depth``-th depth, scores times ``total``; the first token's row; where stretches start."""
+        """Add a tile: sums (F, T) at the ``depth``-th depth (scores × ``total``), first row, the starts of its contexts."""
 
     def result(self) -> _Found:
         """(D, F, k) scores and rows."""
@@ -70,16 +70,21 @@ def search(
     contexts: NDArray[np.integer] | None = None,
     thresholds: NDArray[np.floating] | None = None,
 ) -> Hits:
-    """The ``top_k`` tokens of codes (N, K) that are most like features (F, K) at each of ``depths``.
+    """The ``top_k`` tokens of codes (N, K) with the highest intensity of features (F, K) at each of ``depths``.
 
-    ``contexts`` (N,), rising: the context of each token; then each one gives only its best token. ``thresholds`` (D, F):
-    above which a token counts as active. Runs where the model is: on a GPU tile by tile in its memory. Raises RqaeError.
+    contexts: (N,), ascending, the context of each token; if given, only the best token of a context is returned.
+    thresholds: (D, F); tokens strictly above them are counted as active.
+
+    Runs on the model's device; a GPU holds one tile at a time. Raises RqaeError.
     """
     deepest = _checked(model, codes, features, depths, top_k)
     scorer = _Scorer.of(model, features[:, :deepest], depths)
     if contexts is not None and (len(contexts) != len(codes) or bool((contexts[1:] < contexts[:-1]).any())):
         raise RqaeError(
-            "contexts", expected=f"{len(codes)} numbers that never fall", seen="others", fix="sort tokens by context"
+            "contexts",
+            expected=f"{len(codes)} numbers in ascending order",
+            seen="another order or length",
+            fix="sort tokens by context",
         )
     compiled = scorer.device.type == "cpu" and has_compiler()
     bounds = _bounds(len(codes), _TILE if scorer.device.type == "cpu" else _DEVICE_TILE, contexts)
@@ -112,9 +117,9 @@ def search(
 def activity_thresholds(
     model: RQAE, codes: NDArray[np.integer] | Tensor, features: Tensor, depths: Sequence[int], density: float = 0.01
 ) -> NDArray[np.float32]:
-    """θ (D, F): at most the share ``density`` of the tokens is strictly above it, and no lower value has that.
+    """θ (D, F): the lowest value that at most the share ``density`` of the tokens exceeds strictly.
 
-    Exact: the value at that rank of all intensities, found by the search itself.
+    Exact: the intensity at that rank over all tokens.
     """
     if not 0 < density < 1 or len(codes) == 0:
         raise RqaeError(
@@ -182,7 +187,7 @@ class _Scorer:
 
 
 def _reused(scratch: dict[int, Tensor], name: int, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """A tensor of this shape, the one of the last tile where it fits: fresh memory costs more than what is done in it."""
+    """A scratch tensor of this shape, reused between tiles: allocating it costs more than the work done in it."""
     found = scratch.get(name)
     if found is None or found.shape != shape:
         found = scratch[name] = like.new_empty(shape)
@@ -200,12 +205,12 @@ def _check_codes(low: int, high: int, size: int) -> None:
             "RQAE codes",
             expected=f"0 to {size - 1}",
             seen=f"{low} to {high}",
-            fix="use codes of this checkpoint, whole ones",
+            fix="use integer codes of this checkpoint",
         )
 
 
 class _CompiledBest:
-    """On a CPU, with numba."""
+    """The best scores on a CPU, with numba."""
 
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         room = 2 * top_k + 64
@@ -230,7 +235,7 @@ class _CompiledBest:
 
 
 class _KeyedBest:
-    """Anywhere, in plain torch: score and row packed into one integer, of which the largest are kept."""
+    """The best scores on any device, in plain torch: score and row are packed into one integer; the largest are kept."""
 
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         self._k = top_k
@@ -277,7 +282,7 @@ def _scores_and_rows(keys: Tensor, top_k: int) -> _Found:
 
 
 def _merge(parts: Sequence[_Found], depths: int, features: int, top_k: int) -> _Found:
-    """The best of several stretches of the corpus, which come in the order of their rows."""
+    """The best over several consecutive ranges of the corpus, given in order."""
     if not parts:
         shape = depths, features, top_k
         return np.full(shape, -inf, np.float32), np.full(shape, -1, np.int64)
@@ -288,12 +293,12 @@ def _merge(parts: Sequence[_Found], depths: int, features: int, top_k: int) -> _
 
 
 def _segments(contexts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Starts of the stretches of equal numbers, and the end."""
+    """The start of each run of equal numbers, and the end."""
     return np.concatenate([[0], np.flatnonzero(np.diff(contexts)) + 1, [len(contexts)]]).astype(np.int64)
 
 
 def _bounds(count: int, size: int, contexts: NDArray[np.integer] | None) -> list[tuple[int, int]]:
-    """Tiles of about ``size`` tokens; none ends inside a context, where these are given."""
+    """Bounds of tiles of about ``size`` tokens; with ``contexts``, no tile ends inside a context."""
     if contexts is None:
         edges = [*range(0, count, size), count]
     else:
@@ -306,14 +311,17 @@ def _bounds(count: int, size: int, contexts: NDArray[np.integer] | None) -> list
 def _checked(
     model: RQAE, codes: NDArray[np.integer] | Tensor, features: Tensor, depths: Sequence[int], top_k: int
 ) -> int:
-    """The deepest depth. A code outside the codebook is refused when it is read."""
+    """Check the arguments and return the deepest depth. Codes themselves are checked when they are read."""
     limit = min(codes.shape[1], features.shape[1], model.config.num_quantizers)
     if not depths or not all(0 < depth <= limit for depth in depths):
         raise RqaeError(
-            "search depths", expected=f"1 to {limit}", seen=str(list(depths)), fix="encode deeper, or ask for less"
+            "search depths",
+            expected=f"1 to {limit}",
+            seen=str(list(depths)),
+            fix="encode deeper, or use smaller depths",
         )
     if top_k < 1:
-        raise RqaeError("top_k", expected="at least 1", seen=str(top_k), fix="ask for some")
+        raise RqaeError("top_k", expected="at least 1", seen=str(top_k), fix="raise it")
     if len(codes) > _ROWS:
         raise RqaeError("codes", expected=f"at most {_ROWS} tokens", seen=str(len(codes)), fix="search in parts")
     return max(depths)

@@ -1,7 +1,6 @@
-"""The inner loops of search on a CPU as machine code: decode a tile of codes, and keep the best of its scores.
+"""Compiled inner loops of the search on a CPU: decode a tile of codes, and keep the best of its scores.
 
-Imports numba, so nothing imports this file before it is needed. Knows nothing of models and files;
-``rqae.searching.scan`` says what the numbers mean.
+Imports numba, so it is imported on first use only. ``rqae.searching.scan`` documents the quantities.
 """
 
 from __future__ import annotations
@@ -14,15 +13,16 @@ from rqae.encoding.compiled import compiled
 
 __all__ = ["decode", "push"]
 
-_SLACK = np.float32(1e-6)  # several roundings
-_STRIDE = 32  # tokens that are looked at together
-_LINE = 16  # codes of two bytes in a cache line; so many codebooks stay in the second cache meanwhile
+_SLACK = np.float32(1e-6)  # relative; covers several rounding errors
+_STRIDE = 32  # tokens tested together
+# Quantizers decoded together: half a cache line of two-byte codes, and few enough codebooks for the L2 cache.
+_LINE = 16
 
 
 def decode(codes: Any, table: Any, out: Any) -> int:
-    """codes (T, n) uint16, table (n, K, c): out (T, n · c) gets the table's row of each code. Returns the largest code.
+    """codes (T, n) uint16, table (n, K, c): write the table's row of each code to out (T, n · c); return the largest code.
 
-    With one beyond the table, ``out`` is left alone. Arrays are float32 and ``table`` and ``out`` contiguous.
+    If a code is outside the table, ``out`` is not changed. Arrays are float32 and ``table`` and ``out`` contiguous.
     """
     count, size, width = table.shape
     largest = int(codes.max()) if codes.size else 0
@@ -40,7 +40,7 @@ def _look_up(codes: Any, table: Any, out: Any, size: int) -> None:
         for token in range(codes.shape[0]):
             mine, row = codes[token], out[token]
             for quantizer in range(start, end):
-                at = np.uint32(quantizer)  # unsigned: numba looks for negative indices else
+                at = np.uint32(quantizer)  # unsigned, or numba adds a check for negative indices
                 row[at] = table[at * np.uint32(size) + np.uint32(mine[at])]
 
 
@@ -58,10 +58,9 @@ def _look_up_rows(codes: Any, table: Any, out: Any, size: int) -> None:
 
 @compiled
 def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
-    """Keep the ``k`` best in the order they came, of equal ones the earlier; return the least. ``keys``: room to work
-    in.
+    """Keep the ``k`` best in their order, the earlier of equal ones; return the smallest kept. ``keys``: scratch space.
 
-    The least is found by bisection over the integers that order as floats do: every step only counts.
+    The smallest is found by bisection over integers that sort like the floats: each step only counts.
     """
     bits = values.view(np.int32)
     for at in range(len(values)):
@@ -82,7 +81,7 @@ def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
         ties -= np.int64(keys[at] > least)
     kept = np.int64(0)
     for at in range(len(values)):
-        if kept < k:  # without a branch on what is kept: it is written over otherwise
+        if kept < k:  # always written, and overwritten if not kept: avoids a branch
             tie = (keys[at] == least) & (ties > 0)
             keep = np.int64(keys[at] > least) | np.int64(tie)
             ties -= np.int64(tie)
@@ -96,7 +95,7 @@ def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
 
 @compiled
 def _any_above(sums: Any, limit: Any) -> Any:
-    """Whether one is above the limit; without branches, so in vector instructions."""
+    """Whether any sum is above the limit; without branches, so that it vectorises."""
     above = np.int32(0)
     for token in range(len(sums)):
         above += np.int32(1) if sums[token] > limit else np.int32(0)
@@ -105,7 +104,7 @@ def _any_above(sums: Any, limit: Any) -> Any:
 
 @compiled
 def _limit(floor: Any, total: Any) -> Any:
-    """What a sum must exceed for its score to exceed the floor; a little less, as the division decides."""
+    """A sum below this cannot have a score above the floor; slightly lower, because the division decides."""
     limit = floor * total
     return limit - _SLACK * abs(limit)
 
@@ -119,11 +118,11 @@ def _score(value: Any, total: Any) -> Any:
 def push(
     sums: Any, total: Any, first: int, segments: Any, floors: Any, counts: Any, values: Any, rows: Any, k: int
 ) -> None:
-    """Append the scores above a feature's floor: sums (F, T) over ``total``, of rows ``first`` and on; lists (F, room).
+    """Append the scores (sums (F, T) / ``total``) above each feature's floor to lists (F, room); rows start at ``first``.
 
-    A full list is cut to its ``k`` best, of equal ones the earlier, and the least of these becomes the floor.
-    ``segments`` (S + 1,) are the starts of stretches of which only the best token counts, first of equals; empty where
-    every token does. Rows must come in rising order.
+    A full list is cut to its ``k`` best (the earlier of equal ones), and the smallest of these becomes the floor.
+    ``segments`` (S + 1,): starts of contexts, of which only the best token (the first of equal ones) counts; empty if
+    every token counts. Rows must come in ascending order.
     """
     room, tokens = values.shape[1], sums.shape[1]
     stretches = max(len(segments) - 1, 0)

@@ -1,7 +1,6 @@
-"""Where training rows come from: an array that is sampled, or a stream that runs through a shuffle buffer.
+"""Batches of training rows, from an array that is sampled or from a stream that passes through a shuffle buffer.
 
-Both give the same batches for the same seed and step, whatever the machine, so training can resume. Knows nothing of
-RQAEs or files.
+Both give the same batches for the same seed and step on every machine, so training can resume. Uses no RQAE and no files.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Batches(Protocol):
         """The rows of one step, (size, d) float32."""
 
     def skip(self, step: int, size: int) -> None:
-        """Move past a step without using its rows."""
+        """Skip the rows of one step."""
 
 
 def _checked(rows: Tensor, dim: int) -> Tensor:
@@ -77,7 +76,7 @@ class ArrayBatches:
         return self._rows(np.sort(chosen))
 
     def batch(self, step: int, size: int) -> Tensor:
-        """Without replacement inside an epoch; an epoch's last rows that fill no batch are left for the next order."""
+        """Rows drawn without replacement within an epoch; its last rows are dropped where they do not fill a batch."""
         size = min(size, len(self._array))
         per_epoch = len(self._array) // size
         epoch, place = divmod(step, per_epoch)
@@ -90,7 +89,7 @@ class ArrayBatches:
 
 
 class StreamBatches:
-    """Rows of a stream of (n_i, d) tensors through a shuffle buffer. An exhausted stream goes on from its buffer."""
+    """Rows of a stream of (n_i, d) tensors through a shuffle buffer; after its end, batches come from the buffer."""
 
     def __init__(self, stream: Iterable[Tensor], dim: int, seed: int, buffer_rows: int) -> None:
         self._stream: Iterator[Tensor] = iter(stream)
@@ -115,7 +114,7 @@ class StreamBatches:
         return self._buffer[:count].clone()
 
     def batch(self, step: int, size: int) -> Tensor:
-        """Random rows of the buffer, each then replaced by the next of the stream."""
+        """Random rows of the buffer; each is then replaced by the next row of the stream."""
         size = min(size, len(self._buffer))
         places = torch.from_numpy(
             derived_generator(self._seed, "batch", step).choice(len(self._buffer), size, replace=False)
@@ -126,12 +125,12 @@ class StreamBatches:
         return rows
 
     def skip(self, step: int, size: int) -> None:
-        """Read on in the stream."""
+        """Advance the stream by one batch."""
         self.batch(step, size)
 
 
 def batches_of(activations: Activations, dim: int, seed: int, buffer_rows: int) -> Batches:
-    """The right kind of batches for what was given."""
+    """``ArrayBatches`` for an array or tensor, ``StreamBatches`` for anything else that yields tensors."""
     if isinstance(activations, Tensor | np.ndarray):
         return ArrayBatches(activations, dim, seed)
     return StreamBatches(activations, dim, seed, buffer_rows)

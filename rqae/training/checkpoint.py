@@ -1,4 +1,4 @@
-"""The checkpoint of a training that is not finished: written whole or not at all, read with torch's ``weights_only``."""
+"""Checkpoints of unfinished training: written atomically, read with torch's ``weights_only``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["resume", "save"]
 
 
 def _fingerprint(config: RqaeTrainingConfig, data: str) -> str:
-    """What must be equal for a checkpoint to go on: everything but where, and how often, it is saved or measured."""
+    """What must be equal to resume: every option except where and how often to save and to evaluate."""
     left_out = ("checkpoint", "checkpoint_every", "evaluate_every")
     values = {name: value for name, value in asdict(config).items() if name not in left_out}
     return repr([*sorted(values.items()), data])
 
 
 def save(path: Path, config: RqaeTrainingConfig, data: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors for a training of this configuration on these ``data`` (a digest) to go on from."""
+    """Write the tensors needed to resume; ``data`` is a digest of the activations."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -37,13 +37,16 @@ def save(path: Path, config: RqaeTrainingConfig, data: str, tensors: Mapping[str
 
 
 def resume(path: Path, config: RqaeTrainingConfig, data: str) -> dict[str, Tensor]:
-    """The tensors that ``save`` wrote. Raises RqaeError for a damaged file, or one of another configuration."""
+    """Read the tensors that ``save`` wrote. Raises RqaeError for a damaged file or another configuration."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         seen, tensors = saved["config"], saved["tensors"]
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise RqaeError(
-            str(path), expected="a training checkpoint", seen=str(error)[:120], fix="delete it to start again"
+            str(path),
+            expected="a training checkpoint",
+            seen=f"a file that torch cannot load ({type(error).__name__})",
+            fix="delete it to start again",
         ) from error
     if seen != _fingerprint(config, data):
         raise RqaeError(

@@ -1,9 +1,9 @@
-"""Data-dependent start of training: quantizers fitted one after the other, each to what the ones before left over.
+"""Initial weights: quantizers fitted to data one after the other, each to the residual of the previous ones; or random.
 
 For each quantizer: the c leading principal directions of the residual, whitened, give W_in; the codes follow; W_out and
 b_out are the least-squares map from codes to residual. The residual's covariance is updated in closed form, so a
-quantizer costs a few passes over the sample. On its own this already beats long training from a random start.
-Knows nothing of files.
+quantizer costs a few passes over the sample. This start alone is already better than long training from a random one.
+Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rqae.progress import Progress
 
 __all__ = ["greedy_layers", "random_layers"]
 
-_EXTRA = 8  # columns beside the wanted ones that make subspace iteration converge
+_EXTRA = 8  # extra columns, without which subspace iteration converges slowly
 _ROUNDS = 4
 
 
 def random_layers(config: RqaeConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Layers as upstream starts them: uniform within 1/√fan-in."""
+    """Random layers as in the original implementation: uniform within ±1/√fan-in."""
     count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
 
     def uniform(*shape: int, fan_in: int) -> Tensor:

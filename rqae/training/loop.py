@@ -1,8 +1,8 @@
-"""Training: all quantizers together, straight through each quantizer, the residual detached between them.
+"""The training loop: all quantizers are trained jointly, with straight-through gradients and detached residuals.
 
-Reads rows of final-normed hidden states (masked tokens already dropped) and, if asked, writes and resumes from one
-checkpoint file, which is loaded with ``weights_only``. Knows nothing of language models or text. The same activations,
-configuration and seed give the same RQAE on one machine, resumed or not.
+Reads rows of final-normed hidden states (masked tokens already dropped). Optionally writes one checkpoint file and resumes
+from it; it is loaded with ``weights_only``. Uses no language model and no text. On one machine, the same activations,
+configuration and seed give the same RQAE, resumed or not.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ from rqae.training.trainer import LAYERS, Trainer
 
 __all__ = ["TrainingReport", "held_out_fvu", "train_rqae"]
 
-_DIGEST_ROWS = 256  # by which a checkpoint knows its activations again
+# A checkpoint stores a digest of this many activations, to detect that it is resumed on other ones.
+_DIGEST_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What training did. FVU is the fraction of variance unexplained, about the evaluated rows' own mean.
+    """The history of a training run. FVU is the fraction of variance unexplained, about the mean of the evaluated rows.
 
-    ``fvu_held_out`` and ``fvu_start`` (before the first step): by depth, empty without held-out rows. ``losses``: (step,
-    FVU of that step's batch), ``curve``: (step, held-out FVU of all quantizers); both of all steps, also those before a
-    resume. ``tokens`` and ``seconds`` are of this call. ``dead_share``: of (quantizer, code) pairs, hardly ever taken.
+    steps: steps in total, including those before a resume.
+    tokens, seconds: of this call only.
+    fvu_start, fvu_held_out: held-out FVU by depth, before the first step and at the end; empty without held-out rows.
+    losses: (step, FVU of that step's batch), including steps before a resume.
+    curve: (step, held-out FVU of all quantizers), including steps before a resume.
+    dead_share: share of (quantizer, code) pairs that were hardly ever used lately.
     """
 
     steps: int
@@ -53,7 +57,7 @@ class TrainingReport:
 def held_out_fvu(
     model: RQAE, rows: Tensor | NDArray[np.floating], depths: Sequence[int] | None = None, batch_tokens: int = 4096
 ) -> dict[int, float]:
-    """FVU of rows (N, d) at ``depths`` (None: 1, 4, 16, 64, 256, … up to all quantizers), about the rows' own mean."""
+    """FVU of rows (N, d) at ``depths`` (None: 1, 4, 16, 64, 256, … up to all quantizers), about the mean of the rows."""
     count = model.config.num_quantizers
     depths = depths or [*(depth for depth in (1, 4, 16, 64, 256, 1024) if depth < count), count]
     errors = dict.fromkeys(depths, 0.0)
@@ -93,8 +97,9 @@ def train_rqae(
 ) -> tuple[RQAE, TrainingReport]:
     """Train an RQAE on final-normed hidden states: an array or memory map (N, d), or a stream of (n_i, d) tensors.
 
-    ``held_out`` (M, d) rows of other documents give the report's FVU. On resuming, a stream must start again from its
-    beginning. The model comes back on the CPU. Raises RqaeError for rows of another width or not finite.
+    ``held_out``: rows (M, d) of other documents, on which the FVU in the report is measured. When training resumes, a
+    stream must start again from its beginning. The model is returned on the CPU. Raises RqaeError for rows of another
+    width or with values that are not finite.
     """
     config.check()
     began = time.monotonic()
@@ -105,7 +110,7 @@ def train_rqae(
         layers = {name: saved[f"layer.{name}"] for name in LAYERS}
         trainer = Trainer(config, layers, saved["codebook"], torch.device(device))
         trainer.load(saved)
-        for step in range(trainer.step):  # a stream has to move past what was used
+        for step in range(trainer.step):  # a stream has to skip the rows already used
             batches.skip(step, config.batch_tokens)
     else:
         trainer = _start(config, batches, torch.device(device), progress)

@@ -1,6 +1,6 @@
-"""The layers of an RQAE in training with their Adam moments, and one step: all that a training checkpoint holds.
+"""The state of an RQAE in training (layers and Adam moments) and one optimisation step.
 
-Reads no files; knows nothing of where rows come from.
+The state is what a training checkpoint holds. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COUNT_DECAY = 0.99  # of the running share of tokens per code
 
 
 class Trainer:
-    """The layers, their Adam moments, and one step. ``losses``: (step, FVU of batch); ``curve``: (step, held-out FVU)."""
+    """Layers, Adam moments and the step count. ``losses``: (step, FVU of batch); ``curve``: (step, held-out FVU)."""
 
     def __init__(
         self, config: RqaeTrainingConfig, layers: dict[str, Tensor], codebook: Tensor, device: torch.device
@@ -50,7 +50,7 @@ class Trainer:
         self.step = 0
 
     def state(self) -> dict[str, Tensor]:
-        """Flat tensors, by name."""
+        """The whole state as named tensors."""
         groups = {"layer": self.layers, "scale": self.scale, "first": self.first, "second": self.second}
         flat = {f"{group}.{name}": tensors[name] for group, tensors in groups.items() for name in LAYERS}
         history = {
@@ -60,7 +60,7 @@ class Trainer:
         return flat | history | {"counts": self.counts, "codebook": self.codebook, "step": torch.tensor(self.step)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of ``state``."""
+        """Restore a state returned by ``state``."""
         for group, tensors in (
             ("layer", self.layers), ("scale", self.scale), ("first", self.first), ("second", self.second)
         ):  # fmt: skip
@@ -72,7 +72,7 @@ class Trainer:
             pairs[:] = [(int(step), float(value)) for step, value in state[name].tolist()]
 
     def encoder(self) -> BlockedEncoder:
-        """For the layers as they are now."""
+        """An encoder for the current layers."""
         w_in, b_in, w_out, b_out = (self.layers[name] for name in LAYERS)
         return BlockedEncoder.build(self.config.model, w_in, b_in, w_out, b_out, self.codebook, self.canonical)
 
@@ -103,12 +103,12 @@ class Trainer:
         return fvu
 
     def model(self) -> RQAE:
-        """The RQAE as trained so far. ``codebook_counts`` are corrected for their start at zero."""
+        """The RQAE as trained so far. ``codebook_counts`` are bias-corrected, as they start at zero."""
         correction = 1 - _COUNT_DECAY**self.step if self.step else 1.0
         return RQAE(self.config.model, **self.layers, codebook=self.codebook, codebook_counts=self.counts / correction)
 
     def dead_share(self) -> float:
-        """The share of (quantizer, distinct code) pairs that hardly any token took lately: a hundredth of an even share."""
+        """The share of (quantizer, distinct code) pairs used by less than a hundredth of an even share of recent tokens."""
         usable = (self.canonical == torch.arange(len(self.canonical), device=self.device)) & (
             self.codebook.norm(dim=-1).amax(dim=0) > 0
         )

@@ -13,7 +13,7 @@ import pytest
 
 from evalkit.errors import BadConfig
 from evalkit.inspection.figures import draw_parts
-from evalkit.inspection.parts.cache import Part, keep
+from evalkit.inspection.parts.cache import Part, save_part
 from evalkit.inspection.rqae.sae_match import EXAMPLE_SETS, MADE_FROM
 from evalkit.inspection.tables import check_format, render_inspection
 
@@ -73,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("error")
 def test_every_figure_can_be_drawn(case: str, tmp_path: Path) -> None:
-    kept = [keep(tmp_path, part) for part in parts(**CASES[case])]
+    kept = [save_part(tmp_path, part) for part in parts(**CASES[case])]
     paths = draw_parts(ABOUT, kept, tmp_path / "plots")
     assert {path.name for path in paths} == {f"{part.name}.{kind}" for part in kept for kind in ("png", "svg")}
     assert "toy/layers.1/rqae" in (tmp_path / "plots" / "fit.svg").read_text()
@@ -82,7 +82,7 @@ def test_every_figure_can_be_drawn(case: str, tmp_path: Path) -> None:
 
 
 def test_markdown_rounds_and_carries_notes(tmp_path: Path) -> None:
-    kept = [keep(tmp_path, part) for part in parts(**CASES["usual"])]
+    kept = [save_part(tmp_path, part) for part in parts(**CASES["usual"])]
     text = render_inspection(ABOUT, kept)
     assert text.startswith("# toy/layers.1/rqae\n\n## Unique code prefixes\n")
     assert "| 2     | 1,088    | 3.95              | 10.0% |" in text
@@ -97,12 +97,12 @@ def test_markdown_rounds_and_carries_notes(tmp_path: Path) -> None:
         if "|" in line
     ]
     assert shown[2:] == ["1", "2", "4", "8", "16", "20"]
-    undefined = render_inspection(ABOUT, [keep(tmp_path, part) for part in parts(**CASES["undefined"])])
+    undefined = render_inspection(ABOUT, [save_part(tmp_path, part) for part in parts(**CASES["undefined"])])
     assert "| 4     | –        | 0/3      |" in undefined
 
 
 def test_csv_and_json_can_be_read_back(tmp_path: Path) -> None:
-    kept = [keep(tmp_path, part) for part in parts(**CASES["undefined"])]
+    kept = [save_part(tmp_path, part) for part in parts(**CASES["undefined"])]
     table = pd.read_csv(io.StringIO(render_inspection(ABOUT, kept, "csv")))
     assert table["part"].value_counts().to_dict() == {
         "layers": 20, "sae": 12, "prefixes": 3, "fit": 3, "ranks": 3, "cosines": 2,

@@ -1,1 +1,1 @@
-"""What measurements of SAEs and RQAEs share."""
+"""Shared by the inspections of all kinds of dictionaries: settings, saved parts, hidden states, common measurements."""

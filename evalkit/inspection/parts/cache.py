@@ -1,7 +1,7 @@
-"""What an inspection keeps in its folder: a JSON file per part with its arguments, and whose codes the folder holds.
+"""The saved state of an inspection: one JSON file per part with its arguments, and the identity of the folder's codes.
 
-A part that is there for the same arguments is read, not computed again. Knows neither how parts are computed nor what is in
-them. Reads and writes ``PART.json`` and ``inspect.json`` in one folder, each whole or not at all.
+A part saved for the same arguments is loaded instead of measured again. Does not interpret the contents of parts. Reads
+and writes ``PART.json`` and ``inspect.json`` in one folder, atomically.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from evalkit.errors import BadFile, MissingFile, RunMismatch
 from evalkit.util.atomic_files import write_bytes
 from evalkit.util.tensor_files import Stored
 
-__all__ = ["Part", "bind", "digest", "keep", "kept"]
+__all__ = ["Part", "bind", "digest", "load_part", "save_part"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One part: ``rows`` of its table, ``further`` what its figure needs besides, ``arguments`` what decides both.
+    """One part of an inspection. JSON values only; NaN is None.
 
-    JSON values only; NaN is None. ``notes`` are for below the table.
+    arguments: everything that the numbers depend on.
+    rows: of its table.
+    further: other data that its figure needs.
+    notes: lines to print below the table.
+    seconds: how long it took to measure.
     """
 
     name: str
@@ -39,15 +43,15 @@ class Part:
     seconds: float = 0.0
 
 
-def keep(folder: Path, part: Part) -> Part:
-    """Write the part; returns it as it will be read. Raises StorageError."""
+def save_part(folder: Path, part: Part) -> Part:
+    """Write the part; return it as it will be loaded. Raises StorageError."""
     values = _plain(asdict(part))
     write_bytes(folder / f"{part.name}.json", (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
     return Part(**values)
 
 
-def kept(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None:
-    """The part if it is there for these arguments, None otherwise. A file that cannot be read counts as not there."""
+def load_part(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None:
+    """The saved part if its arguments are these, else None. An unreadable file counts as missing."""
     try:
         part = Part(**json.loads((folder / f"{name}.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -56,7 +60,7 @@ def kept(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None:
 
 
 def bind(folder: Path, identity: dict[str, Any]) -> None:
-    """Say whose tokens and codes the folder holds, or check that they are these. Raises RunMismatch, BadFile."""
+    """Record the identity of the tokens and codes in the folder, or check it. Raises RunMismatch, BadFile."""
     path, wanted = folder / "inspect.json", _plain(identity)
     found: dict[str, Any] | None = None
     if path.exists():
@@ -64,7 +68,10 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
             found = dict(json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError) as error:
             raise BadFile(
-                str(path), expected="what an inspection is of", seen=str(error)[:200], fix="use another --out"
+                str(path),
+                expected="a JSON object that identifies an inspection",
+                seen="something else",
+                fix="use another --out",
             ) from error
     if found == wanted:
         return
@@ -76,7 +83,7 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
             seen=f"{key} = {found.get(key)!r}",
             fix="use another --out, or delete the folder to start over",
         )
-    if found is not None:  # nothing was encoded: a first try with a mistake in it
+    if found is not None:  # nothing was encoded yet, so an attempt with wrong options may be replaced
         for name in ("corpus", "latents"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for limit in folder.glob("norm_limit*.json"):
@@ -85,10 +92,10 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A name for what decides a dictionary: the same parts in the same order give the same one.
+    """A hash of everything that defines a dictionary: equal parts in equal order give the same hash.
 
-    Tensors count by shape and values, wherever they are stored; tensors on disk, which may have gigabytes, by their place,
-    size and time of change; dataclasses by their fields, anything else by its repr. None is left out.
+    Tensors count by shape and values; tensors on disk, which may have gigabytes, by path, size and modification time;
+    dataclasses by their fields; anything else by its repr. None is left out.
     """
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -98,7 +105,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _pieces(part: Any) -> Iterator[Any]:
-    """The bytes that stand for a value."""
+    """The bytes of a value that enter the hash."""
     if part is None:
         return
     if isinstance(part, torch.Tensor):
@@ -129,7 +136,7 @@ def _pieces(part: Any) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON would give it back; NaN and infinities are None."""
+    """The value after a round trip through JSON; NaN and infinities become None."""
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

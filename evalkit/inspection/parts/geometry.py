@@ -1,129 +1,118 @@
-"""How close decoder rows lie to each other: the nearest neighbour of every row by cosine, and what random rows would have.
+"""The part ``geometry`` of an inspection: how close the directions of a dictionary lie to each other.
 
-Exact products in float32, tile by tile, so that a decoder on disk is never held. Above a limit the neighbours of a hashed
-sample of rows are looked for among all rows. Knows matrices; nothing of dictionaries, corpora or models.
+Turns the neighbours found by ``nearest_rows`` into table rows, figure data and notes, for any matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betainc
-from scipy.stats import beta
-from torch import Tensor
 
+from evalkit.inspection.parts.measured import Measured, Rows
+from evalkit.inspection.parts.nearest_rows import ALL_UP_TO, Neighbours, nearest_rows, random_nearest, random_rank
+from evalkit.inspection.parts.settings import Settings
 from evalkit.protocols import Progress
-from evalkit.seeds import derive, hash_priorities
-from evalkit.util.progress import SILENT
-from evalkit.util.tensor_files import Matrix, take
+from evalkit.seeds import derive
+from evalkit.subject.model import usable_device
+from evalkit.util.tensor_files import Matrix
 
-__all__ = ["ALL_UP_TO", "SAMPLE", "Neighbours", "nearest_rows", "random_nearest", "random_rank"]
+__all__ = ["geometry"]
 
-ALL_UP_TO = 131_072  # rows; of more, SAMPLE rows look for theirs
-SAMPLE = 16_384
-_QUERIES = 1 << 14  # rows that look for their neighbour at a time
-_TILE = 1 << 11  # rows held against them
-_NONE = -2.0  # below every cosine
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+_COSINE_EDGES = np.linspace(-1, 1, 201)
+_FINE_EDGES = np.linspace(-1, 1, 2001)  # of the curve of random directions
+_RANKS = (1, 10, 100)
+_SIMULATED_UP_TO = 16_384  # rows; above this, drawing random directions for their in-degrees takes too long
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Neighbours:
-    """``rows`` (m,), rising; for each its ``nearest`` other row and its cosine. ``sampled``: ``rows`` are not all.
-
-    ``zero`` of the matrix's ``total`` rows have no direction: they are neither in ``rows`` nor anyone's neighbour.
-    """
-
-    rows: Ints
-    nearest: Ints
-    cosines: Floats
-    total: int
-    zero: int
-    sampled: bool
-
-    @property
-    def in_degrees(self) -> Ints:
-        """By row of the matrix, (total,): how many of ``rows`` have it as their nearest."""
-        found: Ints = np.bincount(self.nearest, minlength=self.total)
-        return found
-
-
-def nearest_rows(matrix: Matrix, seed: int = 0, progress: Progress = SILENT, device: str = "cpu") -> Neighbours:
-    """The nearest neighbour by cosine of the rows of (n, d); of equally near ones the first. Raises BadFile."""
-    n = int(matrix.shape[0])
-    sampled = n > ALL_UP_TO
-    order = np.argsort(hash_priorities(derive(seed, "decoder rows"), np.arange(n)), kind="stable") if sampled else None
-    rows = np.arange(n) if order is None else np.sort(order[:SAMPLE])
-    task = progress.start("nearest decoder rows", len(rows), "latents")
-    cosines, nearest = np.full(len(rows), _NONE), np.zeros(len(rows), np.int64)
-    zero, count = np.zeros(len(rows), bool), 0
-    for low in range(0, len(rows), _QUERIES):
-        chosen = rows[low : low + _QUERIES]
-        queries, none = _directions(matrix, chosen, device)
-        zero[low : low + len(chosen)] = none.cpu().numpy()
-        best, place, count = _search(matrix, chosen, queries, device)
-        cosines[low : low + len(chosen)], nearest[low : low + len(chosen)] = best, place
-        progress.advance(task, len(chosen))
-    progress.finish(task)
-    known = ~zero & (cosines > _NONE)
-    return Neighbours(rows[known], nearest[known], np.clip(cosines[known], -1, 1), n, count, sampled)
+def geometry(
+    matrix: Matrix,
+    settings: Settings,
+    progress: Progress,
+    rows_are: str = "decoder rows",
+    features_are: str = "latents",
+) -> Measured:
+    """The nearest neighbours of the rows of (n, d) by cosine, beside those of random directions."""
+    device = usable_device(settings.device)
+    found = nearest_rows(matrix, settings.seed, progress, device)
+    n, dim = found.total - found.zero, int(matrix.shape[1])
+    random = _random_degrees(n, dim, settings.seed, device)
+    rows = [*_cosine_rows(found, n, dim), _degree_row(found, random, features_are)]
+    shares = np.histogram(found.cosines, _COSINE_EDGES)[0] / max(1, len(found.cosines))
+    comparable = dim > 1 and n > 1
+    degrees = np.bincount(found.in_degrees)
+    if found.zero:
+        degrees[0] -= found.zero
+    further = {
+        "density": (shares / np.diff(_COSINE_EDGES)).tolist(),
+        "random": random_nearest(_FINE_EDGES, n, dim).tolist() if comparable else None,
+        "in_degrees": degrees.tolist(),
+        "random_in_degrees": None if random is None else np.bincount(random).tolist(),
+        "rows": len(found.rows),
+        "of": found.total,
+        "sampled": found.sampled,
+        "dim": dim,
+        "rows_are": rows_are,
+        "features_are": features_are,
+    }
+    return Measured(rows, further, _notes(found, dim, rows_are))
 
 
-def _search(matrix: Matrix, chosen: Ints, queries: Tensor, device: str) -> tuple[Floats, Ints, int]:
-    """For each query the largest cosine with another row and whose it is; how many rows are zero."""
-    best = torch.full((len(chosen),), _NONE, device=device)
-    place = torch.zeros(len(chosen), dtype=torch.int64, device=device)
-    zeros = 0
-    for low in range(0, int(matrix.shape[0]), _TILE):
-        tile = slice(low, min(low + _TILE, int(matrix.shape[0])))
-        others, none = _directions(matrix, tile, device)
-        zeros += int(none.sum())
-        products = queries @ others.T  # (query, tile)
-        products[:, none] = _NONE
-        same = np.flatnonzero((chosen >= tile.start) & (chosen < tile.stop))
-        products[torch.from_numpy(same), torch.from_numpy(chosen[same] - low)] = _NONE
-        value, where = products.max(dim=1)
-        better = value > best
-        best, place = torch.where(better, value, best), torch.where(better, where + low, place)
-    return best.double().cpu().numpy(), place.cpu().numpy(), zeros
+def _cosine_rows(found: Neighbours, n: int, dim: int) -> Rows:
+    order = np.argsort(-found.cosines, kind="stable")
+    rows: Rows = []
+    for rank in _RANKS:
+        if rank <= len(order):
+            at = order[rank - 1]
+            rows.append(
+                {
+                    "statistic": f"{_ordinal(rank)} nearest-neighbour cosine",
+                    "value": float(found.cosines[at]),
+                    "random": random_rank(rank, len(order), n, dim) if dim > 1 and n > 1 else None,
+                    "latents": [int(found.rows[at]), int(found.nearest[at])],
+                }
+            )
+    if len(order):
+        middle = random_rank(max(1, len(order) // 2), len(order), n, dim) if dim > 1 and n > 1 else None
+        median = float(np.median(found.cosines))
+        rows.append({"statistic": "median nearest-neighbour cosine", "value": median, "random": middle, "latents": []})
+    return rows
 
 
-def _directions(matrix: Matrix, index: Ints | slice, device: str) -> tuple[Tensor, Tensor]:
-    """The chosen rows at length 1, and which of them are zero."""
-    rows = take(matrix, index, 0).to(device)
-    lengths = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths)), lengths[:, 0] == 0
+def _ordinal(rank: int) -> str:
+    return "largest" if rank == 1 else f"{rank}th largest"
 
 
-def random_nearest(edges: Floats, n: int, dim: int) -> Floats:
-    """The density, between neighbouring ``edges``, of a row's largest cosine with n - 1 random directions, ``dim`` ≥ 2."""
-    share = _below(dim)(edges) ** (n - 1)
-    return np.diff(share) / np.diff(edges)
+def _random_degrees(n: int, dim: int, seed: int, device: str) -> NDArray[np.int64] | None:
+    """How often each of n random directions is the nearest of another; None where drawing them would take long."""
+    if not 1 < n <= _SIMULATED_UP_TO:
+        return None
+    generator = torch.Generator().manual_seed(derive(seed, "random directions") % 2**63)
+    return nearest_rows(torch.randn(n, dim, generator=generator), device=device).in_degrees
 
 
-def random_rank(rank: int, queries: int, n: int, dim: int) -> float:
-    """The cosine that ``rank`` of ``queries`` rows, on average, exceed with their nearest of n random directions."""
-    share = max(0.0, 1 - rank / queries)
-    if share == 0:
-        return -1.0
-    tail = -np.expm1(np.log(share) / (n - 1))  # of one pair: 1 - F(t)
-    if tail >= 0.5:
-        return float(-np.sqrt(beta.isf(min(1.0, 2 * (1 - tail)), 0.5, (dim - 1) / 2)))
-    return float(np.sqrt(beta.isf(2 * tail, 0.5, (dim - 1) / 2)))
+def _degree_row(found: Neighbours, random: NDArray[np.int64] | None, features_are: str) -> dict[str, Any]:
+    degrees = found.in_degrees
+    return {
+        "statistic": f"{features_are} that share one nearest neighbour",
+        "value": int(degrees.max(initial=0)),
+        "random": None if random is None else int(random.max()),
+        "latents": [int(degrees.argmax())] if len(found.rows) else [],
+    }
 
 
-def _below(dim: int) -> Callable[[Floats], Floats]:
-    """The chance that the cosine of two random directions is below t: cos² is Beta(1/2, (dim - 1)/2)."""
-
-    def share(t: Floats) -> Floats:
-        inside = betainc(0.5, (dim - 1) / 2, np.clip(t, -1, 1) ** 2)
-        found: Floats = (1 + np.sign(t) * inside) / 2
-        return found
-
-    return share
+def _notes(found: Neighbours, dim: int, rows_are: str) -> list[str]:
+    notes = [
+        f"Cosines of {found.total:,} {rows_are}. random: that of as many random directions in {dim} dimensions, in which "
+        "on average so many rows have a nearer neighbour; the largest in-degree is that of one draw of them.",
+    ]
+    if found.sampled:
+        notes.append(
+            f"Above {ALL_UP_TO:,} rows a sample drawn by hash looks for its neighbours: {len(found.rows):,} rows against "
+            "all. Ranks and in-degrees are among these."
+        )
+    if found.zero:
+        notes.append(f"{found.zero:,} rows are zero and left out.")
+    return notes

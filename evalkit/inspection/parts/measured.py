@@ -1,4 +1,4 @@
-"""What measuring one part of a dictionary gives, before it is cached, printed or drawn."""
+"""The result of measuring one part, before it is saved, printed or drawn."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What an inspection is asked to do: the options that decide its numbers, checked where they enter.
+"""The options of an inspection, and their checks.
 
-Knows names and numbers only; opens no file. The device changes numbers by rounding alone and is no part of the identity.
+Opens no files. The device changes numbers by rounding only and is not part of the identity.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from evalkit.errors import BadConfig
 
 __all__ = ["PARTS", "PARTS_OF", "Settings", "parse_depths", "parse_parts"]
 
-# in the order of tables; "sae" only with another dictionary to hold the RQAE against
+# in the order of the tables; "sae" needs an SAE to compare the RQAE with
 PARTS = ("prefixes", "cosines", "layers", "fit", "ranks", "sae")
-# of other kinds; "loss" needs the whole model, so it is measured only where it is named
+# "loss" needs the whole model, so it is measured on request only
 _SAE_PARTS = ("fit", "density", "geometry", "loss")
 PARTS_OF = {
     "rqae": PARTS,
@@ -66,7 +66,7 @@ class Settings:
             raise BadConfig("dtype", expected="bfloat16 or float32", seen=repr(self.dtype), fix="use one of these")
 
     def depths_of(self, quantizers: int) -> tuple[int, ...]:
-        """The depths to measure at for an RQAE of so many quantizers, rising. Raises BadConfig."""
+        """The depths to measure for an RQAE with this many quantizers, ascending. Raises BadConfig."""
         if self.depths is None:
             return tuple(sorted({*(depth for depth in _DEPTHS if depth < quantizers), quantizers}))
         if not self.depths or not all(0 < depth <= quantizers for depth in self.depths):
@@ -79,7 +79,7 @@ class Settings:
         return tuple(sorted(set(self.depths)))
 
     def text(self) -> dict[str, Any]:
-        """What decides the tokens and their hidden states: a folder holds the codes of one such choice."""
+        """The options that the tokens and hidden states depend on; a folder holds the codes for one choice of them."""
         names = ("model", "corpus", "site", "max_tokens", "context_length", "text_field", "split", "revision", "dtype")
         return {name: getattr(self, name) for name in names}
 
@@ -99,7 +99,7 @@ def parse_depths(text: str | None) -> tuple[int, ...] | None:
 def parse_parts(only: Sequence[str], *, has_sae: bool, kind: str = "rqae") -> tuple[str, ...]:
     """The parts asked for, each given by name or several with commas, of a dictionary of some kind. Raises BadConfig.
 
-    Where none is: all that can be had but for those on request; ``all`` has these too.
+    Without a name: all possible parts except those on request; ``all`` includes these.
     """
     known = PARTS_OF[kind]
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]

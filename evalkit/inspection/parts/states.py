@@ -1,8 +1,8 @@
-"""What the parts of an inspection work on, each made when it is first asked for: subject model, contexts, codes, latents.
+"""The inputs of an inspection's measurements, computed on first use: subject model, contexts, hidden states, codes.
 
-``States`` serves every dictionary, ``Material`` adds what an RQAE's parts need: one pass over the corpus encodes all tokens
-and, where an SAE is compared, records where its latents fire; it goes on where it was interrupted, and what is on disk is
-not computed again. Hidden states are never kept: parts that need some ask for their contexts again. Writes ``corpus/``,
+``States`` serves every kind of dictionary. ``RqaeStates`` adds one pass over the corpus that encodes all tokens and, if an
+SAE is compared, records where its latents fire. The pass can be interrupted and resumes; results on disk are reused.
+Hidden states are never stored: parts that need them compute them again. Writes ``corpus/``,
 ``codes/``, ``latents/`` and ``norm_limit.json`` (``norm_limit_out.json`` for a transcoder) under the inspection's folder.
 """
 
@@ -40,17 +40,17 @@ from rqae.searching.code_store import CodeStore
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Material", "States"]
+__all__ = ["RqaeStates", "States"]
 
 Ints = NDArray[np.int64]
 _FORWARD = 16  # contexts per forward
-_LIMIT_CONTEXTS = 32  # that the norm of an attention sink is measured on
+_LIMIT_CONTEXTS = 32  # on which the norm limit of attention sinks is measured
 
 
 class States:
     """The subject model at a dictionary's site, the corpus, and hidden states of it.
 
-    ``whole``: whether losses will be asked for, so that the model is loaded once and whole.
+    ``whole``: load the whole model, because losses will be measured.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class States:
             try:
                 return float(json.loads(path.read_text("utf-8")))
             except (ValueError, TypeError) as error:
-                raise BadFile(str(path), expected="a number", seen=str(error), fix="delete the folder") from error
+                raise BadFile(str(path), expected="a number", seen="something else", fix="delete the folder") from error
         norms = []
         for batch in self._batches(self.sample("norm limit", _LIMIT_CONTEXTS * self.corpus.context_length)):
             states = self.subject.hidden(batch.token_ids)[site]
@@ -138,14 +138,14 @@ class States:
         return limit
 
     def sample(self, purpose: str, tokens: int, seed: int = 0) -> Ints:
-        """Contexts drawn by hash, in their order, with at least so many tokens together if there are as many."""
+        """Contexts drawn by hash, ascending, with at least this many tokens in total (or all contexts)."""
         corpus = self.corpus
         order = np.argsort(hash_priorities(derive(seed, purpose), np.arange(corpus.n_contexts)), kind="stable")
         before = np.cumsum(corpus.lengths[order]) - corpus.lengths[order]
         return np.sort(order[before < tokens])
 
     def hidden(self, contexts: Ints) -> Iterator[Tensor]:
-        """Raw hidden states (n, d_model) of the valid tokens of some contexts, sinks left out, by and by."""
+        """Raw hidden states (n, d_model) of the contexts' valid tokens without attention sinks, batch by batch."""
         for batch in self._batches(contexts):
             states = self._hidden(batch)
             yield states[valid_tokens(states, batch, self.limit)]
@@ -167,10 +167,10 @@ class States:
             yield self.corpus.batch(contexts[start : start + _FORWARD])
 
 
-class Material(States):
-    """What the parts of an RQAE's inspection work on. ``source`` is the RQAE at its deepest.
+class RqaeStates(States):
+    """The inputs of an RQAE's measurements. ``source`` is the RQAE at full depth.
 
-    ``latents``: the latents of an SAE to record, with a name for them.
+    ``latents``: a name and the latents of an SAE to record; None: none.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Material(States):
 
     @cached_property
     def codes(self) -> CodeStore:
-        """The codes of all valid tokens of the corpus that are no attention sinks."""
+        """The codes of all valid tokens of the corpus except attention sinks."""
         source, corpus, limit = self.source, self.corpus, self.limit
         name = f"{source.label} of {corpus.settings.digest}, {corpus.n_tokens} tokens"
         shards = range(self._shards.n_shards)
@@ -224,7 +224,7 @@ class Material(States):
     @cached_property
     def activations(self) -> Activations:
         """Where the recorded latents fire. Raises BadFile for a damaged record."""
-        _ = self.codes  # the pass that records them, if it has not been
+        _ = self.codes  # runs the pass that records them, unless it is done
         if missing := self._shards.missing():
             task = self._progress.start("record latents", len(missing), "shards")
             for shard in missing:

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from evalkit.inspection.parts.axes import DASHES, DOTS, head, panels, percent, say
 from evalkit.inspection.parts.cache import Part
 from evalkit.report.plots import style
 
-__all__ = ["DASHES", "DOTS", "DRAW", "head", "panels", "percent", "say"]
+__all__ = ["DRAW"]
 
-DOTS = (0, (1, 2))
-DASHES = (0, (4, 2))
 _MARK: dict[str, Any] = {"linewidth": 1.4, "marker": "D", "markersize": 5, "zorder": 4}
 
 
@@ -221,15 +220,6 @@ DRAW: dict[str, Callable[[Figure, Part], str]] = {
 }
 
 
-def panels(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
-    """So many panels side by side, tidied."""
-    found: list[Axes] = list(figure.subplots(1, max(count, 1), squeeze=False, sharey=share)[0])
-    for axes in found:
-        style.tidy(axes)
-        axes.grid(axis="y", color=style.FAINT, linewidth=0.6)
-    return found
-
-
 def _pair(figure: Figure, left: str, right: str) -> list[Axes]:
     """Two panels with these titles."""
     found = panels(figure, 2)
@@ -238,34 +228,12 @@ def _pair(figure: Figure, left: str, right: str) -> list[Axes]:
     return found
 
 
-def head(axes: Axes, letter: str, title: str) -> None:
-    """The letter and title above a panel."""
-    for text, indent, weight in ((letter, 0, "bold"), (title, 12, "normal")):
-        axes.annotate(
-            text, xy=(0, 1), xycoords="axes fraction", xytext=(indent, 6), textcoords="offset points", fontsize=9,
-            fontweight=weight,
-        )  # fmt: skip
-
-
 def _depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(list(depths)))
     axes.xaxis.set_major_formatter(FixedFormatter([str(depth) for depth in depths]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("depth (quantizers)")
-
-
-def percent(axes: Axes) -> None:
-    """Shares on the value axis as percentages."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-
-
-def say(axes: Axes, x: float, y: float, text: str, *, above: bool, indent: float = 0, align: str = "left") -> None:
-    """A small grey remark beside a point."""
-    axes.annotate(
-        text, (x, y), xytext=(indent, 3 if above else -3), textcoords="offset points", ha=align,
-        va="bottom" if above else "top", fontsize=7.5, color="#555555",
-    )  # fmt: skip
 
 
 def _quartiles(values: NDArray[np.float64]) -> tuple[float, float]:

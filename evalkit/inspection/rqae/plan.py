@@ -1,4 +1,4 @@
-"""How an RQAE is inspected: what decides each part, what computes it, and the SAE that it may be held against."""
+"""The inspection plan of an RQAE: arguments of each part, its measurement, and the SAE it is compared with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from evalkit.errors import BadConfig
 from evalkit.inspection.parts.cache import Part, digest
 from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.parts.states import Material
-from evalkit.inspection.rqae import compute
+from evalkit.inspection.parts.states import RqaeStates
+from evalkit.inspection.rqae import measurements
 from evalkit.protocols import Progress
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources import open_dictionary
@@ -68,18 +68,18 @@ class RqaePlan:
             candidates = _candidates(settings, other)
             chosen = hashlib.blake2b(" ".join(candidates).encode(), digest_size=6).hexdigest()
             latents = f"{_sae_digest(other)[:12]}-{chosen}", SelectedFeatures(other, candidates)
-        material = Material(settings, self._source, folder, progress, whole="fit" in missing, latents=latents)
+        material = RqaeStates(settings, self._source, folder, progress, whole="fit" in missing, latents=latents)
         model = self._source.encoder.model
         known: dict[str, Callable[[], Measured]] = {
-            "prefixes": lambda: compute.prefixes(material, depths, progress),
-            "cosines": lambda: compute.cosines(model, settings),
-            "layers": lambda: compute.layers(model),
-            "fit": lambda: compute.fit(material, settings, depths, progress),
-            "ranks": lambda: compute.ranks(material, settings, depths),
+            "prefixes": lambda: measurements.prefixes(material, depths, progress),
+            "cosines": lambda: measurements.cosines(model, settings),
+            "layers": lambda: measurements.layers(model),
+            "fit": lambda: measurements.fit(material, settings, depths, progress),
+            "ranks": lambda: measurements.ranks(material, settings, depths),
         }
         if other is not None and latents is not None:
             sae, features = other, latents[1].features
-            known["sae"] = lambda: compute.sae(material, settings, sae, features, depths)
+            known["sae"] = lambda: measurements.sae(material, settings, sae, features, depths)
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
@@ -129,4 +129,4 @@ def _candidates(settings: Settings, other: SaeSource) -> tuple[str, ...]:
     """Latents to record, drawn by hash: some more than are wanted."""
     ids = other.features()
     order = np.argsort(hash_priorities(derive(settings.seed, "latents", other.name), np.arange(len(ids))))
-    return tuple(ids[place] for place in order[: compute.CANDIDATES * settings.features])
+    return tuple(ids[place] for place in order[: measurements.CANDIDATES * settings.features])

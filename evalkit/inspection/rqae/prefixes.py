@@ -1,8 +1,8 @@
-"""How many different code prefixes a corpus has at each depth, and how many tokens have one to themselves.
+"""The number of distinct code prefixes in a corpus at each depth, and of tokens whose prefix is unique.
 
-Exact, without hashes: tokens are sorted into groups of equal prefixes, one quantizer after the other, and a token that is
-alone in its group never has company again and is put aside. After three or four quantizers few are left, so deep prefixes
-cost next to nothing. Takes about 100 bytes a token; codes may be memory-mapped. Knows nothing of text or models.
+Exact, without hashing: tokens are grouped by equal prefixes, one quantizer after the other. A token that is alone in its
+group stays alone at greater depth and is dropped. After three or four quantizers few are left, so deep prefixes cost almost
+nothing. Needs about 100 bytes per token; codes may be memory-mapped. Uses no text and no models.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether an RQAE feature ranks its best tokens as the cosine of their hidden states with its centre's does.
+"""How well an RQAE feature's intensity ranks its best tokens like the cosine of their states with its centre's state.
 
 A feature is the codes of one token, its centre. At each depth its ``top`` tokens by intensity, the centre itself left out,
-are ranked by intensity and by cosine, and the two orders compared. Knows codes and hidden states by the row of the code
-store; nothing of text or models of language.
+are ranked by intensity and by cosine, and the two rankings are compared. Addresses tokens by row of the code store; uses
+no text and no language model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["NormedStates", "RankAgreement", "rank_agreement", "rank_correlations
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-# for rising rows of the code store: stretches of their places in what was asked, with the final-normed states (n, d)
+# For ascending rows of the code store, yields (positions within those rows, their final-normed states (n, d)).
 NormedStates: TypeAlias = Callable[[Ints], Iterator[tuple[Ints, "Tensor"]]]
 
 

@@ -1,8 +1,8 @@
-"""Whether an RQAE has an SAE's latents: the intensity of matching RQAE features against the latents' own activations.
+"""How well an RQAE represents an SAE's latents: intensities of matching RQAE features against latent activations.
 
-A latent is matched in two ways: by its encoder column, quantised as if it were a token, and by the codes of the token it
-fires on most. Both are correlated with the latent over all tokens of its top contexts, and of contexts around the median
-of those it fires in. Knows codes and activations; nothing of text, files or hidden states.
+A latent is matched in two ways: by its encoder column, quantised like a token, and by the codes of the token on which it
+fires most. Both are correlated with the latent over all tokens of its top contexts, and of contexts around the median of
+those in which it fires. Works on codes and activations; uses no text, files or hidden states.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from evalkit.inspection.parts.axes import DASHES, DOTS, head, panels, percent, say
 from evalkit.inspection.parts.cache import Part
-from evalkit.inspection.rqae.panels import DASHES, DOTS, head, panels, percent, say
 from evalkit.report.plots import style
 
 __all__ = ["DRAW"]

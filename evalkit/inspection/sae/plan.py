@@ -1,4 +1,4 @@
-"""How an SAE or transcoder is inspected: what decides each part, what computes it, and what is said of it as a whole."""
+"""The inspection plan of an SAE or transcoder: arguments of each part, its measurement, facts about the whole."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.inspection.parts.cache import Part, digest
-from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.geometry import geometry
 from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.sae import parts as sae_parts
+from evalkit.inspection.sae import measurements
 from evalkit.protocols import Progress
 from evalkit.sources.sae.source import SaeSource
 
@@ -18,13 +18,13 @@ __all__ = ["SaePlan"]
 
 
 class SaePlan:
-    """Raises BadConfig for the loss where the reconstruction cannot stand in."""
+    """Plan for one SAE. Raises BadConfig for the part ``loss`` if the reconstruction cannot replace the state."""
 
     needs_text = ("fit", "density", "loss")
 
     def __init__(self, settings: Settings, source: SaeSource, parts: Sequence[str]) -> None:
         if "loss" in parts:
-            sae_parts.check_loss(source)
+            measurements.check_loss(source)
         self._settings, self._source = settings, source
         self._digest = digest((source.weights, source.steps))
 
@@ -50,12 +50,12 @@ class SaePlan:
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
         """What computes each missing part. The model is loaded when one of them first asks for it."""
         settings, source = self._settings, self._source
-        material = sae_parts.SaeMaterial(settings, source, folder, progress, whole="loss" in missing)
+        material = measurements.SaeStates(settings, source, folder, progress, whole="loss" in missing)
         known: dict[str, Callable[[], Measured]] = {
-            "fit": lambda: sae_parts.fit(material),
-            "density": lambda: sae_parts.density(material),
+            "fit": lambda: measurements.fit(material),
+            "density": lambda: measurements.density(material),
             "geometry": lambda: geometry(source.weights.w_dec, settings, progress),
-            "loss": lambda: sae_parts.loss(material, progress),
+            "loss": lambda: measurements.loss(material, progress),
         }
         return {name: known[name] for name in missing}
 

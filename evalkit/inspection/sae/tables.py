@@ -1,6 +1,6 @@
 """The parts of the inspection of any dictionary but an RQAE as lines of text.
 
-Knows the columns of the parts and how numbers are written; nothing of how they came about. Reads and writes nothing.
+Formats the columns of the parts; measures nothing. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Lines: TypeAlias = list[dict[str, str]]
 
 
 def about_lines(about: Row) -> Lines:
-    """The dictionary as a whole, a line a fact."""
+    """Facts about the dictionary as a whole, one per line."""
     site = str(about["site"])
     if not site.endswith(f"/{about['reconstructs']}"):
         site += f" → {about['reconstructs']}"
-    told = {**about, "site": site}
-    return [{"": title, "value": write(told[key])} for key, (title, write) in _FACTS.items() if key in told]
+    facts = {**about, "site": site}
+    return [{"": title, "value": write(facts[key])} for key, (title, write) in _FACTS.items() if key in facts]
 
 
 def _shape(value: Sequence[int]) -> str:

@@ -10,27 +10,27 @@ import pytest
 import torch
 
 from evalkit.errors import BadFile, RunMismatch
-from evalkit.inspection.parts.cache import Part, bind, digest, keep, kept
+from evalkit.inspection.parts.cache import Part, bind, digest, load_part, save_part
 
 ARGUMENTS = {"of": {"model": "toy", "tokens": 100}, "depths": (1, 2)}
 
 
 def test_a_part_comes_back_for_its_arguments_only(tmp_path: Path) -> None:
     part = Part("ranks", ARGUMENTS, [{"depth": 1, "mean": math.nan}], {"values": [[0.5, math.inf]]}, ["a note"], 1.5)
-    written = keep(tmp_path, part)
-    again = kept(tmp_path, "ranks", ARGUMENTS)
+    written = save_part(tmp_path, part)
+    again = load_part(tmp_path, "ranks", ARGUMENTS)
     assert again is not None
     for one in (written, again):
         assert one.rows == [{"depth": 1, "mean": None}] and one.further == {"values": [[0.5, None]]}
         assert (one.notes, one.seconds) == (["a note"], 1.5)
-    assert kept(tmp_path, "ranks", {**ARGUMENTS, "depths": (1, 3)}) is None
-    assert kept(tmp_path, "fit", ARGUMENTS) is None
+    assert load_part(tmp_path, "ranks", {**ARGUMENTS, "depths": (1, 3)}) is None
+    assert load_part(tmp_path, "fit", ARGUMENTS) is None
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"name": "ranks"}', '{"name": 1, "more": 2}', "\x00"])
 def test_a_damaged_part_is_not_there(damage: str, tmp_path: Path) -> None:
     (tmp_path / "ranks.json").write_text(damage)
-    assert kept(tmp_path, "ranks", ARGUMENTS) is None
+    assert load_part(tmp_path, "ranks", ARGUMENTS) is None
 
 
 def test_a_folder_holds_the_codes_of_one_text(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_folder_holds_the_codes_of_one_text(tmp_path: Path) -> None:
     )
     assert json.loads((tmp_path / "inspect.json").read_text()) == {"model": "b", "max_tokens": 100}
     (tmp_path / "inspect.json").write_text("nothing")
-    with pytest.raises(BadFile, match=r"inspect\.json: expected what an inspection is of"):
+    with pytest.raises(BadFile, match=r"inspect\.json: expected a JSON object that identifies an inspection"):
         bind(tmp_path, {"model": "b", "max_tokens": 100})
 
 

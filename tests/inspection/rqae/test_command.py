@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from evalkit.cli import app
 from evalkit.corpus.contexts import Corpus
-from evalkit.inspection.parts import states as material
+from evalkit.inspection.parts import states
 from evalkit.inspection.parts.settings import PARTS
-from evalkit.inspection.parts.states import Material
+from evalkit.inspection.parts.states import RqaeStates
 from evalkit.sources.formats.gemma_scope import read_weights
 from rqae import RQAE, layer_weights
 from rqae.features import intensity_literal
@@ -240,7 +240,7 @@ def test_figures_and_tables_are_there(case: Case) -> None:
 def test_the_same_command_computes_nothing(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(material, "find_model", None)
+    monkeypatch.setattr(states, "find_model", None)
     before = {path: path.stat().st_mtime_ns for path in case.out.glob("*.json")}
     pictures = {path: path.read_bytes() for path in (case.out / "plots").iterdir()}
     code, out, err = call(capsys, monkeypatch, "-q", *case.arguments)
@@ -273,8 +273,8 @@ def test_only_what_changed_is_computed_again(
     """One pass for the codes, also when an SAE, other features and other depths come later."""
     case = prepared(tiny_llama, tmp_path)
     passes: list[int] = []
-    read = Material._read_shard
-    monkeypatch.setattr(Material, "_read_shard", lambda self, *rest: passes.append(rest[0]) or read(self, *rest))
+    read = RqaeStates._read_shard
+    monkeypatch.setattr(RqaeStates, "_read_shard", lambda self, *rest: passes.append(rest[0]) or read(self, *rest))
     code, out, err = call(capsys, monkeypatch, "-q", *case.arguments, "--only", "prefixes,ranks")
     assert code == 0 and out.count("\n## ") == 2, err
     shards = passes.copy()
@@ -295,16 +295,16 @@ def test_one_pass_serves_codes_and_latents_and_goes_on(
     again = prepared(case.model, tmp_path)
     again.arguments += ["--sae", str(again.sae)]
     monkeypatch.setattr("evalkit.collect.activations.SHARD_CONTEXTS", 8)
-    read, passes = Material._read_shard, list[int]()
+    read, passes = RqaeStates._read_shard, list[int]()
 
-    def stop(self: Material, shard: int, limit: float) -> Any:
+    def stop(self: RqaeStates, shard: int, limit: float) -> Any:
         if shard == 2 and not passes.count(2):
             passes.append(shard)
             raise KeyboardInterrupt
         passes.append(shard)
         return read(self, shard, limit)
 
-    monkeypatch.setattr(Material, "_read_shard", stop)
+    monkeypatch.setattr(RqaeStates, "_read_shard", stop)
     code, *_ = call(capsys, monkeypatch, "-q", *again.arguments)
     assert code == 130
     code, _, err = call(capsys, monkeypatch, "-q", *again.arguments)

@@ -19,7 +19,7 @@ from evalkit.cli import app
 from evalkit.corpus.contexts import Corpus
 from evalkit.inspection import inspect as inspect_module
 from evalkit.inspection.inspect import inspect_dictionary
-from evalkit.inspection.parts import states as material
+from evalkit.inspection.parts import states
 from evalkit.inspection.parts.settings import Settings, parse_parts
 from evalkit.records import Site
 from evalkit.sources.sae.source import SaeSource
@@ -234,7 +234,7 @@ def test_figures_and_nothing_twice(
     pictures = {path: path.read_bytes() for path in (case.out / "plots").iterdir()}
     assert {path.stem for path in pictures} == {"fit", "density", "geometry", "loss"}
     assert all(len(data) > 10_000 for path, data in pictures.items() if path.suffix == ".png")
-    monkeypatch.setattr(material, "find_model", None)
+    monkeypatch.setattr(states, "find_model", None)
     code, out, err = call(capsys, monkeypatch, "-q", *case.arguments, "--only", "all")
     assert (code, out) == (0, case.stdout), err
     assert {path: path.read_bytes() for path in (case.out / "plots").iterdir()} == pictures
@@ -344,7 +344,7 @@ def test_a_kind_without_parts_is_refused(case: Case, tmp_path: Path, monkeypatch
     source = opened(case, monkeypatch, Site("toy", "layers.3"))
     odd = Odd(source.weights, source.site)
     monkeypatch.setattr(inspect_module, "load_source", lambda path, **options: odd)
-    with pytest.raises(inspect_module.BadConfig, match="of these something can be measured; seen one of kind odd"):
+    with pytest.raises(inspect_module.BadConfig, match="which have parts to measure; seen one of kind odd"):
         inspect_dictionary(Settings(str(case.sae)), tmp_path / "out")
 
 

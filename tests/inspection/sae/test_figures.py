@@ -13,10 +13,10 @@ import torch
 
 from evalkit.fit.sae import SaeMeasure, measure_rows
 from evalkit.inspection.figures import draw_parts
-from evalkit.inspection.parts.cache import Part, digest, keep
-from evalkit.inspection.parts.geometry_part import geometry
+from evalkit.inspection.parts.cache import Part, digest, save_part
+from evalkit.inspection.parts.geometry import geometry
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.sae import parts as sae_parts
+from evalkit.inspection.sae import measurements
 from evalkit.inspection.sae.plan import SaePlan
 from evalkit.inspection.tables import render_inspection
 from evalkit.records import Site
@@ -66,11 +66,11 @@ def test_every_table_and_figure_can_be_made(case: str, tmp_path: Path) -> None:
     source = SaeSource(CASES[case], Site("toy", "layers.1"), label=f"toy/{case}")
     made = Measured(source)
     found = {
-        "fit": sae_parts.fit(made),  # type: ignore[arg-type]
-        "density": sae_parts.density(made),  # type: ignore[arg-type]
+        "fit": measurements.fit(made),  # type: ignore[arg-type]
+        "density": measurements.density(made),  # type: ignore[arg-type]
         "geometry": geometry(source.weights.w_dec, Settings("x", device="cpu"), SILENT),
     }
-    parts = [keep(tmp_path, Part(name, {}, one.rows, one.further, one.notes)) for name, one in found.items()]
+    parts = [save_part(tmp_path, Part(name, {}, one.rows, one.further, one.notes)) for name, one in found.items()]
     about = SaePlan(Settings("x"), source, ("fit",)).about(parts[0])
     paths = draw_parts(about, parts, tmp_path / "plots")
     assert len(paths) == 6 and f"toy/{case}" in (tmp_path / "plots" / "fit.svg").read_text()
@@ -94,7 +94,7 @@ def test_the_figure_of_the_loss(cost: float, tmp_path: Path) -> None:
          "recovered_mean": None}
         for name, change in (("the model's own", 0.0), ("reconstruction", cost), ("mean", 5.0), ("zero", 9.0))
     ]  # fmt: skip
-    part = keep(tmp_path, Part("loss", {}, rows, {"predictions": 100}))
+    part = save_part(tmp_path, Part("loss", {}, rows, {"predictions": 100}))
     about = SaePlan(Settings("x"), SaeSource(weights(3), Site("toy", "layers.1")), ()).about(None)
     assert len(draw_parts(about, [part], tmp_path / "plots")) == 2
     assert "| the model's own | 3.0000  | +0.0000 " in render_inspection(about, [part])

@@ -159,7 +159,7 @@ def test_what_cannot_be_searched_is_named(model: RQAE, path: str) -> None:
         search(model, codes, features, (41,))
     with pytest.raises(RqaeError, match="top_k"):
         search(model, codes, features, (4,), top_k=0)
-    with pytest.raises(RqaeError, match="contexts: expected 20 numbers that never fall"):
+    with pytest.raises(RqaeError, match="contexts: expected 20 numbers in ascending order"):
         search(model, codes, features, (4,), contexts=np.arange(20)[::-1])
     with pytest.raises(RqaeError, match="contexts"):
         search(model, codes, features, (4,), contexts=np.array([5] * 10 + [3] * 10, np.uint32))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evalkit.inspection.parts import geometry
-from evalkit.inspection.parts.geometry import nearest_rows, random_nearest, random_rank
+from evalkit.inspection.parts import nearest_rows as neighbours
+from evalkit.inspection.parts.nearest_rows import nearest_rows, random_nearest, random_rank
 from evalkit.util.tensor_files import open_safetensors
 
 
@@ -31,8 +31,8 @@ def table(matrix: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_neighbours_are_those_of_the_whole_table(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "_QUERIES", 17)
-    monkeypatch.setattr(geometry, "_TILE", 13)
+    monkeypatch.setattr(neighbours, "_QUERIES", 17)
+    monkeypatch.setattr(neighbours, "_TILE", 13)
     matrix = rows(70, 6)
     matrix[[9, 40]] = 0
     matrix[33] = 3 * matrix[20]
@@ -52,9 +52,9 @@ def test_neighbours_are_those_of_the_whole_table(stored: bool, tmp_path: Path, m
 
 
 def test_a_sample_looks_among_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "ALL_UP_TO", 99)
-    monkeypatch.setattr(geometry, "SAMPLE", 30)
-    monkeypatch.setattr(geometry, "_TILE", 32)
+    monkeypatch.setattr(neighbours, "ALL_UP_TO", 99)
+    monkeypatch.setattr(neighbours, "SAMPLE", 30)
+    monkeypatch.setattr(neighbours, "_TILE", 32)
     matrix = rows(100, 5)
     matrix[7] = 0
     found, cosines = nearest_rows(matrix, seed=3), table(matrix)

@@ -14,11 +14,12 @@ import torch
 
 from evalkit.collect.calibration import choose_centres
 from evalkit.errors import CorpusError
-from evalkit.fit.losses import Losses, Replacement, measure_losses
+from evalkit.fit.losses import Losses, measure_losses
 from evalkit.fit.rqae import measure_rqae_fit
+from evalkit.inspection.parts.ablations import ablations
 from evalkit.inspection.parts.measured import Measured
 from evalkit.inspection.parts.settings import Settings
-from evalkit.inspection.parts.states import Material
+from evalkit.inspection.parts.states import RqaeStates
 from evalkit.inspection.rqae.cosines import BINS, SMALL, cosine_density, decoded_cosines
 from evalkit.inspection.rqae.prefixes import count_prefixes
 from evalkit.inspection.rqae.ranks import rank_agreement
@@ -30,12 +31,12 @@ from evalkit.util.tensor_files import take
 from rqae import RQAE, layer_weights
 from rqae.feature_sets import FeatureSet
 
-__all__ = ["CANDIDATES", "ablations", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
+__all__ = ["CANDIDATES", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
 
 CANDIDATES = 4  # latents recorded for each one wanted: some fire too rarely to have examples
 
 
-def prefixes(material: Material, depths: Sequence[int], progress: Progress) -> Measured:
+def prefixes(material: RqaeStates, depths: Sequence[int], progress: Progress) -> Measured:
     """Unique code prefixes over the corpus."""
     found = count_prefixes(material.codes.codes, depths, progress)
     note = (
@@ -74,7 +75,7 @@ def layers(model: RQAE) -> Measured:
     return Measured(rows, notes=[note])
 
 
-def fit(material: Material, settings: Settings, depths: Sequence[int], progress: Progress) -> Measured:
+def fit(material: RqaeStates, settings: Settings, depths: Sequence[int], progress: Progress) -> Measured:
     """FVU and next-token loss by depth, beside the loss with the site's states zeroed or all at their mean."""
     contexts = material.sample("fit", settings.fit_tokens, settings.seed)
     source, info = material.source, material.subject.info
@@ -99,15 +100,6 @@ def fit(material: Material, settings: Settings, depths: Sequence[int], progress:
     return Measured(rows, _about(losses, found.n_tokens), _fit_notes(losses, found.n_tokens))
 
 
-def ablations(mean: torch.Tensor, d_model: int) -> dict[str, Replacement]:
-    """The states zeroed, or all at their mean."""
-
-    def at_mean(hidden: torch.Tensor) -> torch.Tensor:
-        return mean.to(hidden.device).expand(*hidden.shape[:-1], d_model)
-
-    return {"zero": torch.zeros_like, "mean": at_mean}
-
-
 def _about(losses: Losses, tokens: int) -> dict[str, Any]:
     ablated = {name: asdict(losses.change(name)) for name in ("zero", "mean")}
     return {
@@ -129,7 +121,7 @@ def _fit_notes(losses: Losses, tokens: int) -> list[str]:
     ]
 
 
-def ranks(material: Material, settings: Settings, depths: Sequence[int]) -> Measured:
+def ranks(material: RqaeStates, settings: Settings, depths: Sequence[int]) -> Measured:
     """Spearman's correlation of intensity with cosine among the best tokens of token features."""
     corpus, tokens = material.corpus, material.tokens
     everywhere = np.zeros(corpus.n_contexts, np.uint8)
@@ -156,7 +148,7 @@ def ranks(material: Material, settings: Settings, depths: Sequence[int]) -> Meas
 
 
 def sae(
-    material: Material, settings: Settings, other: SaeSource, candidates: Sequence[str], depths: Sequence[int]
+    material: RqaeStates, settings: Settings, other: SaeSource, candidates: Sequence[str], depths: Sequence[int]
 ) -> Measured:
     """Pearson's correlation of an SAE's latents with the RQAE features made from them."""
     length = material.corpus.context_length

@@ -1,6 +1,6 @@
 """The part ``density`` of an inspection: how many features fire how often.
 
-Knows shares of tokens, however they came about: measured on a text, or said by an export.
+Takes the shares of tokens, measured on a text or declared by an export.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RATE_EDGES = np.linspace(
 def firing_shares(
     rates: NDArray[np.float64], features: NDArray[np.int64], n_tokens: int | None, features_are: str = "latents"
 ) -> Measured:
-    """Of features (n,) that fire on these shares of tokens (n,). ``n_tokens`` None: nobody says of how many."""
+    """The histogram of ``rates`` (n,), the shares of tokens on which ``features`` (n,) fire. ``n_tokens`` None: unknown."""
     alive = rates[rates > 0]
     counts = np.histogram(np.clip(np.log10(alive), RATE_EDGES[0], 0), RATE_EDGES)[0]
     rows: Rows = [{"low": None, "high": None, "latents": int((rates == 0).sum())}]

@@ -1,6 +1,6 @@
-"""One function per part of the inspection of an SAE or transcoder: the rows of its table, what its figure needs, and notes.
+"""One function per part of the inspection of an SAE or transcoder; each returns table rows, figure data and notes.
 
-Each asks the module that holds the measurement and puts the answer into JSON values. Knows no folder and no figure.
+Each calls the module that does the measurement and converts the result to JSON values. Writes no files, draws nothing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from evalkit.errors import BadConfig
 from evalkit.fit.losses import measure_losses
 from evalkit.fit.sae import SaeMeasure, measure_rows
-from evalkit.inspection.parts.firing import firing_shares
+from evalkit.inspection.parts.ablations import ablations
+from evalkit.inspection.parts.density import firing_shares
 from evalkit.inspection.parts.measured import Measured, Rows
 from evalkit.inspection.parts.settings import Settings
 from evalkit.inspection.parts.states import States
-from evalkit.inspection.rqae.compute import ablations
 from evalkit.protocols import Progress
 from evalkit.sources.sae.source import SaeSource
 
-__all__ = ["SaeMaterial", "check_loss", "density", "fit", "loss"]
+__all__ = ["SaeStates", "check_loss", "density", "fit", "loss"]
 
-_BINS = 40  # of what is counted by token
+_BINS = 40  # of histograms over tokens
 
 
-class SaeMaterial(States):
-    """The sampled tokens of an inspection and what one pass over the dictionary finds on them."""
+class SaeStates(States):
+    """The sampled tokens of an inspection, and the results of one pass over the dictionary on them."""
 
     def __init__(
         self, settings: Settings, source: SaeSource, folder: Any, progress: Progress, *, whole: bool = False
@@ -66,7 +66,7 @@ class SaeMaterial(States):
         return found
 
 
-def fit(material: SaeMaterial) -> Measured:
+def fit(material: SaeStates) -> Measured:
     """L0, FVU, cosine, shrinkage and the share of latents alive."""
     found, declared = material.measured, material.source.declared
     row = {
@@ -105,14 +105,14 @@ def _histogram(values: NDArray[Any], *, whole: bool = False) -> dict[str, list[f
     return {"edges": edges.tolist(), "shares": (counts / len(values)).tolist()}
 
 
-def density(material: SaeMaterial) -> Measured:
+def density(material: SaeStates) -> Measured:
     """How many latents fire how often, and how many never do."""
     found = material.measured
     return firing_shares(found.counts / found.n_tokens, np.arange(len(found.counts)), found.n_tokens)
 
 
 def check_loss(source: SaeSource) -> None:
-    """Raises BadConfig for a dictionary whose reconstruction cannot take the place of what it reads."""
+    """Raise BadConfig for a dictionary whose reconstruction cannot replace the state it reads."""
     if source.site.out != source.site.path or source.site.path.endswith(":in"):
         raise BadConfig(
             "--only loss",
@@ -122,7 +122,7 @@ def check_loss(source: SaeSource) -> None:
         )
 
 
-def loss(material: SaeMaterial, progress: Progress) -> Measured:
+def loss(material: SaeStates, progress: Progress) -> Measured:
     """Next-token loss with the reconstruction in place, beside those with the states zeroed or all at their mean."""
     source, contexts = material.source, material.contexts
     total, count = torch.zeros(source.weights.d_model, dtype=torch.float64), 0

@@ -1,14 +1,12 @@
-"""Tensors in files of strangers, read in part: a few columns of a matrix of gigabytes cost what they weigh.
+"""Lazy partial reads of tensors in untrusted files: reading a few columns of a large matrix reads little more than those.
 
-Opens .safetensors, .npz (never pickled) and torch files (weights only), so no file can run code; shapes are known at once,
-values are read when they are asked for, come as float32 and are refused where they are not finite. What a file claims of
-itself is held against its length before anything is allocated. Writes only where a compressed .npz has to be unpacked once.
-Knows nothing of dictionaries.
+Opens .safetensors and torch files (weights only, so no file can run code); ``evalkit.util.npz_files`` opens .npz. Shapes
+are known once a file is open. Values are read on demand, returned as float32, and rejected where they are not finite.
+Claimed sizes are checked against its length before memory is allocated. Writes nothing. Knows nothing of dictionaries.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import tokenize
@@ -27,17 +25,17 @@ import torch
 from numpy.typing import NDArray
 
 from evalkit.errors import BadFile, BadShape, MissingFile, require
-from evalkit.util.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Index", "Matrix", "Stored", "open_npz", "open_safetensors", "open_torch", "take", "whole"]
+__all__ = ["Index", "Matrix", "Stored", "open_safetensors", "open_torch", "take", "whole"]
 
 Index: TypeAlias = "slice | NDArray[np.int64]"
 Matrix: TypeAlias = "Tensor | Stored"
 
-_GAP = 512  # bytes: what lies closer together is read at once, as one more call costs as much
+# Columns whose gap in the file is at most this many bytes are read with one call, as a second call costs as much.
+_GAP = 512
 _UNREADABLE = (  # what numpy, zipfile, torch and safetensors raise on torn and hostile files
     ValueError,
     TypeError,
@@ -58,8 +56,7 @@ _UNREADABLE = (  # what numpy, zipfile, torch and safetensors raise on torn and 
     zipfile.BadZipFile,
     zlib.error,
 )
-_OTHER = "other "  # before the name of a dtype that is not one of ours
-_BOMB = 1 << 30, 100  # bytes and times its size in the archive: weights do not shrink so
+OTHER_DTYPE = "other "  # before the name of a dtype that is not one of ours
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16"}
 _LONGEST_HEADER = 100_000_000  # bytes; as safetensors itself has it
 
@@ -82,7 +79,7 @@ class Stored:
 
     @property
     def file(self) -> Path:
-        """The file that was opened; ``path`` is where the numbers are, for a compressed .npz in the cache."""
+        """The file that was opened. ``path`` is where the numbers are: in the cache for a compressed .npz."""
         return Path(self.what.rpartition(": ")[0] or self.path)
 
     @property
@@ -103,17 +100,17 @@ class Stored:
             chosen = index if isinstance(index, slice) else torch.from_numpy(index)
             found = self.loaded[chosen] if axis == 0 else self.loaded[:, chosen]
             return self._checked(found.to(torch.float32, copy=True).contiguous())
-        with _reading(self.path, self.what), self.path.open("rb", buffering=0) as stream:
+        with reading(self.path, self.what), self.path.open("rb", buffering=0) as stream:
             values = self._rows(stream.fileno(), index) if axis == 0 else self._columns(stream.fileno(), index)
         return self._checked(torch.from_numpy(values))
 
     def check_dtype(self) -> None:
         """Raises BadShape for what is not floating point (an .npz keeps such arrays; they are known by name only)."""
-        if self.dtype.startswith(_OTHER):
+        if self.dtype.startswith(OTHER_DTYPE):
             raise BadShape(
                 self.what,
                 expected="float16, float32 or float64",
-                seen=self.dtype.removeprefix(_OTHER),
+                seen=self.dtype.removeprefix(OTHER_DTYPE),
                 fix="save the dictionary again in floating point",
             )
 
@@ -142,7 +139,7 @@ class Stored:
         edges = np.flatnonzero(np.diff(rising) * self._itemsize > _GAP) + 1
         spans = [(part[0], part[-1] + 1, part) for part in np.split(rising, edges)]
         found = np.empty(len(wanted), np.float32)
-        if hasattr(os, "posix_fadvise"):  # not on every system; without it the disk reads ahead what nobody asked for
+        if hasattr(os, "posix_fadvise"):  # not on every system; it stops the read-ahead of bytes that are not needed
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         for row in range(rows):
             at = 0
@@ -199,7 +196,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 
     from safetensors import SafetensorError, safe_open
 
-    with _reading(path, str(path)):
+    with reading(path, str(path)):
         try:
             with safe_open(path, framework="pt"):
                 pass  # checks the header: offsets inside the file, sizes that agree with shapes
@@ -214,16 +211,18 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
             continue
         what = f"{path}: {name}"
         kind = _SAFETENSORS.get(entry["dtype"])
-        found[name] = Stored(what, tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0], kind or _OTHER)
-    return _only_floats(found)
+        found[name] = Stored(
+            what, tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0], kind or OTHER_DTYPE
+        )
+    return only_floats(found)
 
 
 def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None = None) -> dict[str, Stored]:
-    """The floating-point tensors of a state dict that torch wrote; other entries are left out. Raises MissingFile, BadFile.
+    """The floating-point tensors of a state dict that torch wrote, without its other entries. Raises MissingFile, BadFile.
 
-    ``select`` picks the mapping of names to tensors out of what the file holds. Read with ``weights_only=True``.
+    ``select`` returns the mapping of names to tensors from the object in the file, read with ``weights_only=True``.
     """
-    with _reading(path, str(path)):
+    with reading(path, str(path)):
         held = _load_torch(path)
         state = held if select is None else select(held)
         if not isinstance(state, Mapping):
@@ -232,97 +231,18 @@ def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None 
     found = {}
     for name, value in tensors.items():
         plain = value.is_floating_point() and value.layout == torch.strided and not value.is_meta
-        kind = "<f4" if plain else _OTHER
+        kind = "<f4" if plain else OTHER_DTYPE
         if plain and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            with _reading(path, str(path)):
+            with reading(path, str(path)):
                 raise ValueError(f"{name} claims shape {tuple(value.shape)} and has fewer numbers")
         found[name] = Stored(f"{path}: {name}", tuple(value.shape), path, dtype=kind, loaded=value)
-    return _only_floats(found)
+    return only_floats(found)
 
 
 def _load_torch(path: Path) -> Any:
     with path.open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-
-
-def open_npz(path: Path) -> dict[str, Stored]:
-    """The floating-point arrays of an .npz file. A compressed array is unpacked once into the cache folder.
-
-    Raises MissingFile, BadFile (pickled objects among other things), BadShape (integers), StorageError.
-    """
-    found = {}
-    with _reading(path, str(path)), _archive(path) as archive:
-        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        if not members:
-            raise ValueError("an archive without arrays")
-        for member in members:
-            name = member.filename.removesuffix(".npy")
-            found[name] = _npz_member(path, archive, member, f"{path}: {name}")
-    return found
-
-
-def _archive(path: Path) -> zipfile.ZipFile:
-    with path.open("rb") as stream:
-        if stream.read(6) == b"\x93NUMPY":
-            raise ValueError("a single array instead of an archive of arrays")
-    return zipfile.ZipFile(path)
-
-
-def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, what: str) -> Stored:
-    with archive.open(member) as stream:
-        shape, fortran, dtype = _npy_header(stream)
-        begin = stream.tell()
-    if dtype.hasobject:
-        raise ValueError(f"pickled objects in {member.filename}")
-    if begin + prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{member.filename} claims shape {shape} and has {member.file_size - begin} bytes")
-    plain = dtype.kind == "f" and dtype.itemsize <= 8 and dtype.byteorder != ">" and not (fortran and len(shape) > 2)
-    kind = dtype.newbyteorder("<").str if plain else f"{_OTHER}{dtype}"
-    order = shape[::-1] if fortran else shape
-    if member.compress_type == zipfile.ZIP_STORED:
-        with path.open("rb") as stream:
-            stream.seek(member.header_offset)
-            local = stream.read(30)
-            if local[:4] != b"PK\x03\x04":
-                raise ValueError("a torn archive")
-            begin += member.header_offset + 30 + int.from_bytes(local[26:28], "little")
-            begin += int.from_bytes(local[28:30], "little")
-        place = path
-    else:
-        place = _unpacked(path, archive, member)
-    stored = Stored(what, order, place, begin, kind)
-    return stored.T if fortran and len(shape) == 2 else stored
-
-
-def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
-    known: dict[Any, Any] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    read = known.get(version)
-    if read is None:
-        raise ValueError(f"an .npy of version {version}")
-    shape, fortran, dtype = read(stream)
-    return shape, fortran, dtype
-
-
-def cache_folder() -> Path:
-    """Where unpacked files are kept: $EVALKIT_CACHE, else the user's cache folder."""
-    given = os.environ.get("EVALKIT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "evalkit"
-    return Path(given).expanduser() if given else base
-
-
-def _unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Path:
-    if member.file_size > _BOMB[0] and member.file_size > _BOMB[1] * member.compress_size:
-        raise ValueError(f"{member.filename} has {member.compress_size} bytes and would unpack to {member.file_size}")
-    state = path.stat()
-    key = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{member.filename}\0{member.CRC}"
-    target = cache_folder() / "unpacked" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
-    if not target.exists():
-        with atomic_path(target) as temporary, temporary.open("wb") as out, archive.open(member) as packed:
-            while block := packed.read(1 << 22):
-                out.write(block)
-    return target
 
 
 def _runs(wanted: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -332,13 +252,13 @@ def _runs(wanted: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             yield first, last
 
 
-def _only_floats(found: dict[str, Stored]) -> dict[str, Stored]:
-    return {name: stored for name, stored in found.items() if not stored.dtype.startswith(_OTHER)}
+def only_floats(found: dict[str, Stored]) -> dict[str, Stored]:
+    return {name: stored for name, stored in found.items() if not stored.dtype.startswith(OTHER_DTYPE)}
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a reader raises on a file that is not what it should be into one of our errors."""
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Raise BadFile or MissingFile for whatever a reader raises on a missing, damaged or hostile file."""
     try:
         yield
     except (BadFile, BadShape, MissingFile):

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from evalkit.errors import BadFile, BadShape, EvalkitError, MissingFile
-from evalkit.util.tensor_files import Stored, open_npz, open_safetensors, open_torch, take, whole
+from evalkit.util.npz_files import open_npz
+from evalkit.util.tensor_files import Stored, open_safetensors, open_torch, take, whole
 
 ROWS, COLUMNS = 7, 300
 

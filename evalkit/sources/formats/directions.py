@@ -22,7 +22,8 @@ from evalkit.errors import BadConfig, BadFile, BadShape, EvalkitError, MissingFi
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.formats.common import check_options, matrix, read_card, site_from, vector
 from evalkit.subject.sites import check_subject
-from evalkit.util.tensor_files import Stored, open_npz, open_safetensors
+from evalkit.util.npz_files import open_npz
+from evalkit.util.tensor_files import Stored, open_safetensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float

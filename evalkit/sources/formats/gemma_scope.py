@@ -25,7 +25,8 @@ from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import RmsNorm
 from evalkit.sources.sae.weights import SaeWeights
 from evalkit.subject.sites import site_of_hook
-from evalkit.util.tensor_files import Stored, open_npz, whole
+from evalkit.util.npz_files import open_npz
+from evalkit.util.tensor_files import Stored, whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from evalkit.inspection.parts import states
 from evalkit.inspection.parts.settings import Settings, parse_parts
 from evalkit.records import Site
 from evalkit.sources.sae.source import SaeSource
-from evalkit.util.tensor_files import open_npz
+from evalkit.util.npz_files import open_npz
 from tests.support.command_line import call
 from tests.support.dictionaries import write_sae
 from tests.support.hardware import quick_dtype

@@ -23,8 +23,8 @@ from evalkit.records import Site
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import RmsNorm, Scale
 from evalkit.sources.sae.weights import SaeWeights
+from evalkit.util.npz_files import open_npz
 from evalkit.util.progress import SILENT
-from evalkit.util.tensor_files import open_npz
 
 
 def weights(n: int, **changes: Any) -> SaeWeights:

@@ -1,1 +1,1 @@
-"""Scorers: each builds a test of an explanation, asks a judge and holds the answers against the labels. One file each."""
+"""Scorers: each builds a test of an explanation, asks a judge and compares the answers with the labels. One file each."""

@@ -1,6 +1,6 @@
 """Detection: can a judge with the explanation tell windows where the feature fires from windows where it does not?
 
-Windows are shown without marks, in an order drawn per feature. Knows nothing of any judge.
+Windows are shown without marks, in a random order drawn per feature. Does not depend on any particular judge.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["DetectionScorer"]
 
 
 class DetectionScorer(TrialScorer):
-    """Positives are windows where the feature fires, negatives windows verified inactive."""
+    """Tests windows where the feature fires (positives) against windows verified inactive (negatives)."""
 
     name = "detection"
     version = "1"

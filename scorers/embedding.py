@@ -1,7 +1,8 @@
-"""Embedding: how well does the similarity of explanation and whole window order windows by whether the feature fires?
+"""Embedding: how well does the similarity of explanation and whole window separate active from inactive windows?
 
-The windows are detection's; no part of a window is singled out, so a feature of single words scores lower than in detection
-with the embedding judge's pieces, and one of topics may score higher. Asks a judge of its own, whatever the run's are.
+The windows are those of detection. Each window is compared as a whole. A feature for single words therefore scores lower
+than in detection with the embedding judge, which compares pieces of windows; a feature for topics may score higher.
+Always uses its own judge, whichever judges the run has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ __all__ = ["EmbeddingScorer"]
 
 
 class EmbeddingScorer(DetectionScorer):
-    """Its AUROC is the score proper; the cut-off for decisions is fitted on the calibration windows."""
+    """AUROC is the main metric; the cut-off for match decisions is fitted on the calibration windows."""
 
     name = "embedding"
     version = "1"

@@ -1,9 +1,9 @@
-"""Fuzzing: can a judge with the explanation tell true marks from false ones, in windows that all hold the feature?
+"""Fuzzing: can a judge with the explanation tell true marks from false ones, in windows where the feature fires?
 
-Every window is one where the feature fires. Positives carry the true marks; decoys, which are other windows, carry false
-ones of the same number, lengths and positions (``scorers.marking``). A window without room for false marks of its own
-shape leaves the test whichever half it is in, since otherwise long marks would give true ones away; it is reported as an
-unscored judgement. Knows nothing of any judge.
+The feature fires in every window. Positives carry the true marks; decoys, which are other windows, carry false marks that
+match true ones in number, lengths and positions (``scorers.marking``). A window without room for false marks of its own
+shape is left out of the test, whether it is a positive or a decoy; otherwise long marks would identify positives. It is
+reported as an unscored judgement. Does not depend on any particular judge.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_ROOM = "no room in the window for false marks of the shape of its true ones"
 
 
 class FuzzingScorer(TrialScorer):
-    """Positives carry true marks, decoys false ones."""
+    """Tests windows with true marks (positives) against windows with false marks (decoys)."""
 
     name = "fuzzing"
     version = "2"

@@ -1,9 +1,9 @@
 """Intruder: can a judge find the one window where the feature does not fire, among windows where it does?
 
-No explanation is involved: the score is high where a feature's windows have something in common that a reader sees. A group
-is shown as plain texts, one of which, the intruder, is a window verified inactive, at a random place; chance is one in
-the size of a group. Windows are shown without marks: an intruder could only carry made-up ones, and whether a mark is on a
-likely token at all would tell them, whatever the feature. Knows nothing of any judge.
+The judge sees no explanation: the score is high where a feature's windows visibly have something in common. A group is
+shown as plain texts. One of them, at a random place, is the intruder: a window verified inactive. The chance level is one
+over the size of a group. Windows are shown without marks: an intruder has no true marks, and false ones on unlikely tokens
+could be recognised whatever the feature. Does not depend on any particular judge.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ __all__ = ["Group", "IntruderScorer"]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One question: texts in the order they are shown, and where the intruder stands.
+    """One question: texts in the order they are shown, and the place of the intruder.
 
-    ``window`` is the intruder's, ``decile`` the middle one of the other windows (the lower of the two middle ones).
+    ``window``: the intruder's window.
+    ``decile``: the median decile of the other windows (of two middle ones, the lower).
     """
 
     items: tuple[JudgeItem, ...]
@@ -36,14 +37,14 @@ class Group:
 
 
 class IntruderScorer:
-    """Groups of ``n_texts`` windows of the score pool, one of them inactive; at most ``n_groups`` of them.
+    """Makes at most ``n_groups`` groups of ``n_texts`` windows of the score pool, one window of each group inactive.
 
-    Windows of a group that fire are neighbours in the order of activation deciles: a feature that is clear only where it is
-    strong then gives clear and unclear groups, not groups in which a weak window passes for the intruder, and scores can
-    be told apart by decile. Each inactive window is the intruder of one group at most, so there are as many groups as
-    inactive windows, up to ``n_groups``. Each window that fires is in one group, unless that makes too few groups: then
-    all of them are dealt out anew, in other groups, as often as needed. A feature with too few windows for one group gets
-    one unscored judgement. Raises BadConfig for a group below 3 texts, and for no groups.
+    The active windows of a group are neighbours in the order of activation deciles. Otherwise a weak window could be
+    mistaken for the intruder in a group of strong ones; it also allows scores to be reported by decile. Each inactive
+    window is the intruder of at most one group, so there are as many groups as inactive windows, up to ``n_groups``. Each
+    active window is in one group; if that makes too few groups, the active windows are regrouped at random as often as
+    needed. A feature with too few windows for one group gets one unscored judgement. Raises BadConfig if ``n_texts`` is
+    below 3 or ``n_groups`` below 1.
     """
 
     name = "intruder"
@@ -64,9 +65,9 @@ class IntruderScorer:
         self.n_texts, self.n_groups = n_texts, n_groups
 
     async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """One judgement a group, in the order they were asked: a match where the judge picked the intruder.
+        """One judgement per group, in the order they were asked: a match where the judge picked the intruder.
 
-        The explanation only says which feature it is. Labels are all True: the score is the share of matches.
+        The explanation only identifies the feature. All labels are True: the score is the share of matches.
         """
         groups = self.groups(examples)
         judgements: tuple[Judgement, ...]
@@ -83,7 +84,7 @@ class IntruderScorer:
         return [item for group in self.groups(examples) for item in group.items]
 
     def groups(self, examples: ScoreExamples) -> list[Group]:
-        """The questions, in the order they are asked. A repeat has the same groups in another order, inside and out."""
+        """The questions, in the order they are asked. A repeat shuffles the same groups and the texts within each anew."""
         positives = sorted(examples.test.positives, key=lambda example: example.window)
         negatives = sorted(examples.test.negatives, key=lambda example: example.window)
         if len(positives) < self.n_texts - 1:
@@ -95,10 +96,10 @@ class IntruderScorer:
         return [made[index] for index in _random(examples, "groups", repeat=True).permutation(len(made))]
 
     def _deal(self, positives: Sequence[Example], count: int, examples: ScoreExamples) -> Iterator[Sequence[Example]]:
-        """``count`` hands of neighbours in decile order; no window is in two before all but a rest are in one.
+        """Yield ``count`` hands of ``n_texts - 1`` neighbours in decile order, round by round.
 
-        The windows of a round stand in decile order, those of one decile at random, and every ``n_texts - 1`` of them are
-        a hand. Which ones are left over is random, and so is which hands the last round gives.
+        Each round sorts the windows by decile, at random within a decile, and cuts them into hands, so that a window is in
+        at most one hand of a round. The windows that do not fill a hand, and the hands of the last round, are random.
         """
         size = self.n_texts - 1
         hands, rest = divmod(len(positives), size)
@@ -131,7 +132,7 @@ class IntruderScorer:
 
 
 def _random(examples: ScoreExamples, *names: str | int, repeat: bool = False) -> np.random.Generator:
-    """The generator of one decision about one feature; with ``repeat``, another one whenever the test is held again."""
+    """The random generator for one decision about one feature; with ``repeat``, each repeat of the test has its own."""
     again = [f"repeat {examples.repeat}"] if repeat and examples.repeat else []
     return generator(examples.seed, examples.source, examples.feature, IntruderScorer.name, *names, *again)
 
@@ -141,7 +142,7 @@ def _decile(example: Example) -> int:
 
 
 async def _ask(judge: PickingJudge, groups: Sequence[Group]) -> list[Pick]:
-    """One pick per group; unscored where the judge gave the wrong number of them."""
+    """One pick per group; all unscored if the judge returned the wrong number of picks."""
     picks = list(await judge.pick([group.items for group in groups]))
     if len(picks) == len(groups):
         return picks

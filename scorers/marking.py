@@ -1,7 +1,7 @@
-"""Where false marks go: as many, as long and as placed as true ones, but on tokens where the feature is silent.
+"""Places false marks that match true ones in number, lengths and positions, on tokens where the feature is inactive.
 
-Pure functions of activations and a generator. A judge must not be able to tell false marks by anything but what they
-stand on, so a false placement copies the window's own number and lengths of marked runs, and draws its positions from
+Pure functions of activations and a generator. A judge must be able to recognise false marks only by the text they cover.
+A false placement therefore copies the number and lengths of the window's own marked runs, and draws its positions from
 those of the feature's true marks.
 """
 
@@ -18,8 +18,8 @@ from evalkit.records import Example, Span
 
 __all__ = ["admissible_tokens", "false_marks", "start_counts", "true_marks"]
 
-MARGIN_WORDS = 1  # words between an active token and a false mark …
-ROOMY = 0.8  # … where that leaves so large a share of the places of true marks
+MARGIN_WORDS = 1  # words between an active token and a false mark
+ROOMY = 0.8  # the margin is kept only if it leaves at least this share of the true marks' starts
 Form: TypeAlias = tuple[bool, bool, bool, bool]
 _ATTEMPTS = 64  # random placements tried before a window counts as having no room
 
@@ -39,9 +39,9 @@ def start_counts(examples: Sequence[Example], threshold: float) -> NDArray[np.in
 
 
 def admissible_tokens(example: Example, threshold: float, margin_words: int = 0) -> NDArray[np.bool_]:
-    """Tokens that a false mark may cover: with text, not active, and in no word that an active token is part of.
+    """Flags of tokens that a false mark may cover: not empty, not active, and not in a word with an active token.
 
-    With ``margin_words``, nor in so many words before and after it.
+    Tokens in the ``margin_words`` words before and after such a word are excluded too. (token,)
     """
     bounds = token_spans(example.tokens)
     active = [span for span, value in zip(bounds, example.activations, strict=True) if value > threshold]
@@ -56,7 +56,7 @@ def admissible_tokens(example: Example, threshold: float, margin_words: int = 0)
 
 
 def _neighbourhood(span: Span, in_words: Sequence[Span], margin: int) -> Span:
-    """From the first to the last character of the words that the span touches and of ``margin`` more on either side."""
+    """Character range of the words that the span overlaps and of ``margin`` more words on either side."""
     touched = [(a, b) for a, b in in_words if span[0] < b and a < span[1]]
     start, end = min([span[0], *(a for a, _ in touched)]), max([span[1], *(b for _, b in touched)])
     before = [a for a, b in in_words if b <= start]
@@ -71,18 +71,19 @@ def _neighbourhood(span: Span, in_words: Sequence[Span], margin: int) -> Span:
 def false_marks(
     example: Example, threshold: float, starts: NDArray[np.int64], generator: np.random.Generator
 ) -> tuple[bool, ...] | None:
-    """Flags of a false placement in this window, None if there is no room for one.
+    """Token flags of a false placement in this window, or None if there is no room for one.
 
-    The runs have the number and lengths of the window's true runs, lie on admissible tokens, neither overlap nor touch,
-    and have the true run's form where there is room for it: they begin and end at the edge of a word, or within one, as it
-    does, and hold letters or none. Else a mark that splits a word, or stands on a comma, would be known for a false one
-    by its looks. Each start is drawn from ``starts`` (see
-    ``start_counts``) among those still possible. Where none of the possible starts ever occurs, a start is drawn
-    from ``starts`` all the same and the nearest possible one is taken, so the placement stays as close as it can.
+    The false runs have the number and lengths of the window's true runs, lie on admissible tokens, and neither overlap nor
+    touch. Where there is room, a false run also has the form of its true run: it begins and ends at the edge of a word or
+    within a word as the true run does, and contains letters exactly if the true run does. Otherwise a mark that splits a
+    word or covers a comma could be recognised as false by its appearance.
 
-    False marks keep one word away from active tokens (a feature's activation often spills over to the next word, and a
-    mark there would be half right), unless that would cost more than a fifth of the places where true marks stand:
-    being placed alike comes first.
+    Each start is drawn among those still possible, with the frequencies in ``starts`` (see ``start_counts``). If all of
+    these have frequency 0, a start is drawn from the whole of ``starts`` and the nearest possible one is used.
+
+    False marks stay one word away from active tokens, because activation often spills over to the next word and a mark
+    there would be half right. The margin is dropped where it excludes more than a fifth of the true marks' starts, since
+    matching their positions matters more, or where it leaves no room.
     """
     flags = true_marks(example, threshold)
     forms = _Forms(example)
@@ -101,7 +102,7 @@ def false_marks(
 
 
 def _mass(free: NDArray[np.bool_], starts: NDArray[np.int64]) -> int:
-    """How many of the true marks start where these tokens are."""
+    """The number of true marks that start at the positions of the free tokens."""
     padded = np.zeros(len(free), dtype=np.int64)
     shared = min(len(free), len(starts))
     padded[:shared] = starts[:shared]
@@ -109,7 +110,7 @@ def _mass(free: NDArray[np.bool_], starts: NDArray[np.int64]) -> int:
 
 
 class _Forms:
-    """What the runs of tokens of a window look like, whatever they say."""
+    """The forms of runs of tokens in a window, that is, how they look regardless of their meaning."""
 
     def __init__(self, example: Example) -> None:
         self._text, self._bounds = example.text, token_spans(example.tokens)
@@ -118,7 +119,7 @@ class _Forms:
         self._known: dict[Span, Form] = {}
 
     def of(self, start: int, end: int) -> Form:
-        """Of the tokens from ``start`` to ``end``: blank; with letters; begins within a word; ends within one."""
+        """Whether tokens ``start`` to ``end`` are blank, contain letters, begin within a word, end within a word."""
         if (start, end) not in self._known:
             a, b = self._bounds[start][0], self._bounds[end - 1][1]
             letters = any(place in self._letters for place in range(a, b))
@@ -133,7 +134,7 @@ def _place(
     starts: NDArray[np.int64],
     generator: np.random.Generator,
 ) -> NDArray[np.bool_] | None:
-    """One random attempt at all runs, None if one of them finds no place."""
+    """One random attempt to place all runs; None if there is no place left for one of them."""
     marked = np.zeros(len(free), dtype=bool)
     room = free.copy()
     for length, form in shapes:

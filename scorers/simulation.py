@@ -2,8 +2,8 @@
 
 A judge that can simulate predicts the activation of every token of windows where the feature fires and of windows
 verified inactive. The score is Pearson's correlation of predictions with true activations over all tokens of all windows
-of a feature, so the unit of the predictions does not matter, and windows where the feature is silent count. Each window
-is one judgement and carries the sums that the correlation is made of. Knows nothing of any judge; reads and writes nothing.
+of a feature, inactive windows included, so the unit of the predictions does not matter. Each window is one judgement and
+carries the sums from which the correlation is computed. Does not depend on any particular judge; reads and writes nothing.
 
 Source: Bills et al. 2023, "Language models can explain neurons in language models" (OpenAI).
 """
@@ -21,15 +21,17 @@ from scorers.trials import generator
 
 __all__ = ["SimulationScorer", "moments"]
 
-_LARGEST = 1e100  # the square of a larger prediction is no finite number
+_LARGEST = 1e100  # keeps the sums of squares of predictions finite
 
 
 class SimulationScorer:
-    """``n_windows``: at most so many positives, and as many negatives; None takes all there are.
+    """Scores by simulation.
 
-    The default is less than detection's, because a simulation is dear (a prediction for every token, a request for every
-    window) and features differ by far more than samples of their windows do: with 50 instead of 20, the standard error of
-    a mean over features was 2% smaller.
+    ``n_windows``: the largest number of positives, and of negatives; None uses all.
+
+    The default is below detection's because simulation is expensive (one request per window, one prediction per token) and
+    scores vary far more between features than between samples of a feature's windows: with 50 windows instead of 20, the
+    standard error of a mean over features was only 2% smaller.
     """
 
     name = "simulation"
@@ -62,7 +64,7 @@ class SimulationScorer:
         return []
 
     def _windows(self, examples: ScoreExamples) -> list[Example]:
-        """The same windows for every repeat, in an order of its own for each."""
+        """The windows to simulate: the same ones for every repeat, shuffled anew for each."""
         test = examples.test
         chosen = [
             *self._chosen("positives", test.positives, examples),
@@ -73,7 +75,7 @@ class SimulationScorer:
         return [ordered[index] for index in generator(examples.seed, *names).permutation(len(ordered))]
 
     def _chosen(self, kind: str, windows: Sequence[Example], examples: ScoreExamples) -> list[Example]:
-        """``n_windows`` of them at random, as evenly over the deciles as can be."""
+        """A random sample of ``n_windows`` windows, spread as evenly over the deciles as possible."""
         ordered = sorted(windows, key=lambda example: example.window)
         random = generator(examples.seed, examples.source, examples.feature, self.name, kind)
         shuffled = [ordered[index] for index in random.permutation(len(ordered))]

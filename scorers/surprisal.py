@@ -1,8 +1,8 @@
 """Surprisal: does the explanation lower the subject model's loss more on windows where the feature fires than elsewhere?
 
-The windows are detection's; the judge is the subject model itself (``scorers.judges.subject``), which is not asked
-anything: its confidence is by how many nats a token the explanation makes the window more expected.
-With a small subject model the other direction tells features apart better; it is the option ``explanation``.
+The windows are those of detection. The judge is the subject model itself (``scorers.judges.subject``), which answers no
+questions: its confidence is the decrease of the window's loss, in nats per token, when the explanation precedes it. With a
+small subject model the opposite direction (``direction="explanation"``) separates features better.
 
 Source: surprisal scoring in Paulo et al. 2024, arXiv 2410.13928.
 """
@@ -20,7 +20,7 @@ Direction: TypeAlias = Literal["text", "explanation"]
 
 
 class SurprisalScorer(DetectionScorer):
-    """``direction``: what is to be more expected, the window's "text" by the explanation or the "explanation" by it."""
+    """``direction``: whose loss is measured, that of the window's "text" or that of the "explanation" after the window."""
 
     name = "surprisal"
     version = "1"

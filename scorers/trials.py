@@ -1,6 +1,6 @@
-"""What every scorer does around its own idea: order the questions, ask the judge, hold the answers against the labels.
+"""The steps that scorers share: order the questions, ask the judge, compare the answers with the labels.
 
-A trial is one question with its label; the judge gets the question only. Pure but for the judge that is handed in.
+A trial is one question with its label; the judge sees only the question. Pure except for calls to the judge passed in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Trial", "TrialScorer", "generator", "hold_test", "shuffle"]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One window under test. ``reason`` is set where no question could be made of it: it is reported, not asked."""
+    """One window under test. ``reason`` is set if no question could be made of it: it is then reported but not asked."""
 
     window: int
     label: bool
@@ -36,19 +36,19 @@ class Trial:
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """The random generator of (seed, names): the same for the same names, whatever else is drawn."""
+    """The random generator for (seed, names), independent of anything else that is drawn."""
     text = "\x1f".join([str(seed), *map(str, names)])
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big"))
 
 
 def shuffle(trials: Sequence[Trial], seed: int, *names: str | int) -> list[Trial]:
-    """The trials in an order that depends on (seed, names) and the set of windows, not on their order here."""
+    """The trials in an order that depends on (seed, names) and the set of windows, not on the order of ``trials``."""
     ordered = sorted(trials, key=lambda trial: (trial.window, trial.label))
     return [ordered[index] for index in generator(seed, *names).permutation(len(ordered))]
 
 
 class TrialScorer(ABC):
-    """A scorer that is a list of trials. A subclass says which; the calibration's are made as the test's."""
+    """A scorer defined by a list of trials. A subclass makes the trials, for the test and the calibration alike."""
 
     name: str
     version: str
@@ -59,7 +59,7 @@ class TrialScorer(ABC):
         return await hold_test(self.name, self.version, explanation, judge, test, calibration)
 
     def items(self, examples: ScoreExamples) -> Sequence[JudgeItem]:
-        """Every item a judge may be asked for these examples, for judges that prepare in bulk."""
+        """Every item that a judge may be asked about for these examples, for judges that prepare in bulk."""
         trials = [*self._trials(examples, "test"), *self._trials(examples, "calibration")]
         return [trial.item for trial in trials if trial.item is not None]
 
@@ -68,7 +68,7 @@ class TrialScorer(ABC):
         """The trials of one part of the examples, "test" or "calibration", in the order they are asked."""
 
     def _shuffle(self, trials: Sequence[Trial], examples: ScoreExamples, part: str) -> list[Trial]:
-        """In an order of its own for every feature, scorer, part and repeat."""
+        """The trials in an order drawn separately for every feature, scorer, part and repeat."""
         again = [f"repeat {examples.repeat}"] if examples.repeat else []
         return shuffle(trials, examples.seed, examples.source, examples.feature, self.name, part, *again)
 
@@ -83,7 +83,7 @@ async def hold_test(
 ) -> Score:
     """The score of one test: one judgement per trial, in the order of the trials.
 
-    Answers without a match get one from a cut-off fitted on ``calibration``, which is asked only if there are such.
+    Answers without a match get one from a cut-off fitted on ``calibration``, which is asked only if there are such answers.
     """
     answers = await _ask(judge, explanation.text, test)
     cutoff = None
@@ -109,7 +109,7 @@ async def hold_test(
 
 
 async def _ask(judge: Judge, explanation: str, trials: Sequence[Trial]) -> list[Answer]:
-    """One answer per trial; unscored where the judge gave the wrong number of them, or there was nothing to ask."""
+    """One answer per trial; unscored if there was nothing to ask or the judge returned the wrong number of answers."""
     asked = [trial.item for trial in trials if trial.item is not None]
     answers = list(await judge.judge(explanation, asked)) if asked else []
     if len(answers) != len(asked):
@@ -120,7 +120,7 @@ async def _ask(judge: Judge, explanation: str, trials: Sequence[Trial]) -> list[
 
 
 def _sound(answer: Answer) -> Answer:
-    """The answer, unscored with a reason if it says nothing usable."""
+    """The answer, or an unscored one with a reason if it has no usable value."""
     if answer.match is None and answer.reason is None and answer.confidence is None:
         return replace(answer, reason="the judge gave neither a match nor a confidence")
     numbers = (answer.confidence, answer.probability)

@@ -10,6 +10,7 @@ import typer
 
 from evalkit.cli.console import STDERR, progress_bars
 from evalkit.cli.options import ContextLength, Corpus, Device, Dtype, Split, TextField
+from evalkit.config import defaults
 from evalkit.errors import require
 
 __all__ = ["register"]
@@ -67,21 +68,21 @@ def inspect(
         int, typer.Option(help="Token features of `ranks`, latents of `sae`.", rich_help_panel=_WHAT)
     ] = 50,
     seed: Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_WHAT)] = 0,
-    corpus: Corpus = "bundled:demo",
+    corpus: Corpus = defaults.CORPUS,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the corpus to encode.", rich_help_panel=_TEXT)] = 100_000,
     fit_tokens: Annotated[
         int, typer.Option(help="Tokens that FVU, densities and losses are measured on.", rich_help_panel=_TEXT)
     ] = 8192,
-    text_field: TextField = "text",
-    split: Split = "train",
-    context_length: ContextLength = 128,
+    text_field: TextField = defaults.TEXT_FIELD,
+    split: Split = defaults.SPLIT,
+    context_length: ContextLength = defaults.CONTEXT_LENGTH,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Folder of codes, tables and figures; default: runs/inspect-NAME.", rich_help_panel="Speed and place"
         ),
     ] = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = defaults.DTYPE,
     device: Device = "auto",
     format: Annotated[str, typer.Option("--format", "-f", help="markdown, csv or json.")] = "markdown",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evalkit.config.defaults import N_FEATURES
 from evalkit.errors import BadConfig, MissingFile
 
 __all__ = ["Choice", "parse_features"]
@@ -33,7 +34,7 @@ class Choice:
         return {"n_features": self.n, "feature_ids": self.ids, "density_band": self.band}
 
 
-def parse_features(text: str | int, default: int = 50) -> Choice:
+def parse_features(text: str | int, default: int = N_FEATURES) -> Choice:
     """``50``, ``ids:0-99,512``, ``file:PATH`` (ids by line, comma or blank), ``density:LOW..HIGH[:N]``.
 
     Raises BadConfig, MissingFile.

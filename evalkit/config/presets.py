@@ -84,10 +84,10 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find_preset(name: str | None) -> Preset | None:
-    """The preset of this name; None for None. Raises BadConfig."""
+def find_preset(name: object) -> Preset | None:
+    """The preset of this name, None for None. Raises BadConfig for an unknown name."""
     if name is None:
         return None
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise BadConfig("preset", expected=f"one of {', '.join(PRESETS)}", seen=repr(name), fix="use one of these")
     return PRESETS[name]

@@ -1,7 +1,7 @@
-"""What a run is: the options that decide its results, checked where they enter.
+"""The options of a run, their defaults and their checks.
 
-Knows names and numbers only; opens no file but the TOML it is asked to read. What changes speed but never results
-(batch size, device, progress) is not part of a run's identity.
+The defaults are in ``defaults``. Knows names and numbers only; opens no file except the TOML file given to
+``read_toml``.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from evalkit.config import defaults
+from evalkit.config.option_errors import bad_option
 from evalkit.config.presets import find_preset
 from evalkit.errors import BadConfig, MissingFile
 
 __all__ = ["CONTROLS", "NULL_SOURCES", "PROTOCOL_VERSION", "DictionarySpec", "RunConfig", "read_toml"]
 
-PROTOCOL_VERSION = "2"  # raised whenever the same configuration would give other numbers
+PROTOCOL_VERSION = "2"  # to be raised whenever the same configuration gives other numbers
 Control: TypeAlias = Literal["shuffled", "random-directions", "random-codes", "planted", "permuted", "lexical"]
-CONTROLS: tuple[Control, ...] = ("shuffled", "random-directions", "random-codes", "planted", "permuted", "lexical")
-NULL_SOURCES: tuple[Control, ...] = (
-    "random-directions",
-    "random-codes",
-    "planted",
-    "permuted",
-)  # dictionaries of their own
+CONTROLS: tuple[Control, ...] = defaults.CONTROLS
+# The controls that are dictionaries of their own.
+NULL_SOURCES: tuple[Control, ...] = ("random-directions", "random-codes", "planted", "permuted")
 
-_FREE = {
+# Not part of a run's identity: what records are keyed by anyway, what limits spending, and what changes speed only.
+_OUTSIDE_IDENTITY = {
     *("explainers", "judges", "scorers", "repeats", "client", "client_options", "batch_size", "device"),
     *("cache", "prices", "max_calls", "max_cost", "force"),
 }
@@ -37,7 +36,7 @@ Way: TypeAlias = Literal["deciles", "top", "random", "importance", "mixed"]  # s
 
 
 class DictionarySpec(BaseModel):
-    """A dictionary with options of its own, which win over the run's. Each format takes of them what it knows."""
+    """A dictionary with options of its own, which override the run's. A format uses those that it knows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,53 +60,54 @@ class DictionarySpec(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """One run. Counts are per feature and per pool unless said; lengths are in tokens.
+    """The options of one run. Counts are per feature and per pool unless noted; lengths are in tokens.
 
-    ``model`` is the subject model, which dumps with ready examples do without.
-    ``dictionaries`` are paths, hub ids or ``bundled:NAME`` patterns, with options of their own where they need some
-    (``DictionarySpec``); ``judges``, ``explainers``, ``scorers`` and
-    ``client`` are registered names, with options where they take some (``llm:single``, ``openai:MODEL``). ``repeats``: how
-    often judges that ask a model are asked. What records are keyed by (explainers, judges, scorers, repeats), what is spent
-    (cache, prices, max_calls, max_cost in US dollars) and what changes speed only (batch_size, device) is not part of a
-    run's identity: it may differ from one command to the next.
-    ``feature_ids`` and ``density_band`` choose the features (see ``feature_choice``); ``transform`` replaces the input
-    transform that dictionaries declare; ``force`` goes on where the fit check refuses one. ``preset`` sets what is not
-    given as another harness does, and how tables count (``presets``).
+    model: the subject model; not needed for dumps with ready examples.
+    dictionaries: paths, hub ids or ``bundled:NAME`` patterns; a ``DictionarySpec`` to give one options of its own.
+    transform: replaces the input transform that the dictionaries declare.
+    n_features, feature_ids, density_band: which features are scored (see ``feature_selection``).
+    explainers, judges, scorers, client: registered names, with options where they take some (``llm:single``).
+    repeats: how many times judges that ask a language model are asked.
+    max_calls, max_cost: limits on requests and on US dollars.
+    preset: takes the values of another protocol for options that are not given, and its way to count (see ``presets``).
+    force: continue with dictionaries that fail the fit check; their results are marked.
+
+    The options in ``_OUTSIDE_IDENTITY`` may differ from one command to the next on the same run folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
     dictionaries: tuple[str | DictionarySpec, ...] = Field(min_length=1)
-    corpus: str = "bundled:demo"
+    corpus: str = defaults.CORPUS
     revision: str | None = None
-    text_field: str = "text"
-    split: str = "train"
+    text_field: str = defaults.TEXT_FIELD
+    split: str = defaults.SPLIT
     site: str | None = None
     format: str | None = None
     transform: str | None = None
-    depths: tuple[Count, ...] = (16, 64, 256)
-    density: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    depths: tuple[Count, ...] = defaults.DEPTHS
+    density: Annotated[float, Field(gt=0, lt=1)] = defaults.DENSITY
 
     max_tokens: Count | None = None
-    context_length: Annotated[int, Field(ge=8)] = 128
-    window_length: Annotated[int, Field(ge=4)] = 32
+    context_length: Annotated[int, Field(ge=8)] = defaults.CONTEXT_LENGTH
+    window_length: Annotated[int, Field(ge=4)] = defaults.WINDOW_LENGTH
     skip_first: Annotated[int, Field(ge=0)] = 1
     calibration_contexts: Annotated[int, Field(ge=8)] = 256
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = defaults.DTYPE
 
-    n_features: Count = 50
+    n_features: Count = defaults.N_FEATURES
     feature_ids: tuple[str, ...] | None = None
     density_band: tuple[float, float] | None = None
-    n_explain: Count = 40
-    explain_by: Way = "deciles"
-    n_positives: Annotated[int, Field(ge=2)] = 50
-    positives_by: Way = "deciles"
-    n_negatives: Annotated[int, Field(ge=2)] = 50
+    n_explain: Count = defaults.N_EXPLAIN
+    explain_by: Way = defaults.EXPLAIN_BY
+    n_positives: Annotated[int, Field(ge=2)] = defaults.N_POSITIVES
+    positives_by: Way = defaults.POSITIVES_BY
+    n_negatives: Annotated[int, Field(ge=2)] = defaults.N_NEGATIVES
     explainers: tuple[str, ...] = ("words",)
     judges: tuple[str, ...] = ("embedding",)
     scorers: tuple[str, ...] = ("detection", "fuzzing")
-    repeats: Count = 1
+    repeats: Count = defaults.REPEATS
     client: str | None = None
     client_options: dict[str, Any] = Field(default_factory=dict)
     cache: Path | None = None
@@ -116,17 +116,17 @@ class RunConfig(BaseModel):
     max_cost: Annotated[float, Field(ge=0)] | None = None
     controls: tuple[Control, ...] = CONTROLS
     embedding_model: str | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     preset: str | None = None
 
-    batch_size: Count = 16
-    device: str = "auto"
+    batch_size: Count = defaults.BATCH_SIZE
+    device: str = defaults.DEVICE
     force: bool = False
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """What a preset sets, where it is not given."""
+    def _fill_from_preset(cls, given: Any) -> Any:
+        """The given options, and the preset's values for those that are not given."""
         if isinstance(given, dict) and (preset := find_preset(given.get("preset"))) is not None:
             return {**preset.options, **given}
         return given
@@ -134,33 +134,35 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.window_length + self.skip_first > self.context_length:
-            raise ValueError(
-                f"window_length {self.window_length} + skip_first {self.skip_first} exceeds "
-                f"context_length {self.context_length}"
+            raise BadConfig(
+                "window_length",
+                expected=f"windows that fit into a context of {self.context_length} tokens",
+                seen=f"window_length {self.window_length} + skip_first {self.skip_first}",
+                fix="use shorter windows or a longer --context-length",
             )
         if self.feature_ids is not None and len(self.feature_ids) != self.n_features:
-            raise ValueError(f"{len(self.feature_ids)} feature_ids and n_features {self.n_features}")
+            raise BadConfig(
+                "feature_ids",
+                expected=f"as many ids as n_features, {self.n_features}",
+                seen=f"{len(self.feature_ids)} ids",
+                fix="set n_features to the number of ids",
+            )
         if len(set(self.depths)) != len(self.depths):
-            raise ValueError(f"depths {self.depths} repeat")
+            raise BadConfig(
+                "depths", expected="each depth once", seen=f"{self.depths}", fix="remove the repeated depths"
+            )
         return self
 
     @classmethod
     def create(cls, **options: Any) -> RunConfig:
-        """A checked configuration. Raises BadConfig with the option, what was expected and what was seen."""
+        """A checked configuration. Raises BadConfig, which names the option."""
         try:
             return cls(**options)
         except ValidationError as error:
-            first = error.errors()[0]
-            option = ".".join(str(part) for part in first["loc"] if part not in ("str", "DictionarySpec")) or "options"
-            raise BadConfig(
-                option,
-                expected=first["msg"].removeprefix("Value error, "),
-                seen=repr(first.get("input"))[:80] if first["loc"] else "this combination",
-                fix="see `evalkit run --help`",
-            ) from error
+            raise bad_option(error, cls.model_fields, DictionarySpec.model_fields) from error
 
     def subject(self) -> str:
-        """The subject model, where one is needed. Raises BadConfig."""
+        """The subject model. Raises BadConfig if the run names none."""
         if not self.model:
             raise BadConfig(
                 "model",
@@ -171,17 +173,17 @@ class RunConfig(BaseModel):
         return self.model
 
     def specs(self) -> tuple[DictionarySpec, ...]:
-        """Every dictionary with its options, the run's where it has none of its own."""
-        common = ("site", "format", "transform", "depths", "density", "revision")
-        found = []
-        for one in self.dictionaries:
-            own = {"path": one} if isinstance(one, str) else one.model_dump(exclude_none=True)
-            run = {name: value for name in common if (value := getattr(self, name)) is not None}
-            found.append(DictionarySpec(**{**run, **own}))
-        return tuple(found)
+        """Every dictionary with its options: its own ones, else the run's."""
+        shared = ("site", "format", "transform", "depths", "density", "revision")
+        inherited = {name: value for name in shared if (value := getattr(self, name)) is not None}
+        own_options = [
+            {"path": dictionary} if isinstance(dictionary, str) else dictionary.model_dump(exclude_none=True)
+            for dictionary in self.dictionaries
+        ]
+        return tuple(DictionarySpec(**{**inherited, **own}) for own in own_options)
 
     def counts(self) -> dict[str, Any]:
-        """How many windows a feature gets, and which: the fields of ``sampling.Counts``."""
+        """How many windows a feature gets, and how they are chosen: the fields of ``sampling.Counts``."""
         return {
             "explain": self.n_explain,
             "positives": self.n_positives,
@@ -191,10 +193,10 @@ class RunConfig(BaseModel):
         }
 
     def identity(self) -> dict[str, Any]:
-        """The part that decides results, as JSON types."""
+        """The options that decide the results, as JSON types: what a run folder is checked against."""
         return {
             "protocol": PROTOCOL_VERSION,
-            **self.model_dump(mode="json", exclude=_FREE),
+            **self.model_dump(mode="json", exclude=_OUTSIDE_IDENTITY),
         }
 
 

@@ -1,9 +1,8 @@
-"""The client that asks in batches: all that a stage wants to know goes up in one file and is answered within a day.
+"""The client for the Batch API: all requests of a stage are uploaded in one file and answered within a day.
 
-Requests are collected until no more come, put into batches, handed in and looked at now and then; what comes back is
-recorded under the same keys as answers of the client ``openai``, so that either can go on where the other stopped. What
-was handed in stands in a ledger beside the recording, and is never handed in again. The first request of every form is
-asked at once, without a batch: a wrong key, name or parameter then shows in a second and not in a day.
+Requests are collected until no more come, cut into batches, submitted and polled. Answers are recorded under the same keys
+as those of the client ``openai``, so that either client can resume the work of the other. Submitted batches are written
+down in a ledger beside the recording, and are never submitted again. ``probe`` sends the first request of every form alone.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, RequestRefused
+from evalkit.errors import BadConfig, NoAnswer, RequestRefused
 from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded
 from evalkit.llm.clients.batch.api import BatchApi, TooLarge
-from evalkit.llm.clients.batch.jsonl import cut_batch, form_of
+from evalkit.llm.clients.batch.jsonl import cut_batch
 from evalkit.llm.clients.batch.ledger import Batch, Ledger
 from evalkit.llm.clients.batch.poller import Follower, Result
+from evalkit.llm.clients.batch.probe import Probe, left_open
 from evalkit.llm.clients.batch.sizing import Room
 from evalkit.llm.clients.openai import OpenAIClient
 from evalkit.llm.clients.server.dialects import Constraints, Dialect
@@ -31,21 +32,26 @@ from evalkit.records import Message, Response
 __all__ = ["OpenAIBatchClient"]
 
 _LOG = logging.getLogger(__name__)
+_expect = partial(expect, client="openai-batch")
 Record: TypeAlias = Callable[[Sequence[tuple[KeyedRequest, Recorded]]], None]
 
 
 class OpenAIBatchClient:
-    """Asks ``model`` through the Batch API of the server at ``base_url``, one only; default the hosted API of OpenAI.
+    """Sends requests to ``model`` through the Batch API of one server, by default the hosted API of OpenAI.
 
-    ``probe``: ask the first request of every form without a batch. ``quiet_s``: requests are handed in when for so long
-    none was added. ``look_every_s``: at a batch. ``max_requests`` and ``max_bytes`` of one batch; more become several.
-    ``max_attempts``: batches that a request goes into before it is given up. ``window``: within which the server works a
-    batch off. ``listed_within_s``: so soon after it was made the server lists a batch. ``concurrency``: requests that are
-    collected or in batches at the same time. The others as in the client ``openai``. Raises BadConfig, MissingExtra.
+    ``probe``: whether to send the first request of every form without a batch.
+    ``quiet_s``: collected requests are submitted once no new one has come for this time.
+    ``look_every_s``: time between two polls of a batch.
+    ``max_requests``, ``max_bytes``: limits of one batch; what exceeds them goes into further batches.
+    ``max_attempts``: batches that a request goes into before it fails.
+    ``window``: the time within which the server completes a batch, as the Batch API spells it.
+    ``listed_within_s``: the longest time after its creation until the server lists a batch.
+    ``concurrency``: limit of requests that are collected or in batches at the same time.
+    The other options are those of the client ``openai``. Raises BadConfig, MissingExtra.
     """
 
     main_option = "model"
-    in_process = True  # batches go on without us
+    in_process = True  # the server completes batches without this process
     batched = True
 
     def __init__(
@@ -97,26 +103,23 @@ class OpenAIBatchClient:
         (self._url,) = self._endpoint.urls
         self.name, self.concurrency = self._endpoint.name, concurrency
         self._dialect: Dialect = self._online.dialects[self._url]
-        self._probes, self._quiet_s, self._look_every_s = probe, quiet_s, look_every_s
+        self._probe_first, self._quiet_s, self._look_every_s = probe, quiet_s, look_every_s
         self._most_requests, self._most_bytes = max_requests, max_bytes
         self._max_attempts, self._timeout_s = max_attempts, timeout_s
         self.window, self._terms = window, (window, listed_within_s)
         self._path: Path | None = None
         self._record: Record = lambda answers: None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._answers: dict[str, asyncio.Future[Response]] = {}  # that somebody waits for
-        self._known: dict[str, Response | Exception] = {}  # what came when nobody waited for it
-        self._waiting: dict[str, KeyedRequest] = {}  # collected, in the order of asking
-        self._batches: dict[str, Batch] = {}  # handed in, or about to be
+        self._answers: dict[str, asyncio.Future[Response]] = {}  # by key, what callers await
+        self._known: dict[str, Response | Exception] = {}  # by key, results that no caller awaited
+        self._waiting: dict[str, KeyedRequest] = {}  # collected, in the order of the calls
+        self._batches: dict[str, Batch] = {}  # by name: submitted, or about to be
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
-        self._stopped: dict[str, Batch] = {}  # by request: batches not known to be over, that nobody follows
-        self._probed: str | None = None  # the request that is asked without a batch now
-        self._room = Room(max_requests)
-        self._left = False
+        self._stopped: dict[str, Batch] = {}  # by key of a request: batches that may not have ended and are not polled
 
     def keep_in(self, path: Path, record: Record) -> None:
-        """Write what is handed in down in the ledger at ``path``, and hand all answers to ``record``, asked for or not."""
+        """Keep the ledger at ``path``, and call ``record`` with every answer, even if no caller awaits it."""
         self._path, self._record = path, record
 
     async def generate(
@@ -130,31 +133,31 @@ class OpenAIBatchClient:
         seed: int | None = None,
         max_tokens: int,
     ) -> Response:
-        """One reply, when its batch is done. Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown, StorageError."""
+        """One reply, once its batch has ended. Raises the errors of ``OpenAIClient.generate``, and StorageError."""
         content = GenerateRequest(
             messages, schema=schema, choices=choices, regex=regex, logprobs=logprobs, seed=seed, max_tokens=max_tokens
         )
         request = KeyedRequest.of(self.name, content)
         self._open()
         if self._left:
-            raise _left()
+            raise left_open()
         known = self._known.get(request.key)
         if isinstance(known, Response):
             return known
-        if (stopped := self._stopped.get(request.key)) is not None:  # which may be answered by now
-            self._go_on(stopped)
+        if (stopped := self._stopped.get(request.key)) is not None:  # it may be answered by now
+            self._resume(stopped)
         elif known is not None:
             raise known
         answer = self._answers.get(request.key)
         if answer is None:
             answer = self._answers[request.key] = asyncio.get_running_loop().create_future()
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, if by nobody
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it
             if not any(request.key in batch.requests for batch in self._batches.values()):
                 self._collect(request)
         return await asyncio.shield(answer)
 
     def finish(self) -> None:
-        """Wait for nothing any more: NoAnswer to all who do. What was handed in is fetched by the next command."""
+        """Stop waiting: all callers get NoAnswer. The next command fetches the answers of submitted batches."""
         if self._loop is None or self._left:
             return
         self._left = True
@@ -162,18 +165,19 @@ class OpenAIBatchClient:
         if handed_in:
             count = sum(len(batch.requests) for batch in handed_in)
             told = (self._url, f"{count:,}", len(handed_in))
-            _LOG.warning("%s goes on with %s requests in batches (%d); the same command fetches their answers", *told)
+            _LOG.warning(
+                "%s keeps working on %s requests in batches (%d); the same command fetches their answers", *told
+            )
         for key in list(self._answers):
-            if key != self._probed:  # what is sent is paid for
-                self._resolve(key, _left())
+            if key != self._probe.in_flight:  # what is sent is paid for
+                self._resolve(key, left_open())
         for task in self._tasks:
-            if task is not self._handing_in or self._probed is None:
+            if task is not self._submitting or self._probe.in_flight is None:
                 task.cancel()
-        if self._probed is not None:
-            self._online.finish()
+        self._probe.finish()
 
     async def close(self) -> None:
-        """Leave what is handed in to the next command, and close ledger and connections."""
+        """Leave submitted batches to the next command, and close the ledger and the connections."""
         if self._loop is asyncio.get_running_loop():
             self.finish()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,23 +187,19 @@ class OpenAIBatchClient:
         await self._online.close()
 
     def _open(self) -> None:
-        """Ledger, connections and the following of open batches, for the running event loop."""
+        """Open the ledger and the connections for the running event loop, and start polling batches that have not ended."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
         self._ledger = Ledger(self._path, self.name, self._url)
-        learned = self._ledger.learned()
-        self._forms: set[str] = learned[1] if learned else set()
-        if learned and self._dialect.kind is None:
-            self._dialect.kind = learned[0].kind
-        self._dialect.refused |= learned[0].refused if learned else set()
+        self._probe = Probe(self._online, self._dialect, self._ledger, self._resolve)
         server = self._endpoint.server(self._url, self._dialect, self._timeout_s)
         self._api = BatchApi(server, self._endpoint.redact, self._endpoint.sdk, self._timeout_s, *self._terms)
         self._follower = Follower(
             self._api, self._ledger, self._endpoint, self._url, self._record, look_every_s=self._look_every_s
         )
         self._answers, self._known, self._waiting, self._batches, self._tasks = {}, {}, {}, {}, set()
-        self._attempts, self._stopped, self._probed = Counter(), {}, None
+        self._attempts, self._stopped = Counter(), {}
         self._added, self._ended = asyncio.Event(), asyncio.Event()
         self._left, self._room, self._loop = False, Room(self._most_requests), loop
         for url, count in self._ledger.elsewhere().items():
@@ -208,10 +208,10 @@ class OpenAIBatchClient:
         for batch in self._ledger.open_batches():
             self._batches[batch.name] = batch
             self._start(self._follow(batch))
-        self._handing_in = self._start(self._hand_in_for_ever())
+        self._submitting = self._start(self._submit_collected())
 
-    def _go_on(self, batch: Batch) -> None:
-        """Follow a batch again."""
+    def _resume(self, batch: Batch) -> None:
+        """Poll a batch again."""
         for key in batch.requests:
             self._stopped.pop(key, None)
             self._known.pop(key, None)
@@ -232,13 +232,13 @@ class OpenAIBatchClient:
         answer = self._answers.pop(key, None)
         self._waiting.pop(key, None)
         if answer is None:
-            self._known[key] = result  # who asks later may have looked into the recording a moment too early
+            self._known[key] = result  # a later caller may have looked into the recording too early
         elif isinstance(result, Exception):
             answer.set_exception(result)
         else:
             answer.set_result(result)
 
-    async def _hand_in_for_ever(self) -> None:
+    async def _submit_collected(self) -> None:
         while not self._left:
             await self._added.wait()
             while self._added.is_set() and len(self._waiting) < self._most_requests:
@@ -246,20 +246,20 @@ class OpenAIBatchClient:
                 await asyncio.sleep(self._quiet_s)
             self._added.clear()
             try:
-                await self._hand_in()
-            except Exception as error:  # whatever it is, all who wait must hear of it
+                await self._submit()
+            except Exception as error:  # of any kind: without it the callers would wait for ever
                 for key in list(self._waiting):
                     self._resolve(key, error)
 
-    async def _hand_in(self) -> None:
-        """All that was collected, batch by batch."""
-        if self._probes:
-            await self._probe()
+    async def _submit(self) -> None:
+        """Submit everything that was collected, batch by batch."""
+        if self._probe_first:
+            await self._probe.run(self._waiting)
             if self._left:
                 return
         elif self._dialect.kind is None:
             await self._api.look()
-        left = len(self._waiting)  # what is collected meanwhile may be the beginning of more
+        left = len(self._waiting)  # requests collected meanwhile wait for their own quiet time
         while left > 0:
             while self._room.alone and self._batches:  # the server has no room for a second one
                 self._ended.clear()
@@ -272,9 +272,9 @@ class OpenAIBatchClient:
             left -= len(batch.requests)
             for key in batch.requests:
                 del self._waiting[key]
-            await self._hand_in_one(batch)
+            await self._submit_batch(batch)
 
-    async def _hand_in_one(self, batch: Batch) -> None:
+    async def _submit_batch(self, batch: Batch) -> None:
         self._batches[batch.name] = batch
         try:
             self._ledger.write(batch)
@@ -291,7 +291,7 @@ class OpenAIBatchClient:
             raise
 
     def _smaller(self, batch: Batch, reason: str) -> None:
-        """Its requests go into smaller batches."""
+        """Put the requests of a batch that is too large into smaller ones."""
         if len(batch.requests) == 1:
             (key,) = batch.requests
             fix = "use fewer examples, or smaller ones"
@@ -303,67 +303,31 @@ class OpenAIBatchClient:
         for request in batch.requests.values():
             self._collect(request)
 
-    async def _probe(self) -> None:
-        """Ask the first request of every form that is not known to be answered. Raises ClientDown."""
-        firsts: dict[str, KeyedRequest] = {}
-        for request in self._waiting.values():
-            firsts.setdefault(form_of(request), request)
-        for form, request in firsts.items():
-            if form in self._forms:
-                continue
-            content = request.content()
-            self._probed = request.key
-            try:
-                response = await self._online.generate(content.messages, **content.options())
-            except (ClientDown, NoAnswer) as error:
-                if self._left:
-                    self._resolve(request.key, _left())
-                    return
-                if isinstance(error, ClientDown):
-                    raise
-                _LOG.info("%s; its batch will show", error)
-                continue
-            except ClientError as error:
-                self._resolve(request.key, error)
-            else:
-                self._resolve(request.key, response)
-            finally:
-                self._probed = None
-            self._forms.add(form)
-            self._ledger.learn(self._dialect, self._forms)
-            if self._left:
-                return
-
     async def _follow(self, batch: Batch) -> None:
-        """Until it has ended, and what came of it is where it belongs."""
+        """Poll a batch until it has ended, then resolve its requests."""
         try:
             result = await self._follower.follow(batch)
             self._drop(batch)
-            self._stop(batch)
             self._settle(batch, result)
-        except Exception as error:  # whatever it is, all who wait must hear of it, and who asks later
+        except Exception as error:  # of any kind: the callers, and later ones, must get it
             self._fail(batch, error)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         if not any(key in self._answers for key in batch.requests):
             _LOG.warning("batch %d: %s", batch.number, error)
         self._drop(batch)
-        self._stop(batch)
         for key in batch.requests:
             self._resolve(key, error)
 
-    def _stop(self, batch: Batch) -> None:
-        """Where a batch may still be answered, nothing of it is handed in again: who asks has it followed once more."""
+    def _drop(self, batch: Batch) -> None:
+        """Poll the batch no more. If it may still be answered, a later call for one of its requests resumes polling."""
+        self._batches.pop(batch.name, None)
+        self._ended.set()
         if not batch.ended:
             self._stopped |= dict.fromkeys(batch.requests, batch)
 
-    def _drop(self, batch: Batch) -> None:
-        self._batches.pop(batch.name, None)
-        self._ended.set()
-
     def _settle(self, batch: Batch, result: Result) -> None:
-        if {parameter for parameter in result.refused if self._dialect.refuse(parameter)}:
-            self._ledger.learn(self._dialect, self._forms)
+        self._probe.refuse(result.refused)
         for key, settled in result.settled.items():
             self._resolve(key, settled)
         if result.full:
@@ -373,22 +337,12 @@ class OpenAIBatchClient:
         else:
             self._room.took()
         for key, reason in result.again.items():
-            if key not in self._answers:  # an earlier command wanted to know; nobody does now
+            if key not in self._answers:  # requested by an earlier command only
                 continue
             self._attempts[key] += reason != ""
             if self._attempts[key] >= self._max_attempts:
                 expected = f"an answer in {self._max_attempts} batches"
-                fix = "see the reason; the same command tries again"
+                fix = "see the reason; the same command retries"
                 self._resolve(key, NoAnswer(self._url, expected=expected, seen=reason, fix=fix))
             else:
                 self._collect(batch.requests[key])
-
-
-def _expect(option: str, value: Any, holds: bool, expected: str) -> None:
-    expect(option, value, holds, expected, client="openai-batch")
-
-
-def _left() -> NoAnswer:
-    return NoAnswer(
-        "batches", expected="to wait for them", seen="the end of the command", fix="the same command goes on"
-    )

@@ -116,6 +116,7 @@ class OpenAIBatchClient:
         self._batches: dict[str, Batch] = {}  # by name: submitted, or about to be
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
+        self._left = False
         self._stopped: dict[str, Batch] = {}  # by key of a request: batches that may not have ended and are not polled
 
     def keep_in(self, path: Path, record: Record) -> None:
@@ -208,7 +209,7 @@ class OpenAIBatchClient:
         for batch in self._ledger.open_batches():
             self._batches[batch.name] = batch
             self._start(self._follow(batch))
-        self._submitting = self._start(self._submit_collected())
+        self._submitting: asyncio.Task[None] = self._start(self._submit_collected())
 
     def _resume(self, batch: Batch) -> None:
         """Poll a batch again."""

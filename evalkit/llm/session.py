@@ -1,7 +1,7 @@
 """The language model of a run: its client from the registry, behind the run's recording and budget.
 
-The one place that knows how the three are put together. Writes ``calls.sqlite`` in the run folder; whoever may still write
-an answer into it holds ``calls.lock``. A client that asks in batches (``batched``) keeps what it handed in beside it, in
+The only module that combines the three. Writes ``calls.sqlite`` in the run folder; every process that may still write an
+answer into it holds ``calls.lock``. A batch client (``batched``) keeps the batches that it submitted beside it, in
 ``batches.sqlite``.
 """
 
@@ -52,7 +52,7 @@ def client_part(config: RunConfig) -> registry.Part | None:
 
 
 def make_client(config: RunConfig) -> Client | None:
-    """The configured client, live or replaying. Reaches nobody. Raises PluginError, BadConfig, MissingExtra."""
+    """The configured client, live or replaying. Makes no API calls. Raises PluginError, BadConfig, MissingExtra."""
     part = client_part(config)
     if part is None:
         return None
@@ -61,21 +61,21 @@ def make_client(config: RunConfig) -> Client | None:
 
 
 def replays(config: RunConfig) -> bool:
-    """Whether the configured client answers from a recording by itself."""
+    """Whether the configured client is the one that answers from a recording."""
     part = client_part(config)
     return part is not None and part.name == "replay"
 
 
 def batched(config: RunConfig) -> bool:
-    """Whether the configured client asks in batches."""
+    """Whether the configured client submits its requests in batches."""
     part = client_part(config)
     return part is not None and bool(getattr(registry.load_class("clients", part.name), "batched", False))
 
 
 def price_of(config: RunConfig, model: str) -> Price | None:
-    """What the model's tokens cost, by the run's price file. Raises BadConfig where a limit on cost needs it.
+    """The price of the model's tokens in the run's price file, in batches for a batch client; None if it is not listed.
 
-    Of a client that asks in batches, what they cost there.
+    Raises BadConfig if it is not listed and the run has a limit on cost.
     """
     price = _listed_price(config, model)
     return price.in_batches() if price is not None and batched(config) else price
@@ -96,11 +96,11 @@ def _listed_price(config: RunConfig, model: str) -> Price | None:
 
 @asynccontextmanager
 async def open_client(config: RunConfig, store: RunStore, live: Client | None = None) -> AsyncIterator[Any]:
-    """The client that a run's explainers and judges ask, None without one. ``live``: the configured one, if made already.
+    """The client for a run's explainers and judges, None without one. ``live``: the configured client, if made already.
 
-    A live one is recorded in the run folder. What was sent when the block ends, well or not, is waited for and recorded,
-    and what it took is kept in the run's records. Batches are waited for where a limit on calls or cost ended the block;
-    elsewhere they are left to the next command.
+    A live client is recorded in the run folder. When the block ends, also by an error, requests in flight are awaited and
+    recorded, and their cost is written to the run's records. If an error ends the block, batches are awaited only where a
+    limit on calls or cost was reached; otherwise the next command fetches their answers.
     """
     live = make_client(config) if live is None else live
     if live is None:
@@ -114,7 +114,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         return
     price, listed = price_of(config, live.name), _listed_price(config, live.name)
     path = store.folder / RECORDING
-    async with AsyncExitStack() as ending:  # the last one first, each whatever happens to the others
+    async with AsyncExitStack() as ending:  # runs the callbacks in reverse order, each even if others fail
         lock = await lock_when_free(path.with_suffix(".lock"))
         ending.callback(os.close, lock)
         asked = _in_its_process(config, live, path, lock)
@@ -131,7 +131,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         before = client.spent()
         guard.spent_calls = before.calls
         guard.spent_cost = _spent_cost(listed, before)
-        if in_batches:  # another client asks these anew, and pays for them again
+        if in_batches:  # another client would send these again and pay again
             guard.count_under_way(handed_in)
         ending.callback(_keep_spending, store, client, listed)
         ending.push_async_callback(client.settle)
@@ -149,7 +149,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
 
 
 def _spent_cost(price: Price | None, spent: Spent) -> float:
-    """US dollars of earlier answers; by the length of their prompts where the server never tells what it took."""
+    """The cost of earlier answers in US dollars; estimated from prompt lengths if the server reports no usage."""
     if price is None:
         return 0.0
     if spent.calls and not spent.prompt_tokens:
@@ -159,7 +159,7 @@ def _spent_cost(price: Price | None, spent: Spent) -> float:
 
 
 def _leaves(error: BaseException, batched: bool) -> bool:
-    """Whether what can be left is left: on Ctrl-C, and of batches always but when they are all that a limit allows."""
+    """Whether to exit without waiting: on Ctrl-C; for batches, unless the budget was reached."""
     if not batched:
         return isinstance(error, asyncio.CancelledError)
     group = error if isinstance(error, BaseExceptionGroup) else BaseExceptionGroup("", [error])
@@ -167,7 +167,7 @@ def _leaves(error: BaseException, batched: bool) -> bool:
 
 
 def _in_its_process(config: RunConfig, live: Client, path: Path, lock: int) -> Client:
-    """The client in a process of its own, unless its model ends with this one anyway."""
+    """The client in a process of its own, unless it is one that runs in this process (``in_process``)."""
     part = client_part(config)
     if part is None or getattr(live, "in_process", False):
         return live

@@ -1,6 +1,6 @@
-"""Turns drawn windows into example records, and keeps them as parquet: one file per source, one for the windows' text.
+"""Turns drawn windows into example records, stored as parquet: one file per source, one for the text of the windows.
 
-Knows the layout of those files and nothing about how windows were drawn or will be used. Writes
+Knows the layout of these files; knows nothing of how windows are drawn or used. Writes
 ``examples/source-N.parquet`` (source, feature, role, rank, window, decile, activations) and ``examples/windows.parquet``
 (window, document, tokens).
 """
@@ -106,7 +106,7 @@ class ExampleStore:
         return self.folder / "windows.parquet"
 
     def write_source(self, source_index: int, source: str, rows: Sequence[ExampleRow]) -> None:
-        """One source's examples, whole or not at all."""
+        """Write one source's examples, atomically. Raises StorageError."""
         table = pa.table(
             {
                 "source": [source] * len(rows),
@@ -123,7 +123,7 @@ class ExampleStore:
             pq.write_table(table, temporary, compression="zstd")
 
     def write_windows(self, grid: Grid, rows: NDArray[np.int64], pieces: Callable[[int], tuple[str, ...]]) -> None:
-        """The text of the windows at these grid rows; ``pieces`` gives one window's tokens as text."""
+        """Write the text of the windows at these grid rows; ``pieces`` returns the text of a window's tokens."""
         table = pa.table(
             {
                 "window": grid.ids[rows],

@@ -1,4 +1,4 @@
-"""Chooses windows: which show a feature to an explainer, and which test the explanation.
+"""Draws windows: those that show a feature to an explainer, and those that test the explanation.
 
 Pure functions of numbers. Every draw is by hashed priority, so it does not depend on the order in which windows were
 found. Knows the grid, the activations and the counts asked for; knows no text. Reads and writes nothing.
@@ -26,7 +26,7 @@ _DECILES = 10
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many windows are wanted, per feature, and which of the active ones: ``explain_by``, ``positives_by``."""
+    """How many windows to draw per feature. ``explain_by``, ``positives_by``: how to draw active ones (see ``WAYS``)."""
 
     explain: int
     positives: int
@@ -91,7 +91,7 @@ def windows_of(activations: Activations, n_features: int, grid: Grid) -> list[Fe
 
 
 def spread(deciles: NDArray[np.int64], priorities: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """An order of the windows whose every prefix is spread over the deciles as evenly as they allow.
+    """An order of the windows in which every prefix covers the deciles as evenly as possible.
 
     Within a decile windows follow their priority; deciles take turns, the turn order inside a round being random too.
     """

@@ -47,14 +47,14 @@ _KNOWN = ".txt, .jsonl (either may be .gz), .parquet, .npy, .pt, .safetensors, a
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A corpus source that is there: its kind, its files in reading order, and the name to print."""
+    """An existing corpus source: its kind, its files in reading order, and the name to print."""
 
     name: str
     kind: Kind
     files: tuple[Path, ...] = ()
 
     def digest(self, *, split: str, revision: str | None) -> str:
-        """What identifies the content: a hash of the bytes of its files, or a hub id with revision and split."""
+        """An identifier of the content: a hash of the bytes of its files, or a hub id with revision and split."""
         if self.kind == "hub":
             return f"hub:{self.name}@{revision or 'main'}:{split}"
         total = hashlib.blake2b(digest_size=16)
@@ -65,7 +65,7 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """Find out what ``source`` is. Raises MissingFile, BadFile (a kind of file that is not known)."""
+    """Determine the kind and the files of ``source``. Raises MissingFile, BadFile (an unknown kind of file)."""
     text = str(source)
     if text.startswith("bundled:"):
         return _bundled(text)
@@ -124,7 +124,7 @@ def _unknown(path: Path) -> Kind:
 
 
 def _many(text: str, found: list[Path]) -> Located:
-    """All files of a folder or glob that are of one kind of text; a single matrix is fine too."""
+    """The corpus files of a folder or glob, all of one kind; a matrix must be the only file."""
     kinds: dict[Kind, list[Path]] = {}
     for path in found:
         if kind := _kind(path):

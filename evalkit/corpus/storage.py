@@ -1,4 +1,4 @@
-"""The files of a corpus: writes the token folder in one stroke, reads token matrices of others.
+"""The files of a corpus: writes the token folder atomically, reads token matrices made by other tools.
 
 Knows numpy, torch and safetensors files; no text and no tokenizer beyond its fingerprint. Never unpickles: ``.npy``
 with allow_pickle=False, ``.pt`` with weights_only=True.
@@ -72,11 +72,11 @@ class CorpusWriter:
         return len(self._lengths)
 
     def set_width(self, context_length: int) -> None:
-        """Another context length, before the first context."""
+        """Change the context length; only before the first context is written."""
         self._width = context_length
 
     def add(self, rows: NDArray[np.integer[Any]], document: int, length: int | None = None) -> None:
-        """Append contexts (n, width) of one document; all full unless ``length`` says how much of a single one is."""
+        """Append contexts (n, width) of one document. ``length``: tokens of a single context that is padded."""
         full = np.full((len(rows), self._width), self._pad_id, dtype=np.uint32)
         full[:, : rows.shape[1]] = rows
         assert self._stream is not None  # for the type checker: only used inside "with"
@@ -86,7 +86,7 @@ class CorpusWriter:
         self.n_tokens += len(rows) * (length or self._width)
 
     def finish(self, description: dict[str, Any]) -> None:
-        """Complete the files and put the folder in its place."""
+        """Complete the files and rename the folder to its final name."""
         assert self._stream is not None
         header = io.BytesIO()
         shape = (self.n_contexts, self._width)
@@ -112,7 +112,7 @@ class CorpusWriter:
         except OSError:
             if not (
                 self._folder / "corpus.json"
-            ).exists():  # else another process was faster: the caller opens its work
+            ).exists():  # otherwise another process finished first, and the caller opens its folder
                 raise
 
     def _storage(self, error: OSError) -> StorageError:
@@ -174,7 +174,7 @@ def _load_pt(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of everything that decides a tokenizer's ids, the same in every process."""
+    """A hash of everything that determines a tokenizer's ids, equal in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         state: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}

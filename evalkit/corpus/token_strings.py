@@ -1,7 +1,7 @@
 """Tokens as tools write them down (``Ġthe``, ``▁the``, ``Ċ``, ``<0x0A>``, ``âĢĻ``) to the text they stand for.
 
-Works from strings alone, without the tokenizer, so it decides by what stands in the text: one in which a token holds a
-space was cleaned already and keeps its Ġ and ▁. Knows no format and no model; reads and writes nothing.
+Works from strings alone, without the tokenizer. If any token contains a space, the text was decoded already, and Ġ and ▁
+are left unchanged. Knows no format and no model; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def text_pieces(tokens: Sequence[str]) -> tuple[str, ...]:
             return tuple(split_bytes([bytes_of_byte_level(token) for token in tokens]))
         if "▁" in text:
             tokens = [token.replace("▁", " ") for token in tokens]
-    pieces = _unbyted(tokens) if "<0x" in text else list(tokens)
-    return _mended(pieces) if _RAW.search(text) else tuple(pieces)
+    pieces = _decode_byte_tokens(tokens) if "<0x" in text else list(tokens)
+    return _decode_raw_bytes(pieces) if _RAW.search(text) else tuple(pieces)
 
 
-def _unbyted(tokens: Sequence[str]) -> list[str]:
+def _decode_byte_tokens(tokens: Sequence[str]) -> list[str]:
     """Runs of byte tokens (``<0xC3>``, ``<0xA9>``) to the characters they make."""
     pieces: list[str] = []
     for is_bytes, run in groupby(tokens, lambda token: _BYTE_TOKEN.fullmatch(token) is not None):
@@ -61,16 +61,16 @@ def _unbyted(tokens: Sequence[str]) -> list[str]:
     return pieces
 
 
-def _mended(pieces: list[str]) -> tuple[str, ...]:
-    """Runs of letters that are the bytes of characters, as byte-level tokenizers write them, put right."""
+def _decode_raw_bytes(pieces: list[str]) -> tuple[str, ...]:
+    """Decode runs of letters that stand for bytes of characters, as byte-level tokenizers write them."""
     text = "".join(pieces)
     owner = [place for place, piece in enumerate(pieces) for _ in piece]
-    mended = list(text)
+    decoded = list(text)
     for run in _RAW.finditer(text):
         data = [bytes([BYTES[letter]]) for letter in run[0]]
         if "\ufffd" not in b"".join(data).decode("utf-8", errors="replace"):
-            mended[run.start() : run.end()] = split_bytes(data)
+            decoded[run.start() : run.end()] = split_bytes(data)
     found = [""] * len(pieces)
-    for place, letter in zip(owner, mended, strict=True):
+    for place, letter in zip(owner, decoded, strict=True):
         found[place] += letter
     return tuple(found)

@@ -4,8 +4,8 @@ Knows tokenizers, not corpora or models; reads and writes nothing. Special token
 out by their mask). A character split over several byte-level tokens belongs to the first of them, the others are empty.
 What a decoder strips from the start of a text (the space that sentencepiece puts there) is missing from the first piece.
 
-One table of strings per tokenizer makes this fast. Whether the table speaks for the tokenizer is measured on random ids
-when it is made; if not (WordPiece, say), pieces are the differences between the decodings of growing prefixes.
+One table of strings per tokenizer makes this fast. The table is checked against the tokenizer on random ids when it is
+made; if they disagree (WordPiece, say), pieces are the differences between the decodings of growing prefixes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _width(data: bytes, offset: int) -> int:
 
 
 def _make_table(tokenizer: Any) -> _Table | None:
-    """The table of a tokenizer whose decoder is byte-level or sentencepiece's, None where it does not speak for it."""
+    """The table of a tokenizer whose decoder is byte-level or sentencepiece's, None if they disagree."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     byte_tokens = [name is not None and bool(_BYTE_TOKEN.fullmatch(name)) and name not in added for name in names]
@@ -124,12 +124,12 @@ def _make_table(tokenizer: Any) -> _Table | None:
         _Table(pieced, byte_tokens, strip_first_space=False),
         _Table(pieced, byte_tokens, strip_first_space=True),
     ):
-        if _speaks_for(table, tokenizer):
+        if _agrees_with(table, tokenizer):
             return table
     return None
 
 
-def _speaks_for(table: _Table, tokenizer: Any) -> bool:
+def _agrees_with(table: _Table, tokenizer: Any) -> bool:
     """Whether pieces of the table join to the tokenizer's decoding, on random ids with many rare ones among them."""
     draw = random.Random(0)
     size = len(tokenizer)

@@ -1,7 +1,7 @@
 """Cuts a corpus once into a fixed grid of windows, and its documents into two pools.
 
-Positives and negatives come from the same cells, so where a window is cut says nothing about its label. Knows tokens and
-documents; knows nothing about features. Reads the corpus in blocks; writes nothing.
+Positives and negatives come from the same cells, so the place of a cut carries no information about the label. Knows
+tokens and documents; knows nothing of features. Reads the corpus in blocks; writes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = 1024  # contexts read at a time
 
 
 class GridCorpus(Protocol):
-    """What the grid needs of a corpus."""
+    """The part of a corpus that the grid uses."""
 
     documents: NDArray[np.int64]
 
@@ -98,7 +98,7 @@ def _context_hashes(corpus: GridCorpus) -> NDArray[np.uint64]:
 
 
 def build_grid(corpus: GridCorpus, *, window_length: int, skip_first: int, seed: int) -> Grid:
-    """The grid of a corpus. Raises CorpusError when no usable window is left."""
+    """Build the grid of a corpus. Raises CorpusError if it has no usable window."""
     length = corpus.context_length
     cells = length // window_length
     rows = np.arange(corpus.n_contexts)

@@ -1,4 +1,4 @@
-"""Means over features with standard errors that know which judgements share a feature or a window.
+"""Means over features, with standard errors that account for judgements sharing a feature or a window.
 
 Pure. Takes the per-feature scores and influences of ``evalkit.stats.metrics``; knows nothing of dictionaries, the
 formulas of metrics, or data frames. A standard error here contains the spread over features and windows, not the one
@@ -21,7 +21,7 @@ from evalkit.stats.metrics import Scores
 
 __all__ = ["Estimate", "difference", "macro_mean", "paired_difference", "two_way_variance"]
 
-ROUNDING = 1e-12  # of sums of scores: a smaller error is none
+ROUNDING = 1e-12  # rounding of sums of scores: smaller errors count as zero
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 

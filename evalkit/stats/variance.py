@@ -2,7 +2,7 @@
 
 Pure. Works on the per-feature scores and influences of ``evalkit.stats.metrics``. A judgement's influence is its share
 of the error of its feature's score, so sums of squares of influences estimate variances of scores (see ``Spread``).
-What features share by being shown the same windows is not in here; ``evalkit.stats.standard_errors`` has it.
+The covariance of features that share windows is not included; see ``evalkit.stats.standard_errors``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ __all__ = ["RunStore", "read_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    """Load the module behind a public name on first use, so that importing the package stays cheap."""
     if name in __all__:
         return getattr(importlib.import_module("evalkit.store.run_store"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a run asked language models: the numbers that records keep, and the sentence that is printed of them."""
+"""Language model usage of a run: the recorded numbers, and the sentence printed from them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ __all__ = ["Asked"]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What one language model was asked for a run, over all commands. ``cost`` in US dollars, None without a price.
+    """Calls and tokens of one language model over all commands of a run.
 
-    ``estimate``: what the first of them expected, with the same names; empty where nothing was.
+    cost: in US dollars, None without a price
+    estimate: the numbers that the first command expected, under the same names; may be empty
     """
 
     model: str

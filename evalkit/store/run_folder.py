@@ -17,12 +17,12 @@ from evalkit.util.atomic_files import storage_errors, write_bytes
 
 __all__ = ["acquire", "bind_identity", "sweep"]
 
-# what a killed process was in the middle of writing (see files.atomic_path, corpus_files.CorpusWriter)
+# half-written files of a killed process (see atomic_files.atomic_path, corpus.storage.CorpusWriter)
 _LEFT_OVERS = (".corpus.partial-*", ".run.json.*.part", ".calibration.*.part", "collected/.*.part", "examples/.*.part")
 
 
 def acquire(path: Path) -> int:
-    """Take the lock; returns its file descriptor, closing it gives the lock back. Raises RunLocked, StorageError."""
+    """Acquire the lock and return its file descriptor; closing it releases the lock. Raises RunLocked, StorageError."""
     with storage_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -42,7 +42,7 @@ def acquire(path: Path) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written. Only for who holds the lock."""
+    """Remove half-written files of a killed process. Call it only while holding the lock."""
     for pattern in _LEFT_OVERS:
         for path in folder.glob(pattern):
             if path.is_dir():
@@ -52,7 +52,7 @@ def sweep(folder: Path) -> None:
 
 
 def bind_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the configuration, or check that the folder holds this one. Raises RunMismatch, BadFile."""
+    """Write the configuration, or check that it equals the one in the folder. Raises RunMismatch, BadFile."""
     path = folder / "run.json"
     wanted = json.loads(json.dumps(identity))
     if not path.exists():
@@ -64,7 +64,8 @@ def bind_identity(folder: Path, identity: dict[str, Any]) -> None:
         raise BadFile(str(path), expected="a run's configuration", seen=str(error), fix="use another --out") from error
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing and not (folder / "calibration.safetensors").exists() and not (folder / "collected").exists():
-        shutil.rmtree(folder / "corpus", ignore_errors=True)  # nothing was computed: a first try with a mistake in it
+        # nothing was computed yet, so the configuration may change
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
         write_bytes(path, (json.dumps(wanted, indent=2, sort_keys=True) + "\n").encode())
         return
     if differing:

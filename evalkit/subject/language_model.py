@@ -1,6 +1,6 @@
 """The whole subject model, output head included: next-token losses, with the hidden states at one site replaced or not.
 
-``Subject`` reads hidden states and stops early; this goes on to the end. One copy of the weights serves both. Knows
+``Subject`` reads hidden states and stops early; this model runs to the end. Both share one copy of the weights. Knows
 nothing of dictionaries, corpora or averages. Reads model files only.
 """
 
@@ -68,9 +68,9 @@ class LanguageModel:
     ) -> Float[Tensor, "batch pos-1"]:
         """Cross-entropy in nats of every token but the first, given those before it; float32, on the CPU.
 
-        Column t is the loss of the prediction made at position t. ``replace`` makes of the hidden states (batch, pos,
-        d_model) at ``site`` the ones that the forward goes on with. Contexts are padded on the right, if at all: what is
-        predicted there means nothing. Raises BadConfig (no such site), BadShape (see ``Subject.replaced``).
+        Column t is the loss of the prediction made at position t. ``replace`` maps the hidden states (batch, pos,
+        d_model) at ``site`` to those that the forward pass continues with. Contexts may be padded on the right; losses
+        there are meaningless. Raises BadConfig (no such site), BadShape (see ``Subject.replaced``).
         """
         ids = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64)).to(self.subject.device)
         patched = nullcontext() if site is None or replace is None else self.subject.replaced(site, replace)

@@ -1,7 +1,7 @@
 """Opens a causal language model and its tokenizer: a hub id, a local folder or a GGUF file.
 
-Reads files (and the hub, through transformers); knows nothing of sites or hidden states. A hub that does not answer
-within seconds is not asked again: what is in the local cache is used, or the error says so.
+Reads files (and the hub, through transformers); knows nothing of sites or hidden states. If the hub does not answer
+within seconds, only the local cache is used.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _locate(model: str | Path, revision: str | None, gguf_file: str | None) -> t
 
 
 def _read(shown: str, what: str, read: Callable[[], Any]) -> Any:
-    """Run a loader of transformers; whatever goes wrong with the files becomes one of our errors."""
+    """Run a loader of transformers and turn its errors into MissingFile or BadFile."""
     try:
         return read()
     except ImportError:

@@ -1,6 +1,6 @@
-"""How long reading a corpus with the subject model will take, roughly: from the model's shape and a probe of this machine.
+"""Estimates how long the subject model takes to read a corpus, from its shape and a probe of this machine.
 
-Within a factor of two. Loads no model.
+Accurate to a factor of two. Loads no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EFFICIENCY = 0.5  # of the probe's rate that a forward pass reaches: seen with 
 
 
 def forward_rate(folder: Path, layers: int | None, *, dtype: str, device: str) -> float | None:
-    """Tokens per second through the first ``layers`` blocks (None: all); None where the model's shape is not known."""
+    """Tokens per second through the first ``layers`` blocks (None: all); None if the model's shape is unknown."""
     try:
         shape: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width, inner = int(shape["hidden_size"]), int(shape["intermediate_size"])

@@ -58,7 +58,7 @@ class OutputHead:
         return path == EMBED if block is None else block.within in (*_STREAM, *added)
 
     def before_unembedding(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """What the final norm makes of directions, but for the positive scale that it gives each token."""
+        """Directions after the final norm, without the positive scale that it gives each token."""
         if self.centred:
             directions = directions - directions.mean(dim=-1, keepdim=True)
         return directions * self.gain.to(directions)
@@ -69,8 +69,8 @@ def read_output_head(
 ) -> OutputHead | None:
     """The head of the model at ``model``, a folder or the hub id of a model in the local cache; None where there is none.
 
-    None too where head or final norm cannot be told by name and shape, or where the head is not stored as floating point
-    numbers. Raises BadFile, MissingFile (a shard).
+    Also None if head or final norm cannot be identified by name and shape, or if the head is not stored in floating point.
+    Raises BadFile, MissingFile (a shard).
     """
     names, tensors = _checkpoint(model, revision)
     shape = (vocab_size, info.d_model)
@@ -87,7 +87,7 @@ def read_output_head(
 
 
 def _is(name: str, wanted: Iterable[str]) -> bool:
-    """Whether this is the weight of a module so called, outside the blocks."""
+    """Whether ``name`` is the weight of a module with one of these names, outside the blocks."""
     parts = name.split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in wanted and not _IN_BLOCK.search(name)
 

@@ -1,6 +1,6 @@
-"""Writes that are whole or not there: a temporary file beside the target, flushed to disk, then renamed over it.
+"""Atomic writes: a temporary file beside the target, flushed to disk, then renamed over it.
 
-Knows nothing of what it writes. A full or read-only disk becomes a StorageError and leaves no temporary file behind.
+Knows nothing of the content. A full or read-only disk becomes a StorageError and leaves no temporary file behind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def storage_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path to write; it becomes ``target`` when the block ends well. Raises StorageError."""
+    """A temporary path to write; it is renamed to ``target`` when the block succeeds. Raises StorageError."""
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")

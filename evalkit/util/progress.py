@@ -1,4 +1,4 @@
-"""The progress reporter that reports nothing: the default of every library function. The command line has a real one."""
+"""A progress reporter that does nothing: the default of library functions. The command line has a real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a coroutine from code that is not asynchronous. Knows nothing of what it waits for."""
+"""Runs a coroutine from code that is not asynchronous. Knows nothing of the coroutine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def wait_for(work: Coroutine[Any, Any, Result]) -> Result:
-    """What the coroutine returns. Where a loop is running already (a notebook), it runs in a thread of its own."""
+    """Run the coroutine and return its result; in a new thread if an event loop is running already (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,6 +1,6 @@
-"""How this project opens SQLite: in WAL mode to write, without touching anything to read.
+"""Opens SQLite files: in WAL mode to write, read-only without side effects to read.
 
-A process that is killed loses at most the transaction it was in. Knows no table.
+A killed process loses at most its open transaction. Knows no table.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from evalkit.errors import BadFile
 
 __all__ = ["open_to_read", "open_to_write"]
 
-_PATIENCE_S = 60.0  # for another process that is writing
+_LOCK_TIMEOUT_S = 60.0  # how long to wait for another process that is writing
 
 
 def open_to_write(path: Path) -> sqlite3.Connection:
-    """A connection in WAL mode. Raises BadFile for what is no database."""
+    """A connection in WAL mode. Raises BadFile if the file is not a database."""
     try:
-        connection = sqlite3.connect(path, timeout=_PATIENCE_S, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
     except sqlite3.DatabaseError as error:
@@ -29,9 +29,9 @@ def open_to_write(path: Path) -> sqlite3.Connection:
 
 
 def open_to_read(path: Path, table: str) -> sqlite3.Connection:
-    """Read-only; on media that cannot be written at all, without the shared memory that WAL would need.
+    """A read-only connection; on read-only media without the shared memory that WAL needs.
 
-    Raises sqlite3.DatabaseError where ``path`` is no database or has no such table.
+    Raises sqlite3.DatabaseError if ``path`` is not a database or has no such table.
     """
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)

@@ -1,1 +1,1 @@
-"""Judges: each says how well an explanation matches a text, never knowing the label. One file each."""
+"""Judges: each decides how well an explanation matches a text, without access to the label. One file each."""

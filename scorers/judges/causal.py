@@ -1,9 +1,9 @@
 """Log-probabilities of texts after a common prefix, under a causal language model of transformers.
 
-The prefix goes through the model once; its keys and values serve every text. Texts are padded on the right to a length
-that depends on their own only, and rows go in whole blocks, so the shape of every kernel, and with it each bit of a result,
-depends on the prefix and the text alone. The model is causal, so what stands before padding never sees it. Loads the model
-when it is first needed; knows nothing of explanations or judges. Reads model files only.
+The prefix goes through the model once, and its keys and values are reused for every text. A text is padded on the right to
+a length that depends only on its own length, and batches consist of whole blocks of rows. Kernel shapes, and therefore the
+exact bits of a result, depend only on the prefix and the text. Because the model is causal, padding does not affect the
+tokens before it. Does not know explanations or judges. Reads model files only.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class CausalModel:
         self.longest: int | None = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
 
     def prefix_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that others go on from, with what the tokenizer itself puts before a text."""
+        """Token ids of a prefix, with the special tokens that the tokenizer adds at the start but not at the end."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         last = self._tokenizer.eos_token_id
         return tuple(ids[:-1] if ids and ids[-1] == last else ids)
 
     def ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of texts that stand after others."""
+        """Token ids of texts that follow a prefix, without special tokens."""
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -73,8 +73,8 @@ class CausalModel:
     ) -> list[NDArray[np.float32]]:
         """The natural log-probability of every token of each text, given the prefix and the text's tokens before it.
 
-        ``prefix`` has at least one token, and so has each text; together they are no longer than ``longest``. One array
-        (token,) a text. ``done`` is told the rows of every finished batch.
+        ``prefix`` and each text have at least one token and together at most ``longest``. Returns one array (token,) per
+        text. ``done`` is called with the number of rows of every finished batch.
         """
         found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
         with self._torch.inference_mode():
@@ -89,7 +89,7 @@ class CausalModel:
         return found
 
     def _by_length(self, texts: Sequence[tuple[int, ...]], before: int) -> dict[int, list[int]]:
-        """Which texts are padded to which length."""
+        """Indices of the texts by the length that they are padded to."""
         found: dict[int, list[int]] = {}
         for index, text in enumerate(texts):
             length = -(-len(text) // _LENGTH_STEP) * _LENGTH_STEP
@@ -98,19 +98,19 @@ class CausalModel:
         return found
 
     def _cache(self, ids: tuple[int, ...]) -> Any:
-        """Keys and values of the prefix but for its last token; None where there are none, or none that can be shared."""
+        """Keys and values of these tokens; None if there are no tokens or the model's cache cannot be shared by rows."""
         if not ids:
             return None
         tokens = self._torch.tensor([ids], device=self.device)
         cache = self._model(input_ids=tokens, use_cache=True).past_key_values
-        layers = getattr(cache, "layers", None)  # a model that is not all attention keeps other things
+        layers = getattr(cache, "layers", None)  # models with other layers than attention cache other things
         shared = layers and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
         return cache if shared else None
 
     def _forward(
         self, prefix: tuple[int, ...], cache: Any, texts: Sequence[tuple[int, ...]], length: int
     ) -> list[NDArray[np.float32]]:
-        """Of texts that are padded to one length. Missing rows of the last block repeat the first text and are dropped."""
+        """Log-probabilities of texts padded to one length; the last block is filled up with copies of the first text."""
         torch = self._torch
         # on a GPU the choice of kernel may depend on the number of rows, so batches are always full there
         block = _ROW_BLOCK if self.device == "cpu" else self._rows
@@ -131,7 +131,7 @@ class CausalModel:
 
 
 def _load(model: str, dtype: Any, revision: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer; of a hub id what is in the local cache already, else from the hub."""
+    """The model and its tokenizer; for a hub id, from the local cache if possible, else from the hub."""
     transformers = require("transformers", "model")
     place, options, extra = model, {"revision": revision} if revision else {}, {}
     if model.endswith(".gguf"):

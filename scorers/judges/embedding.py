@@ -1,9 +1,9 @@
-"""The judge that compares meanings: how near is the explanation to the best three-word piece of the window?
+"""The judge that compares embeddings: how similar is the explanation to the best three-word piece of the window?
 
-Confidence is the cosine similarity of the two embeddings, the highest over the window's pieces; with marks, over the
-pieces that overlap a mark. Optionally it is that of the whole window. It is no probability, so scorers fit its match
-cut-off. Each distinct text is embedded once in the life of the judge and kept as float16; texts that are asked for while a
-batch is being embedded go together in the next. Reads the model folder; knows nothing of labels.
+Confidence is the highest cosine similarity between the explanation and a piece of the window; with marks, a piece that
+overlaps a mark. Optionally the whole window is the only piece. Confidence is not a probability, so scorers fit its match
+cut-off. The judge embeds each distinct text once and caches it as float16; texts requested while a batch is being embedded
+are collected into the next batch. Reads the model folder; does not know labels.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from scorers.picking import why_no_pick
 __all__ = ["EmbeddingJudge"]
 
 Pieces: TypeAlias = Literal["best", "whole"]
-_DEFAULT_NAMES = ("minilm", "model", "all-MiniLM-L6-v2")  # as pulled, as packaged, as on the hub
+_DEFAULT_NAMES = ("minilm", "model", "all-MiniLM-L6-v2")  # folder when pulled, folder in the package, name on the hub
 _CHUNK = 1 << 14  # texts tokenized at a time
-_SHARPNESS = 4  # features fire on few tokens and hardly on the others, cosines differ by little
+_SHARPNESS = 4  # exponent: cosines differ by little, whereas features fire strongly on few tokens
 
 
 class EmbeddingJudge:
     """Embeds with all-MiniLM-L6-v2.
 
-    ``model``: its folder (default: wherever it is found, see ``scorers.judges.minilm.find_model``). ``dtype``: bfloat16 or
-    float32. ``batch_size``: rows; changes speed, never a result. ``device``: auto, cpu, cuda. ``pieces``: "best" (of three
-    words each) or "whole" (the window as one text, which cannot be asked about marks). Raises BadConfig, MissingFile.
+    ``model``: the folder of the model; by default ``scorers.judges.minilm.find_model`` looks for it.
+    ``dtype``: "bfloat16" or "float32".
+    ``batch_size``: rows; affects speed, never a result.
+    ``device``: "auto", "cpu" or "cuda".
+    ``pieces``: "best" (pieces of three words) or "whole" (the window as one text, without support for marks).
+
+    Raises BadConfig, MissingFile.
     """
 
     name = "embedding"
@@ -69,12 +73,12 @@ class EmbeddingJudge:
 
     @property
     def variant(self) -> str | None:
-        """The name of the model when it is another than all-MiniLM-L6-v2; records of the judge then carry it."""
+        """The name of the model for the judge's records, or None for all-MiniLM-L6-v2."""
         name = Path(self.model).name
         return None if name in _DEFAULT_NAMES else name
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Raises MissingFile where the model cannot be found."""
+        """One answer per item, in their order. Raises MissingFile if the model cannot be found."""
         if not explanation.strip():
             return [Answer(None, reason="the explanation is empty") for _ in items]
         candidates = [self._candidates(item) for item in items]
@@ -86,12 +90,12 @@ class EmbeddingJudge:
         ]
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """The text of each group that is least similar to the others on average; all are taken whole, without marks."""
+        """The text of each group that is least similar to the others on average. Compares whole texts, without marks."""
         await self._embed(item.text for group in groups if why_no_pick(group) is None for item in group)
         return [self._pick(group) for group in groups]
 
     async def simulate(self, explanation: str, windows: Sequence[Sequence[str]]) -> Sequence[Simulation]:
-        """Every token at the fourth power of the similarity of the word, or punctuation, that it is part of; 0 for none."""
+        """For every token the fourth power of the similarity of its word or punctuation; 0 for a token in neither."""
         if not explanation.strip():
             return [Simulation(None, "the explanation is empty") for _ in windows]
         found = [units("".join(window)) for window in windows]
@@ -112,7 +116,7 @@ class EmbeddingJudge:
         await self._embed(needed, progress)
 
     def _candidates(self, item: JudgeItem) -> list[str]:
-        """The texts that an answer may rest on; none where there is no answer."""
+        """The texts that are compared with the explanation; none if the item cannot be answered."""
         if not item.text:
             return []
         if self.pieces == "best":
@@ -135,7 +139,7 @@ class EmbeddingJudge:
         with self._lock:
             texts = self._missing(texts)
             if not texts:
-                return  # somebody else has embedded them meanwhile
+                return  # another call has embedded them in the meantime
             if self._embedder is None:
                 self._embedder = Embedder(self.model, self.dtype, self.batch_size, self.device)
             embedder = self._embedder
@@ -174,7 +178,7 @@ class EmbeddingJudge:
         self._vectors[first_row:needed] = vectors
 
     def _best(self, explanation: str, candidates: Sequence[Sequence[str]]) -> NDArray[np.float32]:
-        """The highest cosine similarity of each list of pieces. Row by row, so other items change no bit of it."""
+        """The highest cosine similarity of each list of pieces, each list independent of the others."""
         if not candidates:
             return np.empty(0, dtype=np.float32)
         vectors = self._vectors

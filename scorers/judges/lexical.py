@@ -1,9 +1,10 @@
-"""The judge that compares spellings: how much of what the explanation names occurs in the window? Needs no model.
+"""The judge that compares spellings: how many of the terms in the explanation occur in the window? Needs no model.
 
-What an explanation names: see ``scorers.judges.terms``. Words are compared case folded and without their commonest endings.
-Confidence is the share of what is named that occurs, the first named weighing most, and every further occurrence of a thing
-half of the one before. With marks, only what overlaps a mark occurs. It is no probability, so scorers fit its match
-cut-off. It knows nothing of meaning, so it is a floor that any other judge should beat; nor of labels.
+Terms are found by ``scorers.judges.terms``. Words are compared case-folded and without their most common endings.
+Confidence is the weighted share of terms that occur: earlier terms weigh more, and every further occurrence of a term
+counts half as much as the one before. With marks, only occurrences that overlap a mark count. Confidence is not a
+probability, so scorers fit its match cut-off. The judge ignores meaning, so it is a lower bound that any other judge
+should beat. It does not know labels.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ from scorers.picking import why_no_pick
 __all__ = ["LexicalJudge"]
 
 _PUNCTUATION = re.compile(r"[^\w\s]|\n")
-_CONTENT_WEIGHT = 10  # of a shared word, against one of the commonest words or a punctuation mark
+_CONTENT_WEIGHT = 10  # of a shared content word, relative to a very common word or a punctuation mark
 
 
 class LexicalJudge:
-    """Has no options, and no state: an answer depends on its item alone."""
+    """Has no options and no state: an answer depends only on the explanation and its item."""
 
     name = "lexical"
     version = "1"
     probabilistic = False
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Confidences are in [0, 1)."""
+        """One answer per item, in their order. Confidences are in [0, 1)."""
         if not explanation.strip():
             return [Answer(None, reason="the explanation is empty") for _ in items]
         named = terms(explanation)
         return [_answer(named, item) for item in items]
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """The text of each group that shares fewest words with the others; the first of several such.
+        """The text of each group that shares the fewest words with the others; of equal ones, the first.
 
-        Two texts share the distinct words and punctuation marks that both hold. The commonest words and punctuation count
-        a tenth of other words, so they decide where those do not. Marks are not looked at.
+        Counts the distinct words and punctuation marks that two texts share. Very common words and punctuation count a
+        tenth of other words. Marks are ignored.
         """
         return [_pick(group) for group in groups]
 
     async def simulate(self, explanation: str, windows: Sequence[Sequence[str]]) -> Sequence[Simulation]:
-        """1 for every token of what the explanation names, 0 for all others."""
+        """1 for every token that belongs to a term of the explanation, 0 for all others."""
         if not explanation.strip():
             return [Simulation(None, "the explanation is empty") for _ in windows]
         named = terms(explanation)
@@ -97,7 +98,7 @@ def _weight(shared: frozenset[str]) -> int:
 
 @lru_cache(maxsize=1 << 12)
 def _held(text: str) -> frozenset[str]:
-    """The distinct words, by their stems, and punctuation marks of a text."""
+    """The distinct word stems and punctuation marks of a text."""
     return frozenset({*(stemmed for _, stemmed in _words(text)), *_PUNCTUATION.findall(text)})
 
 

@@ -1,9 +1,9 @@
-"""all-MiniLM-L6-v2 with plain transformers: token ids in, unit vectors out, the same bits whatever the batch.
+"""all-MiniLM-L6-v2 with plain transformers: takes token ids, returns unit vectors that do not depend on the batch.
 
 An embedding is the mean of the last hidden states over all tokens ([CLS] and [SEP] included), scaled to unit length: the
-sentence-transformers definition of this model. Texts are grouped by token length, so nothing is padded along a text,
-and rows of a batch come in whole blocks, so the shape of every kernel, and with it each bit of the result, depends on the
-text's own length only. Finds and reads the model folder; knows nothing of judges.
+sentence-transformers definition of this model. Texts are grouped by token length, so no text is padded, and batches consist
+of whole blocks of rows. Kernel shapes, and therefore the exact bits of a result, depend only on the text's own length.
+Finds and reads the model folder; does not know judges.
 
 Source: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0).
 """
@@ -32,10 +32,10 @@ _ROW_BLOCK = 16  # rows; measured: batches of any number of whole blocks give th
 
 
 def find_model(model: str | Path | None = None) -> str:
-    """The folder of the model, or its hub id where no folder is found.
+    """The folder of the model, or its hub id if no folder is found.
 
-    Looks at ``model``, the variable EVALKIT_EMBEDDING_MODEL, ``models/minilm``, and an installed package with the weights.
-    Raises MissingFile for an explicit path that is not a model folder.
+    Tries in this order: ``model``, the environment variable EVALKIT_EMBEDDING_MODEL, ``models/minilm``, and an installed
+    package with the weights. Raises MissingFile for an explicit path that is not a model folder.
     """
     named = model or os.environ.get("EVALKIT_EMBEDDING_MODEL")
     if named:
@@ -59,7 +59,7 @@ def find_model(model: str | Path | None = None) -> str:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """No progress bars of transformers while it loads: only the command line draws."""
+    """Disable the progress bars of transformers inside this block: only the command line draws progress."""
     logging = require("transformers.utils.logging", "embed")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -102,7 +102,7 @@ class Embedder:
         self.width = int(loaded.config.hidden_size)
 
     def token_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, with [CLS] and [SEP], cut at 256. Texts with equal ids have equal embeddings."""
+        """Token ids of each text, with [CLS] and [SEP], truncated to 256. Equal ids give equal embeddings."""
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), truncation=True, max_length=_LONGEST, padding=False)["input_ids"]
@@ -111,7 +111,7 @@ class Embedder:
     def embed(
         self, ids: Sequence[tuple[int, ...]], done: Callable[[int], None] = lambda rows: None
     ) -> NDArray[np.float32]:
-        """Unit vectors, one row per id tuple: (text, width). ``done`` is told the rows of every finished batch."""
+        """Unit vectors (text, width), one row per id tuple. ``done`` is called with the rows of each finished batch."""
         vectors = np.empty((len(ids), self.width), dtype=np.float32)
         by_length: dict[int, list[int]] = {}
         for index, one in enumerate(ids):
@@ -125,7 +125,7 @@ class Embedder:
         return vectors
 
     def _forward(self, batch: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Vectors of texts of one token length. Missing rows of the last block repeat the first text and are dropped."""
+        """Vectors of texts of one token length; the last block is filled up with copies of the first text."""
         torch = self._torch
         # on a GPU the choice of kernel may depend on the number of rows, so batches are always full there
         block = _ROW_BLOCK if self.device == "cpu" else self._rows

@@ -19,9 +19,9 @@ _WORD = re.compile(r"\S+")
 
 @lru_cache(maxsize=1 << 16)
 def pieces(text: str) -> tuple[tuple[str, Span], ...]:
-    """Every run of three consecutive words (what white space separates), with its character range.
+    """Every run of three consecutive words (separated by white space), with its character range.
 
-    Inner white space is one space. A text of fewer words is one piece, and so is one of white space alone.
+    White space between words becomes one space. A text of fewer than three words, or of white space only, is one piece.
     """
     found = [match.span() for match in _WORD.finditer(text)]
     if len(found) <= WORDS_PER_PIECE:
@@ -31,10 +31,10 @@ def pieces(text: str) -> tuple[tuple[str, Span], ...]:
 
 
 def competing(text: str, marks: Sequence[Span] | None) -> list[str]:
-    """The pieces that an answer about this text may rest on: all, or with marks those that overlap one.
+    """The pieces of this text that are compared with the explanation: all, or with marks those that overlap a mark.
 
-    A mark that overlaps none (white space at an end of the text) lets the nearest piece compete. No marks at all where
-    marks are asked about: no pieces.
+    For a mark that overlaps no piece (white space at either end of the text), the nearest piece is used. If ``marks`` is
+    empty, there are no pieces.
     """
     every = pieces(text)
     if marks is None:

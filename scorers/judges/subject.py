@@ -1,17 +1,18 @@
-"""The judge that is the subject model itself: by how much does the explanation make the window more expected?
+"""The judge that uses the subject model itself: how much more probable does the explanation make the window?
 
-Nothing is asked. The model reads pairs of a description and a text (``prompts/subject_v1.toml``) and then the explanation
-and the window; what counts is the probability it gives the window's tokens. Confidence, in nats per token of the window:
+The model answers no questions. It reads pairs of a description and a text (``prompts/subject_v1.toml``), then the
+explanation and the window, and the judge uses the probability of the window's tokens. Confidence, in nats per token of the
+window:
 
     mean over its tokens of  log p(token | pairs, explanation, tokens before)  −  log p(token | pairs, "", tokens before)
 
-so a window's own base rate cancels: the same pairs with an empty description are the neutral prompt. With
-``direction="explanation"`` it is the explanation whose probability counts, after the pairs the other way round:
+The second term, with the same pairs and an empty description, removes the base rate of the window. With
+``direction="explanation"`` the judge uses the probability of the explanation, after the same pairs with each text first:
 
     mean over its tokens of  log p(token | pairs, window, tokens before)  −  log p(token | pairs, "", tokens before)
 
-Confidence is no probability, so scorers fit its match cut-off. What an empty description makes of a window is computed
-once in the life of the judge. Knows nothing of labels; windows are shown without marks.
+Confidence is not a probability, so scorers fit its match cut-off. The term with the empty description is cached in the
+judge. Does not know labels; windows are shown without marks.
 """
 
 from __future__ import annotations
@@ -47,23 +48,27 @@ def _pairs() -> list[dict[str, str]]:
 
 
 def before_text(explanation: str) -> str:
-    """What the window follows: the pairs, each text after its description, and the explanation."""
+    """The prompt before the window: the pairs, each text after its description, then the explanation."""
     pairs = [f"Description: {quoted(pair['description'])}\nText:{pair['text']}\n\n" for pair in _pairs()]
     return "".join([*pairs, f"Description: {quoted(explanation)}\nText:"])
 
 
 def before_explanation() -> str:
-    """What the window and then the explanation follow: the pairs, each description after its text."""
+    """The prompt before window and explanation: the pairs, each description after its text."""
     pairs = [f"Text: {quoted(pair['text'])}\nDescription: {quoted(pair['description'])}\n\n" for pair in _pairs()]
     return "".join([*pairs, "Text:"])
 
 
 class SubjectJudge:
-    """Reads with ``model``, the subject model: a folder, a ``.gguf`` file, the name of a pulled model or a hub id.
+    """Computes confidences with the subject model.
 
-    ``direction``: what is to become more expected, the window's "text" or the "explanation". ``dtype``: bfloat16 or
-    float32. ``device``: auto, cpu, cuda. ``batch_size``: rows; changes speed, never a result. Raises BadConfig,
-    MissingFile.
+    ``model``: a folder, a ``.gguf`` file, the name of a pulled model or a hub id.
+    ``direction``: whose probability is used, that of the window's "text" or that of the "explanation".
+    ``dtype``: "bfloat16" or "float32".
+    ``device``: "auto", "cpu" or "cuda".
+    ``batch_size``: rows; affects speed, never a result.
+
+    Raises BadConfig, MissingFile.
     """
 
     name = "subject"
@@ -92,10 +97,10 @@ class SubjectJudge:
         self.direction, self.batch_size = direction, batch_size
         self._loaded: CausalModel | None = None
         self._neutral: dict[str, float | None] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="subject")  # one forward at a time
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="subject")  # one forward pass at a time
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Raises MissingFile, BadFile where the model cannot be loaded."""
+        """One answer per item, in their order. Raises MissingFile or BadFile if the model cannot be loaded."""
         if not explanation.strip():
             return [Answer(None, reason="the explanation is empty") for _ in items]
         texts = list(dict.fromkeys(item.text for item in items if item.text and item.marks is None))
@@ -106,7 +111,7 @@ class SubjectJudge:
     async def prepare(
         self, items: Sequence[JudgeItem], explanations: Sequence[str] = (), progress: Progress | None = None
     ) -> None:
-        """Compute what an empty description makes of every window, in large batches."""
+        """Compute and cache the term with the empty description for every window, in large batches."""
         texts = list(dict.fromkeys(item.text for item in items if item.text and item.marks is None))
         if self.direction == "text" and texts:
             await self._at_work(self._add_neutral, texts, progress)
@@ -121,7 +126,7 @@ class SubjectJudge:
         return self._loaded
 
     def _text_gains(self, explanation: str, texts: Sequence[str]) -> list[float | None]:
-        """For each text the gain in nats a token, None where it does not fit the model's context."""
+        """The gain of each text in nats per token, or None if it does not fit the model's context."""
         self._add_neutral(texts, None)
         told = self._means(before_text(explanation), [((), ids) for ids in self._model.ids(texts)])
         return [_minus(one, self._neutral[text]) for one, text in zip(told, texts, strict=True)]
@@ -156,7 +161,7 @@ class SubjectJudge:
 
 
 def _find(model: str) -> str:
-    """The path of a model that is on this machine, else the hub id that it must be. Raises MissingFile for a path."""
+    """The path of a local model, or ``model`` itself as a hub id. Raises MissingFile for a path that does not exist."""
     places = [Path(model).expanduser(), *([] if "/" in model else [Path("models") / model])]
     if found := next((str(place) for place in places if place.exists()), None):
         return found

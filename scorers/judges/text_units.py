@@ -1,4 +1,4 @@
-"""The words and punctuation of a window, and what its tokens take over from them, for judges that know words only.
+"""Splits a window into words and punctuation and maps their values to its tokens, for judges that work on words.
 
 Pure functions of text.
 """
@@ -24,9 +24,9 @@ def units(text: str) -> tuple[tuple[str, Span], ...]:
 
 
 def spread(tokens: Sequence[str], spans: Sequence[Span], values: Sequence[float]) -> tuple[float, ...]:
-    """For every token the largest of the values whose character range in the joined tokens it overlaps; 0 for none.
+    """For every token the largest value among the spans that it overlaps in the joined tokens; 0 if there is none.
 
-    A token without text (a later byte of a character) takes what the place it stands at is inside of.
+    An empty token (a later byte of a character) takes the value of the span that contains its position.
     """
     valued = list(zip(spans, values, strict=True))
     return tuple(

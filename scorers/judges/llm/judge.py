@@ -1,10 +1,10 @@
-"""The judge that asks a language model, k texts at a time for a list of 0 and 1, or one text for yes or no with P(yes).
+"""The judge that asks a language model: for a list of 0 and 1 about k texts, or for yes or no, with P(yes), about one.
 
 Prompts are the versioned files ``prompts/list_v*.toml`` and ``prompts/single_v*.toml``; explanation and texts enter them as
-JSON strings, so no text can end its own quotes. What all requests share comes first and the texts last, which is what
-caches of prefixes live on. Replies are constrained where the client can. One that cannot be read is asked for once more,
-then its items are unscored with the reason; a list that does not fit the context is asked in halves.
-Knows nothing of labels; the client is the caller's.
+JSON strings, so no text can end its own quotes. The part that all requests share comes first and the texts last, so that
+prefix caches can be used. Replies are constrained if the client supports it. A reply that cannot be parsed is requested
+once more; if that fails too, its items are unscored, with the reason. A list that does not fit the context is split in two.
+Does not know labels; the caller provides the client.
 """
 
 from __future__ import annotations
@@ -50,10 +50,13 @@ def _prompt(mode: Mode, version: int, marked: bool) -> dict[str, Any]:
 class LlmJudge:
     """Asks ``client``.
 
-    ``mode``: "list" (``batch_size`` texts a request) or "single" (one text, P(yes) where the client gives
-    log-probabilities). ``thinking_tokens``: room for models that think before they answer; then without P(yes).
-    ``seed`` goes to the client, mixed with the request. ``prompt_version``: 1 is for records made with the
-    first prompts, which cost twice the tokens. Raises BadConfig.
+    ``mode``: "list" (``batch_size`` texts per request) or "single" (one text, with P(yes) if the client returns
+    log-probabilities).
+    ``thinking_tokens``: additional tokens for models that reason before they answer; P(yes) is then not available.
+    ``seed``: sent to the client, mixed with the request.
+    ``prompt_version``: 1 reproduces records made with the first prompts, which cost twice the tokens.
+
+    Raises BadConfig.
     """
 
     name = "llm"
@@ -88,7 +91,7 @@ class LlmJudge:
         self.version = f"{_VERSIONS[mode, prompt_version]}/{PICK_VERSION}/{SIMULATE_VERSION}"
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Raises ClientError where the model cannot be reached or refuses all."""
+        """One answer per item, in their order. Raises ClientError if the model cannot be reached or refuses them all."""
         size = self.batch_size if self.mode == "list" else 1
         batches = []
         for marked in (False, True):  # the two kinds of question have different prompts
@@ -98,7 +101,7 @@ class LlmJudge:
         outcomes = await asyncio.gather(*asked)
         refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
         if refusals and len(refusals) == len(outcomes):
-            raise refusals[0]  # not these texts are refused, but whatever we ask
+            raise refusals[0]  # every request was refused, so the cause is not a single text
         answers = [Answer(None, reason="not asked")] * len(items)
         for batch, outcome in zip(batches, outcomes, strict=True):
             for index, answer in zip(batch, _settled(outcome, len(batch)), strict=True):
@@ -116,7 +119,7 @@ class LlmJudge:
         )
 
     async def _answer(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer] | RequestRefused:
-        """As many answers as there are items, or why the model will never give them."""
+        """One answer per item, or the refusal if the model rejects the request."""
         ask = self._ask_list if self.mode == "list" else self._ask_single
         try:
             return await ask(explanation, batch)
@@ -172,20 +175,20 @@ class LlmJudge:
         return [Answer(None, reason=reason)]
 
     def _again(self, messages: Sequence[Message], response: Response, wanted: str) -> list[Message]:
-        """The same question with its demand repeated. The bad reply stays out: it may be long, and is nothing to go by."""
+        """The same question with the instruction repeated. Omits the bad reply: it may be long and does not help."""
         if self.prompt_version == 1:
             again = f"That could not be read. Reply with {wanted}, and nothing else."
             return [*messages, Message("assistant", response.text), Message("user", again)]
         return [*messages[:-1], Message("user", f"{messages[-1].content}\nReply with {wanted}, and nothing else.")]
 
     def _seed(self, messages: Sequence[Message]) -> int:
-        """31 bits from the judge's seed and the request, so that no two requests share their noise."""
+        """A 31-bit seed from the judge's seed and the request, so that requests are sampled independently."""
         text = "\x1f".join([str(self.seed), *(message.content for message in messages)])
         return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big") >> 1
 
 
 def _settled(outcome: list[Answer] | RequestRefused, count: int) -> list[Answer]:
-    """The answers; unscored ones with the reason where there are none."""
+    """The answers, or ``count`` unscored ones with the reason for the refusal."""
     return [Answer(None, reason=str(outcome))] * count if isinstance(outcome, RequestRefused) else outcome
 
 
@@ -226,5 +229,5 @@ def _single_question(description: str, text: str, closing: str) -> str:
 
 
 def _shown(item: JudgeItem) -> str:
-    """Marked texts are escaped, so a << of the corpus is no mark; unmarked ones are shown as they are."""
+    """The text as shown: escaped if marked, so that a << of the corpus is not read as a mark; otherwise unchanged."""
     return item.text if item.marks is None else render(item.text, item.marks)

@@ -1,8 +1,8 @@
-"""Reads the answers out of a language model's reply: exactly as many as asked for, or a reason why not.
+"""Parses the answers in a language model's reply: returns exactly as many as requested, or a reason why it cannot.
 
-A reply is read only where it can mean one thing: a list of 0 and 1, perhaps repeated, in prose that neither denies it nor
+A reply is accepted only if it is unambiguous: a list of 0 and 1, possibly repeated, in prose that neither denies it nor
 calls it an example; or, without brackets and prose, the answers alone or numbered from 1. Pure functions, linear in the
-length of the reply; they know nothing of prompts.
+length of the reply. Does not know prompts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FULL_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("�
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 
 _LIST = re.compile(r"\[([^\[\]]*)\]")
-_LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # what may stand around a list of one
+_LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # text allowed around a list of one
 _LEAD_IN = 200  # characters before a list that may say what it is
 _GIVES_NEXT = re.compile(
     r"""[\s"'`>*•-]*|.*(?:[:=>→–—\-*{$]|\]\s*,?|\b(?:is|are|answers?))["'`\s]*""", re.IGNORECASE | re.DOTALL
@@ -63,14 +63,14 @@ _ENTRY = re.compile(
 
 
 class Unparsable(ValueError):
-    """A reply that cannot be read; the message is the reason that is recorded."""
+    """Raised for a reply that cannot be parsed; the message is the reason that is recorded."""
 
 
 def parse_list(text: str, count: int) -> tuple[bool, ...]:
-    """The ``count`` answers of a reply that gives exactly as many, and all lists of which are the same.
+    """The ``count`` answers of a reply that has exactly that many and whose lists are all the same.
 
     An answer is a number equal to 0 or 1, or true, false, yes or no, bare or quoted. Prose around a list is tolerated, but
-    not around a list of one, which might be a mere reference such as "[1]". Raises Unparsable, and nothing else.
+    not around a list of one, which might be a mere reference such as "[1]". Raises only Unparsable.
     """
     reply = answer_after_thought(_visible(text)).strip()
     if len(reply) > _LONGEST:
@@ -91,7 +91,7 @@ def parse_list(text: str, count: int) -> tuple[bool, ...]:
 
 
 def _visible(text: str) -> str:
-    """The reply without characters that nobody sees, its digits and brackets those of ASCII, no space around it."""
+    """The reply without invisible characters and surrounding space, with ASCII digits and brackets."""
     if text.isascii():
         return text.strip()
     seen = _INVISIBLE.sub("", text).translate(_FULL_WIDTH).strip()
@@ -99,7 +99,7 @@ def _visible(text: str) -> str:
 
 
 def _in_brackets(reply: str, text: str) -> list[bool]:
-    """The answers of the only list, however often it is repeated. Brackets without any answer in them are prose."""
+    """The answers of the reply's list, which may be repeated. Brackets that contain no answer count as prose."""
     if re.sub(r"[^\[\]]+", "", reply).replace("[]", ""):
         raise Unparsable(f"the reply holds no single list: {_short(text)}")
     only: list[bool] | None = None
@@ -126,12 +126,12 @@ def _in_brackets(reply: str, text: str) -> list[bool]:
 
 
 def takes_back(reply: str, end: int) -> bool:
-    """Whether what follows a reply's last list, which ends at ``end``, says that it is wrong or a guess."""
+    """Whether the text after a reply's last list, which ends at ``end``, calls the list wrong or a guess."""
     return _TAKES_BACK.search(reply, end) is not None
 
 
 def is_spoken_of(reply: str, start: int, end: int) -> bool:
-    """Whether the words around a list do more than hand it over: call it an example or a form, deny it, ask about it.
+    """Whether the words around a list do more than introduce it: call it an example or a format, deny it, question it.
 
     The list is ``reply[start:end]``.
     """
@@ -145,9 +145,9 @@ def is_spoken_of(reply: str, start: int, end: int) -> bool:
 
 
 def _elements(inside: str) -> list[str]:
-    """What stands between the commas of a list, or else the semicolons, or else, after an answer, the spaces.
+    """The elements of a list, separated by commas, else by semicolons, else, if it starts with an answer, by spaces.
 
-    One separator may trail.
+    One trailing separator is allowed.
     """
     for separator in ",;":
         if separator in inside:
@@ -208,9 +208,9 @@ def parse_yes_no(text: str) -> bool:
 
 
 def gives_yes_or_no(candidates: Mapping[str, float], reply: str) -> bool:
-    """Whether P(yes) of the first token is that of an answer: the reply begins one, or most of the token's mass does.
+    """Whether P(yes) can be computed from the first token: the reply starts with an answer, or most probability does.
 
-    Where replies are constrained the probabilities may be those before the constraint, so little mass says nothing then.
+    For constrained replies the probabilities may be those before the constraint, so a low mass alone is no objection.
     """
     begun = reply.strip().lower()
     return _yes_no_mass(candidates, "yes") + _yes_no_mass(candidates, "no") >= 0.5 or (
@@ -228,7 +228,7 @@ def _yes_no_mass(candidates: Mapping[str, float], word: str) -> float:
 
 
 def probability_of_yes(candidates: Mapping[str, float]) -> float | None:
-    """P(yes) against no, from the natural-log probabilities of the first token; None where neither is a candidate.
+    """P(yes) relative to no, from natural-log probabilities of the first token; None if neither is a candidate.
 
     Spellings that differ in case or surrounding space count together.
     """

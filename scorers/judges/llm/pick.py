@@ -1,8 +1,8 @@
-"""Asks a language model which text of a group does not belong with the others, one group a request.
+"""Asks a language model which text of a group does not belong with the others, one request per group.
 
 The prompt is the versioned file ``prompts/pick_v1.toml``; texts enter it as JSON strings, so none can end its own quotes.
-The reply is constrained to the numbers of the texts where the client can. One that cannot be read is asked for once more,
-then the group has no pick, with the reason. Shows no marks, and knows nothing of which text is the odd one.
+The reply is constrained to the numbers of the texts if the client supports it. A reply that cannot be parsed is requested
+once more; if that fails too, the group has no pick but a reason. Shows no marks and does not know the odd text.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ async def pick_groups(
     seed_of: Callable[[Sequence[Message]], int],
     thinking_tokens: int = 0,
 ) -> list[Pick]:
-    """As many picks as groups, in their order. ``seed_of`` gives the seed of a request.
+    """One pick per group, in their order. ``seed_of`` returns the seed of a request.
 
-    Raises ClientError where the model cannot be reached or refuses all.
+    Raises ClientError if the model cannot be reached or refuses every request.
     """
 
     async def ask(group: Sequence[JudgeItem]) -> Pick | RequestRefused:
@@ -59,7 +59,7 @@ async def pick_groups(
     outcomes = await asyncio.gather(*(ask(group) for group in groups))
     refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
     if refusals and len(refusals) == len(outcomes):
-        raise refusals[0]  # not these texts are refused, but whatever we ask
+        raise refusals[0]  # every request was refused, so the cause is not a single text
     return [outcome if isinstance(outcome, Pick) else Pick(None, reason=str(outcome)) for outcome in outcomes]
 
 
@@ -103,7 +103,7 @@ def _question(texts: Sequence[str]) -> str:
 
 
 def parse_pick(text: str, count: int) -> int:
-    """The place, from 0, that a reply names: one number from 1 to ``count`` and nothing else. Raises Unparsable."""
+    """The index, from 0, of the text that a reply names by a number from 1 to ``count`` alone. Raises Unparsable."""
     shown = repr(text if len(text) <= 80 else text[:77] + "…")
     found = _REPLY.fullmatch(text)
     if found is None:

@@ -1,10 +1,10 @@
-"""Simulations by a language model: it is asked for a level from 0 to 9 for every token of one window.
+"""Asks a language model to simulate a feature: a level from 0 to 9 for every token of one window.
 
 The prompt is the versioned file ``prompts/simulate_v1.toml``; explanation and tokens enter it as JSON, so no text can end
-its own quotes. Everything before the window's tokens is the same for all windows of an explanation, which is what caches
-of prefixes live on. Replies are constrained where the client can. Where it gives log-probabilities, a token's prediction
-is the expected level Σ p(k)·k over the digits the model weighed there, else the digit it wrote. A reply that cannot be
-read is asked for once more, then the window has no simulation but a reason. Knows nothing of true activations.
+its own quotes. Everything before the window's tokens is the same for all windows of an explanation, so that prefix caches
+can be used. Replies are constrained if the client supports it. If it returns log-probabilities, a token's prediction is
+the expected level Σ p(k)·k over the candidate digits, else the digit in the reply. A reply that cannot be parsed is
+requested once more; if that fails too, the window has no simulation but a reason. Does not know true activations.
 
 Source of the expected level: Bills et al. 2023, "Language models can explain neurons in language models" (OpenAI).
 """
@@ -39,7 +39,7 @@ __all__ = [
 
 LEVELS = range(10)  # single digits: each is one token of any tokenizer, so its probability can be read off
 SIMULATE_VERSION = "simulate-1"  # of records: that of the prompt file, and of how replies are read
-_LOGPROBS = 5  # candidates of every token: so many any server gives, and recordings hold every one of them
+_LOGPROBS = 5  # candidates per token: every server returns this many, and recordings store all of them
 _TOKENS_PER_LEVEL, _TOKENS_AROUND = 4, 16
 _LEVEL = re.compile(r"""(["']?)([0-9])(?:\.0)?\1""")
 
@@ -57,15 +57,17 @@ async def simulate_windows(
     seed_of: Callable[[Sequence[Message]], int],
     thinking_tokens: int = 0,
 ) -> list[Simulation]:
-    """As many simulations as windows, in their order; a window is its tokens as text.
+    """One simulation per window, in their order; a window is given as the texts of its tokens.
 
-    ``seed_of`` gives the seed of a request; ``thinking_tokens`` as in ``LlmJudge``, then without
-    log-probabilities. Raises RequestRefused where every request is refused, and other ClientErrors.
+    ``seed_of``: returns the seed of a request.
+    ``thinking_tokens``: as in ``LlmJudge``; log-probabilities are then not used.
+
+    Raises RequestRefused if every request is refused, and other ClientErrors.
     """
     outcomes = await asyncio.gather(*(_ask(client, explanation, one, seed_of, thinking_tokens) for one in windows))
     refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
     if refusals and len(refusals) == len(outcomes):
-        raise refusals[0]  # not these texts are refused, but whatever we ask
+        raise refusals[0]  # every request was refused, so the cause is not a single text
     return [Simulation(None, str(one)) if isinstance(one, RequestRefused) else one for one in outcomes]
 
 
@@ -131,7 +133,7 @@ def _again(messages: Sequence[Message], response: Response, count: int) -> list[
 
 
 def parse_levels(text: str, count: int) -> tuple[int, ...]:
-    """The ``count`` levels of a reply that holds exactly one list of them, prose around it or not. Raises Unparsable."""
+    """The ``count`` levels of a reply with exactly one list of them, with or without prose. Raises Unparsable."""
     shown = repr(text if len(text) <= 80 else text[:77] + "…")
     if text.count("[") != 1 or text.count("]") != 1 or text.index("[") > text.index("]"):
         raise Unparsable(f"the reply holds no single list: {shown}")
@@ -149,7 +151,7 @@ def parse_levels(text: str, count: int) -> tuple[int, ...]:
 
 
 def _values(response: Response, levels: Sequence[int]) -> tuple[float, ...]:
-    """Expected levels where the reply tells them, else the levels themselves."""
+    """Expected levels where the reply has log-probabilities for them, else the levels themselves."""
     steps = locate(response.logprobs, levels)
     if steps is None:
         return tuple(float(level) for level in levels)
@@ -158,10 +160,10 @@ def _values(response: Response, levels: Sequence[int]) -> tuple[float, ...]:
 
 
 def locate(logprobs: Sequence[Mapping[str, float]], levels: Sequence[int]) -> list[int] | None:
-    """Which generated token holds each level. None unless there is one way only, each level being a token of its own.
+    """The index of the generated token of each level; None unless this is unique and each level is a token of its own.
 
-    A client tells the candidates of every token but not which of them was taken, so the list that was read out of the
-    reply is spelled with them anew: it may start at any token, and white space may stand anywhere.
+    A client returns the candidates of every token but not which one was sampled. The parsed list is therefore spelled
+    again from the candidates: it may start at any token, and white space may occur anywhere.
     """
     target = "[" + ",".join(map(str, levels)) + "]"
     paths: dict[int, tuple[int, tuple[int | None, ...]]] = {}  # by characters spelled: ways, the levels' tokens in one
@@ -186,7 +188,7 @@ def locate(logprobs: Sequence[Mapping[str, float]], levels: Sequence[int]) -> li
 
 
 def _spell(target: str, start: int, piece: str) -> int | None:
-    """How far ``piece`` takes the spelling of ``target`` from ``start`` on, None where it does not fit."""
+    """The position in ``target`` after spelling ``piece`` from ``start`` on, or None if it does not fit."""
     if start == 0:
         opening = piece.rfind("[")
         if opening < 0:
@@ -199,7 +201,7 @@ def _spell(target: str, start: int, piece: str) -> int | None:
 
 
 def expected_level(candidates: Mapping[str, float]) -> float | None:
-    """Σ p(k)·k over the digits among the candidates (natural-log probabilities), None where there is none of them.
+    """Σ p(k)·k over the digits among the candidates (natural-log probabilities), or None if there are no digits.
 
     Probabilities are scaled to sum to one over the digits; spellings with white space count.
     """
@@ -213,5 +215,5 @@ def expected_level(candidates: Mapping[str, float]) -> float | None:
 
 
 def _bare(token: str) -> str:
-    """A token's text without white space, whichever way a tokenizer writes that."""
+    """A token's text without white space, however the tokenizer writes white space."""
     return "".join(token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", " ").split())

@@ -25,6 +25,7 @@ __all__ = [
     "Kind",
     "Part",
     "Plugin",
+    "abilities",
     "create",
     "list_plugins",
     "load_class",
@@ -99,13 +100,23 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """One row of ``evalkit plugins``. ``error`` is why it cannot be loaded, None if it can."""
+    """One row of ``evalkit plugins``. ``error`` is why it cannot be loaded, None if it can; see ``abilities``."""
 
     kind: Kind
     name: str
     origin: str
     target: str
     error: str | None
+    abilities: tuple[str, ...] = ()
+
+
+# The class attributes by which a plug-in asks for more than its examples, with the name that users read.
+_ABILITIES = {"uses_client": "client", "uses_sources": "sources", "uses_subject": "subject model"}
+
+
+def abilities(cls: Any) -> tuple[str, ...]:
+    """What a plug-in's class uses beside its examples: any of ``client``, ``sources``, ``subject model``."""
+    return tuple(name for attribute, name in _ABILITIES.items() if getattr(cls, attribute, False))
 
 
 @cache
@@ -210,10 +221,11 @@ def list_plugins() -> list[Plugin]:
             point = None if name in BUILT_INS[kind] else _entry_points(kind)[name]
             target = point.value if point else BUILT_INS[kind][name]
             origin = "built in" if point is None else (point.dist.name if point.dist else "unknown package")
+            used: tuple[str, ...] = ()
             try:
-                load_class(kind, name)
+                used = abilities(load_class(kind, name))
                 error = None
             except (EvalkitError, ImportError, AttributeError) as failure:
                 error = str(failure)
-            found.append(Plugin(kind, name, origin, target, error))
+            found.append(Plugin(kind, name, origin, target, error, used))
     return found

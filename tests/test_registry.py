@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evalkit.errors import BadConfig, PluginError
-from evalkit.registry import Part, parse_option, parse_part
+from evalkit.registry import Part, abilities, list_plugins, parse_option, parse_part
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,13 @@ def test_options_are_json_where_they_can_be(text: str, value: object) -> None:
 def test_what_is_no_option(text: str) -> None:
     with pytest.raises(BadConfig, match="expected KEY=VALUE"):
         parse_option(text)
+
+
+def test_abilities_are_read_from_class_attributes_that_a_plugin_merely_sets() -> None:
+    asks = type("Asks", (), {"uses_client": True, "uses_sources": False, "uses_subject": True})
+    assert abilities(asks) == ("client", "subject model")
+    assert abilities(object) == ()
+    listed = {(plugin.kind, plugin.name): plugin.abilities for plugin in list_plugins()}
+    assert listed["judges", "llm"] == ("client",)
+    assert listed["judges", "subject"] == ("subject model",)
+    assert listed["judges", "lexical"] == ()

@@ -170,6 +170,7 @@ def test_plugins_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         "origin": "built in",
         "target": "explainers.words:WordsExplainer",
         "error": None,
+        "abilities": [],
     }
 
 

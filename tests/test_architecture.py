@@ -235,3 +235,11 @@ def test_folders_and_files_stay_readable() -> None:
     assert median(lines.values()) < MEDIAN_LINES
     in_folder = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
     assert not {str(folder.relative_to(ROOT)): n for folder, n in in_folder.items() if n > MODULES_IN_A_FOLDER}
+
+
+def test_no_test_imports_another_test_module() -> None:
+    """What tests share is in tests/support, so that each can move and run alone."""
+    for file in files("tests"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").rpartition(".")[2].startswith("test_"), f"{file}: {node.module}"

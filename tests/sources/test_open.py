@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from evalkit.errors import BadConfig, BadFile, MissingExtra, MissingFile
 from evalkit.sources import load_source, open_dictionaries, open_dictionary
 from tests.support.dictionaries import write_rqae
-
-D, N = 8, 64
-
+from tests.support.gemma_scope_2 import D, tensors, write_gemma_scope_2
 
 TOY = {"model": "toy"}
-
-
-def tensors() -> dict[str, np.ndarray]:
-    shapes = {"W_enc": (D, N), "b_enc": (N,), "W_dec": (N, D), "b_dec": (D,), "threshold": (N,)}
-    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 
 
 def one(folder: Path) -> Path:
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **tensors())
-    return folder
-
-
-def two(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    save_file({name.lower(): value for name, value in tensors().items()}, folder / "params.safetensors")
-    config = {"model_name": "google/gemma-3-1b-pt", "hf_hook_point_in": "model.layers.3.output", "l0": 9}
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -115,7 +98,7 @@ def test_unknown_folders_say_what_they_hold(tmp_path: Path) -> None:
 
 def test_a_folder_above_several_formats_names_them(tmp_path: Path) -> None:
     one(tmp_path / "all/gemma-scope-2b-pt-res/layer_3/width_64/average_l0_9")
-    two(tmp_path / "all/second/resid_post/layer_3_width_64_l0_small")
+    write_gemma_scope_2(tmp_path / "all/second/resid_post/layer_3_width_64_l0_small")
     with pytest.raises(BadFile) as caught:
         open_dictionary(tmp_path / "all")
     assert str(caught.value) == (

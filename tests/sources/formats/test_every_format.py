@@ -14,8 +14,8 @@ from evalkit import read_run
 from evalkit.cli import main
 from evalkit.sources import open_dictionary
 from tests.conftest import _TOKENS, _tiny
-from tests.sources.test_open import two
 from tests.support.dictionaries import write_rqae, write_sae
+from tests.support.gemma_scope_2 import write_gemma_scope_2
 from tests.support.paths import SOURCES_DATA
 from tests.support.run_folders import WORDS
 
@@ -36,7 +36,7 @@ def made(kind: str, folder: Path) -> Path:
     if kind == "gemma-scope":
         return write_sae(folder, 24, 48, 9)
     if kind == "gemma-scope-2":
-        return two(folder / "resid_post" / "layer_3_width_64_l0_small")
+        return write_gemma_scope_2(folder / "resid_post" / "layer_3_width_64_l0_small")
     if kind == "rqae":
         return write_rqae(folder / "rqae", 24, 8, model="tiny", site="layers.3")
     save_file(

@@ -71,7 +71,7 @@ def test_keys_and_changes(tmp_path: Path) -> None:
         ('model = "m"\ndictionaries = ["d"]\nfeatures = "many"', r"--features: expected 50 .*; seen 'many'"),
         ('model = "m"\ndictionaries = ["d"]\nfeatures = 5\nn_features = 6', r"features: expected it, or its parts"),
         ('model = "m"\ndictionaries = [{path = "d", sites = 3}]', r"dictionaries\.0.*sites|dictionaries\.0"),
-        ('model = "m"\ndictionaries = ["d"]\nseed = "x"', r"seed: expected .*integer"),
+        ('model = "m"\ndictionaries = ["d"]\nseed = "x"', r"seed: expected a whole number; seen 'x'"),
         ("model = ", r"expected valid TOML"),
     ],
 )

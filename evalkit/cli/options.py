@@ -80,7 +80,7 @@ Dictionaries = Annotated[
         rich_help_panel=_SCORED,
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Run folder; an unfinished run goes on.", rich_help_panel=_SPEED)]
+Out = Annotated[Path, typer.Option(help="Run folder; an unfinished run is resumed.", rich_help_panel=_SPEED)]
 Run = Annotated[Path, typer.Argument(help="Run folder.")]
 Explainers = Annotated[
     list[str] | None, typer.Option("--explainer", help="Explainer; repeat for several.", rich_help_panel=_TEST)

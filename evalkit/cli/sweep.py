@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 def sweep(
     spec: Annotated[Path, typer.Argument(help="TOML file: model, dictionaries, corpus, features, judges, …")],
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; an unfinished sweep goes on. Default: runs/NAME-OF-SPEC.")
+        Path | None, typer.Option(help="Run folder; an unfinished sweep is resumed. Default: runs/NAME-OF-SPEC.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Subject model instead of the file's.")] = None,
     corpus: Annotated[str | None, typer.Option(help="Corpus instead of the file's.")] = None,

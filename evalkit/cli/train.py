@@ -100,7 +100,7 @@ def rqae(
     """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout; prints its folder.
 
     All quantizers together, straight through, the residual detached. Beside the weights: a card (FVU by depth, loss of the
-    language model, codes in use, all on held-out text) and a plot of the training. The same command goes on after a stop.
+    language model, codes in use, all on held-out text) and a plot of the training. The same command resumes after a stop.
 
     Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """

@@ -219,7 +219,9 @@ def _explanations(
 
 
 def _refused(source: FeatureSource, expected: str, seen: str, fix: str) -> SiteMismatch:
-    return SiteMismatch(source.name, expected=expected, seen=seen, fix=f"{fix}; --force goes on and marks the results")
+    return SiteMismatch(
+        source.name, expected=expected, seen=seen, fix=f"{fix}; --force continues and marks the results"
+    )
 
 
 def _warnings(source: FeatureSource, own: Fit) -> list[str]:

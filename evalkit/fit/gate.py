@@ -81,7 +81,7 @@ def admit(
         if refused := found.get("fit_refused"):
             if not force:
                 raise SiteMismatch(source.name, **refused)
-            _LOG.warning("%s: fit check failed, going on by --force: seen %s", source.name, refused["seen"])
+            _LOG.warning("%s: fit check failed, continuing because of --force: seen %s", source.name, refused["seen"])
     return {name: {key: value for key, value in one.items() if key != "fingerprint"} for name, one in known.items()}
 
 

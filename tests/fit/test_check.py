@@ -142,7 +142,7 @@ def test_mistakes_are_refused_with_their_cause(layers: Layers, mistake: str) -> 
     source, cause = broken(layers)[mistake]
     refusal = checked(layers, source).refusal
     assert refusal is not None and cause in str(refusal), str(refusal)
-    assert "--force goes on and marks the results" in str(refusal)
+    assert "--force continues and marks the results" in str(refusal)
 
 
 def test_declared_figures_that_are_not_met_are_warned_about(layers: Layers) -> None:
@@ -167,7 +167,7 @@ def test_a_check_is_made_once_and_again_for_other_weights(
             admit([wrong], layers, Tokens(), path, seed=0)
     with caplog.at_level(logging.WARNING):
         forced = admit([wrong], layers, Tokens(), path, seed=0, force=True)
-    assert "fit check failed, going on by --force" in caplog.text
+    assert "fit check failed, continuing because of --force" in caplog.text
     assert "constant vector" in forced[wrong.name]["fit_refused"]["seen"]
     path.write_text("torn {")
     assert admit([right], layers, Tokens(), path, seed=0) == measured

@@ -25,6 +25,7 @@ from evalkit.subject.model import Subject
 from evalkit.training.activation_store import ActivationStore
 from evalkit.training.sae import SaeTrainingConfig, train_sae
 from evalkit.util.tensor_files import whole
+from tests.support.hardware import quick_dtype
 
 D, N, LENGTH, CONTEXTS = 128, 96, 64, 40
 LAYERS = 5
@@ -188,7 +189,7 @@ def test_too_few_tokens_are_no_verdict(layers: Layers) -> None:
 @pytest.fixture(scope="module")
 def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Subject, object, Path]]:
     folder = tmp_path_factory.mktemp("fit")
-    subject = Subject.load(smollm2, sites=["layers.14", "layers.15", "layers.16"])
+    subject = Subject.load(smollm2, sites=["layers.14", "layers.15", "layers.16"], dtype=quick_dtype())
     yield subject, tokenize_corpus("bundled:demo", subject.tokenizer, folder / "corpus", max_tokens=60_000), folder
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def quick_dtype() -> str:
+if TYPE_CHECKING:
+    from evalkit.subject.model import Dtype
+
+
+def quick_dtype() -> Dtype:
     """The dtype that a language model computes in fastest here."""
     from evalkit.util.processor import emulates_bfloat16
 

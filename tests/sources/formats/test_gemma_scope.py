@@ -18,6 +18,7 @@ from evalkit.sources import open_dictionary
 from evalkit.sources.formats.gemma_scope import GemmaScopeReader, read_weights
 from evalkit.util.tensor_files import Stored, whole
 from tests.support import paths
+from tests.support.hardware import quick_dtype
 from tests.support.hostile import Bomb
 
 D, N = 8, 1024
@@ -281,7 +282,7 @@ def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Pa
     from evalkit.corpus.tokenisation import tokenize_corpus
     from evalkit.subject.model import Subject
 
-    subject = Subject.load(smollm2, sites=("layers.15",), dtype="bfloat16", device="cpu")
+    subject = Subject.load(smollm2, sites=("layers.15",), dtype=quick_dtype(), device="cpu")
     corpus = tokenize_corpus("bundled:demo", subject.tokenizer, tmp_path / "contexts", max_tokens=60_000)
     batch = corpus.batch(np.flatnonzero(corpus.lengths == 128)[:256])
     rows = subject.hidden(batch.token_ids)["layers.15"][torch.from_numpy(batch.valid)]

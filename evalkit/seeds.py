@@ -11,13 +11,22 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["derive", "hash_priorities"]
+__all__ = ["derive", "derive_request_seed", "generator", "hash_priorities"]
 
 
 def derive(seed: int, *names: str | int) -> int:
     """A 63-bit seed for (seed, names). Source: BLAKE2b, RFC 7693."""
-    payload = "\x1f".join([str(seed), *map(str, names)]).encode()
-    return int.from_bytes(hashlib.blake2b(payload, digest_size=8).digest(), "big") >> 1
+    return _hashed(8, seed, names) >> 1
+
+
+def derive_request_seed(seed: int, *names: str | int) -> int:
+    """A 31-bit seed for (seed, names): what every API of a language model accepts as a seed. Source: BLAKE2b, RFC 7693."""
+    return _hashed(4, seed, names) >> 1
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """The random generator for (seed, names), independent of anything else that is drawn."""
+    return np.random.default_rng(_hashed(16, seed, names))
 
 
 def hash_priorities(key: int, ids: ArrayLike) -> NDArray[np.uint64]:
@@ -28,6 +37,12 @@ def hash_priorities(key: int, ids: ArrayLike) -> NDArray[np.uint64]:
     values = np.asarray(ids).astype(np.uint64)
     with np.errstate(over="ignore"):
         return _mix(_mix(values + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(key))
+
+
+def _hashed(n_bytes: int, seed: int, names: tuple[str | int, ...]) -> int:
+    # "replace": corpus text may hold half a surrogate pair, which has no encoding
+    payload = "\x1f".join([str(seed), *map(str, names)]).encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(payload, digest_size=n_bytes).digest(), "big")
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -9,7 +9,6 @@ the caller's.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import tomllib
@@ -38,7 +37,6 @@ __all__ = [
     "read_object",
     "read_prompt",
     "require_client",
-    "seed_of",
     "spread",
 ]
 
@@ -214,9 +212,3 @@ def phrase(value: object) -> str | None:
         return None
     text = " ".join("".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in value).split())
     return text if len(text) <= LONGEST and re.search(r"\w", text) else None
-
-
-def seed_of(seed: int, *names: str | int) -> int:
-    """31 bits that depend on nothing but the seed and what they are for. Source: BLAKE2b, RFC 7693."""
-    text = "\x1f".join([str(seed), *map(str, names)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1

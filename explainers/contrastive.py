@@ -12,6 +12,7 @@ from dataclasses import replace
 from evalkit.markup import MARK_SHARE
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId, Message
+from evalkit.seeds import derive_request_seed
 from explainers.asking import (
     active_lines,
     ask_for_phrase,
@@ -19,7 +20,6 @@ from explainers.asking import (
     inactive_lines,
     read_prompt,
     require_client,
-    seed_of,
     spread,
 )
 from explainers.default import FORM
@@ -69,7 +69,7 @@ class ContrastiveExplainer:
             active,
             question,
             _FORM,
-            seed=seed_of(self.seed, examples.source, feature),
+            seed=derive_request_seed(self.seed, examples.source, feature),
             max_tokens=self.max_tokens,
         )
         alone = "" if inactive else "there were no inactive windows to show beside"

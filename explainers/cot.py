@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from evalkit.markup import MARK_SHARE
 from evalkit.protocols import Client
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId, Message, Response
+from evalkit.seeds import derive_request_seed
 from explainers.asking import (
     PHRASE,
     Form,
@@ -22,7 +23,6 @@ from explainers.asking import (
     read_object,
     read_prompt,
     require_client,
-    seed_of,
     spread,
 )
 
@@ -74,7 +74,7 @@ class CotExplainer:
             spread(examples.positives, self.n_examples),
             lambda shown: cot_prompt(examples, shown, silent, self.share),
             _FORM,
-            seed=seed_of(self.seed, examples.source, feature),
+            seed=derive_request_seed(self.seed, examples.source, feature),
             max_tokens=self.max_tokens,
         )
         return Explanation(examples.source, feature, self.name, self.version, text, note)

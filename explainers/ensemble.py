@@ -20,7 +20,8 @@ from typing import Any
 from evalkit.errors import BadConfig, ClientDown, ClientError, NoAnswer, NotRecorded
 from evalkit.protocols import Client, Explainer
 from evalkit.records import Example, ExplainExamples, Explanation, FeatureId
-from explainers.asking import require_client, seed_of
+from evalkit.seeds import derive_request_seed
+from explainers.asking import require_client
 from explainers.contrastive import ContrastiveExplainer
 from explainers.cot import CotExplainer
 from explainers.default import DefaultExplainer
@@ -70,7 +71,9 @@ class EnsembleExplainer:
         self.n, self.n_held, self.subset, self.batch_size = n, n_held, subset, batch_size
         self.thinking_tokens, self.seed = thinking_tokens, seed
         self._writers: list[Explainer] = [
-            CANDIDATES[of](thinking_tokens=thinking_tokens, seed=seed_of(seed, "candidate", number), **options)
+            CANDIDATES[of](
+                thinking_tokens=thinking_tokens, seed=derive_request_seed(seed, "candidate", number), **options
+            )
             for number in range(n)
         ]
         self.version = f"1-{of}-{self._writers[0].version}"
@@ -81,7 +84,7 @@ class EnsembleExplainer:
         count = min(self.n_held, len(examples.positives) // _MOST_HELD, (len(examples.negatives) + 1) // 2)
         if not count:
             return await self._first(feature, examples, client)
-        key = seed_of(self.seed, examples.source, feature, "held back")
+        key = derive_request_seed(self.seed, examples.source, feature, "held back")
         active, inactive = (held_back(part, count, key) for part in (examples.positives, examples.negatives))
         views = [
             replace(
@@ -136,7 +139,9 @@ class EnsembleExplainer:
     def _subset(self, windows: Sequence[Example], examples: ExplainExamples, number: int) -> tuple[Example, ...]:
         """What candidate ``number`` may see of the windows, by hash; their order is kept."""
         names = (examples.source, examples.feature, "candidate", number)
-        order = sorted(range(len(windows)), key=lambda place: seed_of(self.seed, *names, windows[place].window))
+        order = sorted(
+            range(len(windows)), key=lambda place: derive_request_seed(self.seed, *names, windows[place].window)
+        )
         kept = order[: max(1, round(self.subset * len(windows)))]
         return tuple(windows[place] for place in sorted(kept))
 

@@ -14,7 +14,8 @@ from evalkit.errors import InputError
 from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import ExplainExamples, Explanation, FeatureId, Message
-from explainers.asking import ask_for_phrase, chat, read_prompt, require_client, seed_of
+from evalkit.seeds import derive_request_seed
+from explainers.asking import ask_for_phrase, chat, read_prompt, require_client
 from explainers.default import FORM
 
 __all__ = ["PromotedExplainer", "TokenLogitsExplainer", "token_logits_prompt"]
@@ -49,7 +50,7 @@ class TokenLogitsExplainer:
             (),
             lambda _: messages,
             FORM,
-            seed=seed_of(self.seed, examples.source, feature),
+            seed=derive_request_seed(self.seed, examples.source, feature),
             max_tokens=self.max_tokens,
         )
         return Explanation(examples.source, feature, self.name, self.version, text, note)

@@ -18,7 +18,8 @@ from evalkit.errors import ContextOverflow, RequestRefused
 from evalkit.markup import quoted
 from evalkit.protocols import Client
 from evalkit.records import Example, Message, Response
-from explainers.asking import Form, ask, read_prompt, seed_of
+from evalkit.seeds import derive_request_seed
+from explainers.asking import Form, ask, read_prompt
 
 __all__ = ["Validation", "held_back", "parse_verdicts", "validate", "validation_prompt"]
 
@@ -44,7 +45,7 @@ def held_back(windows: Sequence[Example], count: int, seed: int) -> tuple[list[E
     """
     bounds = [number * len(windows) // count for number in range(count + 1)] if count else []
     picked = {
-        min(range(first, last), key=lambda place: (seed_of(seed, windows[place].window), place))
+        min(range(first, last), key=lambda place: (derive_request_seed(seed, windows[place].window), place))
         for first, last in itertools.pairwise(bounds)
         if first < last
     }
@@ -67,7 +68,7 @@ async def validate(
     Windows of a request that is refused, or never answered readably, are left out. Raises what else the client raises.
     """
     labelled = [(one, True) for one in active] + [(one, False) for one in inactive]
-    labelled.sort(key=lambda pair: seed_of(seed, pair[0].window))
+    labelled.sort(key=lambda pair: derive_request_seed(seed, pair[0].window))
     batches = [labelled[first : first + batch_size] for first in range(0, len(labelled), batch_size)]
     asked = (_verdicts(client, text, [one for one, _ in batch], seed, thinking_tokens) for batch in batches)
     right: dict[bool, list[bool]] = {True: [], False: []}

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from evalkit.markup import spans
 from evalkit.records import Example, JudgeItem, ScoreExamples, TestExamples
+from evalkit.seeds import generator
 from scorers.marking import false_marks, start_counts, true_marks
-from scorers.trials import Trial, TrialScorer, generator
+from scorers.trials import Trial, TrialScorer
 
 __all__ = ["FuzzingScorer"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from evalkit.errors import BadConfig
 from evalkit.protocols import Judge, PickingJudge
 from evalkit.records import Example, Explanation, JudgeItem, Judgement, Pick, Score, ScoreExamples
-from scorers.trials import generator
+from evalkit.seeds import generator
 
 __all__ = ["Group", "IntruderScorer"]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from evalkit.errors import BadConfig
 from evalkit.protocols import SimulatingJudge
 from evalkit.records import Example, Explanation, JudgeItem, Judgement, Score, ScoreExamples, Simulation
-from scorers.trials import generator
+from evalkit.seeds import generator
 
 __all__ = ["SimulationScorer", "moments"]
 

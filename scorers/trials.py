@@ -5,19 +5,17 @@ A trial is one question with its label; the judge sees only the question. Pure e
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from evalkit.protocols import Judge
 from evalkit.records import Answer, Example, Explanation, JudgeItem, Judgement, Score, ScoreExamples
+from evalkit.seeds import generator
 from scorers.cutoff import fit_cutoff
 
-__all__ = ["Trial", "TrialScorer", "generator", "hold_test", "shuffle"]
+__all__ = ["Trial", "TrialScorer", "hold_test", "shuffle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +31,6 @@ class Trial:
     @classmethod
     def of(cls, example: Example, label: bool, item: JudgeItem | None, reason: str | None = None) -> Trial:
         return cls(example.window, label, item, example.decile, reason)
-
-
-def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """The random generator for (seed, names), independent of anything else that is drawn."""
-    text = "\x1f".join([str(seed), *map(str, names)])
-    return np.random.default_rng(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big"))
 
 
 def shuffle(trials: Sequence[Trial], seed: int, *names: str | int) -> list[Trial]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evalkit.seeds import derive, hash_priorities
+from evalkit.seeds import derive, derive_request_seed, generator, hash_priorities
 
 
 def test_derive_tells_names_apart() -> None:
@@ -21,6 +21,16 @@ def test_derive_is_pinned() -> None:
 
     digest = hashlib.blake2b(b"0\x1fpools", digest_size=8).hexdigest()
     assert derive(0, "pools") == int(digest, 16) // 2
+
+
+def test_request_seeds_and_generators_are_pinned() -> None:
+    """These values may not change: recorded answers are found by their seeds, and stored scores hold the draws."""
+    assert derive_request_seed(0) == 436422930
+    assert derive_request_seed(0, "source", 3) == 16343643
+    assert derive_request_seed(7, "candidate", 1) == 386019037
+    assert derive_request_seed(0, "a\ud800") == 1814419504
+    assert int(generator(0, "source", 3).integers(2**63)) == 3233221500385217106
+    assert generator(0, "a").permutation(6).tolist() == [3, 0, 2, 1, 5, 4]
 
 
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=50, unique=True), st.integers(0, 1 << 62))

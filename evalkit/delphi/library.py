@@ -7,7 +7,6 @@ what asks and scores is in ``delphi_parts``.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from evalkit.errors import EvalkitError, MissingExtra
 from evalkit.protocols import Client
 from evalkit.records import Example, Message
+from evalkit.seeds import derive_request_seed
 
 __all__ = ["INSTALL", "Asking", "library", "library_version", "record_of", "without_engine"]
 
@@ -108,7 +108,7 @@ class Asking:
             response = await self._client.generate(
                 messages,
                 logprobs=int(options.get("top_logprobs") or 0),
-                seed=_seed(self._seed, messages),
+                seed=derive_request_seed(self._seed, *(message.content for message in messages)),
                 max_tokens=int(options.get("max_tokens") or self._max_tokens),
             )
         except EvalkitError as error:
@@ -121,12 +121,6 @@ class Asking:
             if token
         ]
         return library("clients.client").Response(text=response.answer, logprobs=tokens or None)
-
-
-def _seed(seed: int, messages: Sequence[Message]) -> int:
-    """31 bits from a seed and the request, so that no two requests share their noise."""
-    text = "\x1f".join([str(seed), *(message.content for message in messages)])
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big") >> 1
 
 
 def record_of(

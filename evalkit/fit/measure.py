@@ -1,17 +1,19 @@
-"""How well a dictionary fits some hidden states: the error it leaves, how many latents it takes, which of them fire.
+"""Measures how well a dictionary fits hidden states: FVU, L0 and which latents fire.
 
-One pass over the latents serves any number of sets of states, so a dictionary on disk is read once. Sums are in float64.
-Knows sources and tensors; no corpus, no subject model, no verdict (see ``fit_check``).
+One pass over the latents serves any number of sets of states, so that a dictionary on disk is read once. Sums are in
+float64. Knows sources and tensors; no corpus, no subject model, no verdict (see ``evalkit.fit.check``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evalkit.fit.fvu import Spread, fvu
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import Step, transformed
 
@@ -27,10 +29,13 @@ __all__ = ["Fit", "States", "measure", "reconstructed"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class States:
-    """Raw states that a dictionary reads, (token, d), and those it shall reconstruct, (token, d_out).
+    """Raw states that a dictionary reads, and those that it should reconstruct.
 
-    ``further`` are transforms after the dictionary's own, ``offset`` (d,) is added to what its encoder sees: how the states
-    would be read if another normalisation or bias had been declared. Both for SAEs only.
+    The last three, for SAEs only, read the states as if another normalisation or bias had been declared:
+
+    ``further``: transforms after the dictionary's own.
+    ``offset``: (d,), added to the encoder's input.
+    ``own_steps``: whether the dictionary's own transforms are applied.
     """
 
     read: Float[Tensor, "token d"]
@@ -42,10 +47,12 @@ class States:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """``fvu``: squared error over the variance about the mean; ``fvu_centred``: the same when the mean error is taken away.
+    """The fit of a dictionary to one set of states.
 
-    ``l0``: active latents per token, ``fired`` (n,): tokens each latent is active on; None where the source is no SAE.
-    Source of FVU: Gemma Scope, arXiv 2408.05147, section 4.
+    ``fvu``: see ``evalkit.fit.fvu``; NaN where all target states are equal.
+    ``fvu_centred``: the FVU after the mean error is subtracted.
+    ``l0``: active latents per token; None where the source is not an SAE.
+    ``fired``: (n,), the number of tokens on which each latent is active; None where the source is not an SAE.
     """
 
     fvu: float
@@ -60,13 +67,14 @@ class Fit:
         return None if self.fired is None else float((self.fired > 0).double().mean())
 
     def as_json(self) -> dict[str, Any]:
-        """For records."""
-        found = {"fvu": self.fvu, "l0": self.l0, "alive_share": self.alive_share, "n_tokens": self.n_tokens}
+        """For records. An FVU that is not defined is left out."""
+        known = None if math.isnan(self.fvu) else self.fvu
+        found = {"fvu": known, "l0": self.l0, "alive_share": self.alive_share, "n_tokens": self.n_tokens}
         return {name: value for name, value in found.items() if value is not None}
 
 
 def measure(source: FeatureSource, sets: Sequence[States]) -> list[Fit]:
-    """The fit on each set of states. The source is bound. Latents of an SAE are gone through once for all sets."""
+    """The fit on each set of states, in their order. The source must be bound. Passes over the latents of an SAE once."""
     if not isinstance(source, SaeSource):
         return [_fit(source.reconstruct(one.read[None])[0], one.target) for one in sets]
     seen, undoing = [], []
@@ -87,8 +95,10 @@ def measure(source: FeatureSource, sets: Sequence[States]) -> list[Fit]:
 
 
 def reconstructed(weights: SaeWeights, y: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder sees, y (T, d) → reconstructions (T, d_out), active latents per token (T,) and, for each stretch of
-    ``lengths`` tokens, on how many of them each latent fires (stretch, n). One pass over the latents.
+    """Runs an SAE on its encoder's input y (T, d), in one pass over the latents.
+
+    ``lengths`` cuts the T tokens into consecutive stretches. Returns the reconstructions (T, d_out), the number of active
+    latents per token (T,), and the number of tokens of each stretch on which each latent fires (stretch, n).
     """
     made = weights.constant(y)
     active_of = torch.zeros(len(y), dtype=torch.int64, device=y.device)
@@ -103,8 +113,8 @@ def reconstructed(weights: SaeWeights, y: Tensor, lengths: Sequence[int]) -> tup
 
 
 def _fit(made: Tensor, target: Tensor, l0: float | None = None, fired: Tensor | None = None) -> Fit:
-    truth = target.double()
-    error = truth - made.double().to(truth.device)
-    variance = max(float((truth - truth.mean(dim=0)).square().sum()), 1e-30)
-    whole, centred = float(error.square().sum()), float((error - error.mean(dim=0)).square().sum())
-    return Fit(whole / variance, centred / variance, len(truth), l0, fired)
+    spread, error_spread = Spread(), Spread()
+    spread.add(target)
+    error = target.double() - made.double().to(target.device)
+    error_spread.add(error)
+    return Fit(fvu(float(error.square().sum()), spread), fvu(error_spread.total, spread), len(target), l0, fired)

@@ -1,7 +1,7 @@
-"""How well an RQAE reconstructs hidden states, in raw and in final-normed units, by depth.
+"""Measures how well an RQAE reconstructs hidden states, in raw and in final-normed units, by depth.
 
-Training writes it on the card, ``evalkit inspect`` prints it; ``rqae.held_out_fvu``, which training watches, knows no raw
-units. Knows tensors and the subject model's final norm; nothing of corpora or files.
+Training writes the result on the card and ``evalkit inspect`` prints it. ``rqae.held_out_fvu``, which training watches,
+has no raw units. Knows tensors and the subject model's final norm; no corpora or files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evalkit.errors import CorpusError
+from evalkit.fit.fvu import Spread, fvu
 from evalkit.records import SubjectInfo
 from evalkit.subject.final_norm import denormalise, normalise
 from rqae import RQAE
@@ -27,9 +28,11 @@ __all__ = ["RqaeFit", "measure_rqae_fit"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RqaeFit:
-    """FVU by depth: summed squared error over summed squared distance to the mean, in raw and in final-normed units.
+    """The fit of an RQAE by depth.
 
-    ``alive_share``: of all (quantizer, distinct code) pairs, those that some token took. ``mean``: of the raw states.
+    ``raw``, ``normed``: FVU (see ``evalkit.fit.fvu``) in raw and in final-normed units.
+    ``alive_share``: share of the (quantizer, distinct code) pairs that at least one token took.
+    ``mean``: of the raw states, in float64.
     """
 
     raw: dict[int, float]
@@ -42,28 +45,27 @@ class RqaeFit:
 def measure_rqae_fit(
     model: RQAE, rows: Iterable[Float[Tensor, "row d_model"]], info: SubjectInfo, depths: Sequence[int]
 ) -> RqaeFit:
-    """FVU over chunks of raw hidden states, all depths for one encoding. Sums in float64. Raises CorpusError on no rows."""
+    """The fit over chunks of raw hidden states; one encoding serves all depths. Sums are in float64.
+
+    Raises CorpusError on no rows.
+    """
     kinds = ("raw", "normed")
     squares = {depth: dict.fromkeys(kinds, 0.0) for depth in depths}
-    sums = {kind: torch.zeros(info.d_model, dtype=torch.float64) for kind in kinds}
-    totals = dict.fromkeys(kinds, 0.0)
+    spreads = {kind: Spread() for kind in kinds}
     used = torch.zeros(model.config.num_quantizers, model.config.num_codes, dtype=torch.bool)
-    count = 0
     for chunk in rows:
         hidden = chunk.to(model.w_in.device)
         normed = normalise(hidden, info)
         for kind, values in zip(kinds, (hidden, normed), strict=True):
-            sums[kind] += values.double().sum(0).cpu()
-            totals[kind] += float(values.double().square().sum())
+            spreads[kind].add(values)
         codes = model.encode(normed)
         used[torch.arange(len(used)).expand(codes.shape), codes.cpu()] = True
         for depth, found in model.reconstructions(codes, depths):
             squares[depth]["normed"] += float((found - normed).double().square().sum())
             squares[depth]["raw"] += float((denormalise(found, hidden, info) - hidden).double().square().sum())
-        count += len(hidden)
-    if not count:
+    if not spreads["raw"].n_rows:
         raise CorpusError("hidden states", expected="at least one row", seen="none", fix="use a longer corpus")
-    variance = {kind: totals[kind] - float(sums[kind].square().sum()) / count for kind in kinds}
-    by_depth = {kind: {depth: row[kind] / variance[kind] for depth, row in squares.items()} for kind in kinds}
+    by_depth = {kind: {depth: fvu(row[kind], spreads[kind]) for depth, row in squares.items()} for kind in kinds}
     alive = float(used.sum()) / (len(used) * distinct_codes(model.config))
-    return RqaeFit(by_depth["raw"], by_depth["normed"], alive, sums["raw"] / count, count)
+    raw = spreads["raw"]
+    return RqaeFit(by_depth["raw"], by_depth["normed"], alive, raw.mean.cpu(), raw.n_rows)

@@ -1,12 +1,13 @@
-"""How well a sparse autoencoder or transcoder fits some tokens, and how often each latent fires: one pass over its weights.
+"""Measures how well an SAE or transcoder fits some tokens, and how often each latent fires, in one pass over its weights.
 
-Latents are taken tile by tile, each for all tokens of a block before the next, so a dictionary on disk is never held and is
-read once a block; the default sample is one block. Knows tensors; nothing of corpora, models or files.
+Latents are processed tile by tile, each tile for all tokens of a block before the next tile. So a dictionary on disk is
+never held whole and is read once per block; the default sample is one block. Knows tensors; no corpora, models or files.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from evalkit.errors import BadShape, CorpusError
+from evalkit.fit.fvu import Spread, fvu
 from evalkit.fit.measure import reconstructed
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import transformed
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["SaeMeasure", "measure_rows"]
+    from evalkit.sources.sae.weights import SaeWeights
+
+__all__ = ["SaeFit", "SaeMeasure", "measure_fit", "measure_rows"]
 
 _BLOCK = 9216  # tokens: 8,192 and the rest of a context of up to 1,024
 _ROWS = 1024  # compared at a time in float64
@@ -32,11 +36,16 @@ _FLOOR = 1e-12  # below this a norm counts as zero
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SaeMeasure:
-    """x is the state at ``site.out`` and x̂ its reconstruction, each (token, d_out).
+    """What one pass found. x is the state at ``site.out`` and x̂ its reconstruction, each (token, d_out).
 
-    ``fvu``: Σ‖x - x̂‖² / Σ‖x - mean‖²; ``rescale``: the one factor α for which mean + α(x̂ - mean) comes closest to x, with
-    ``mean`` (d_out,) that of x; ``fvu_rescaled``: the FVU of that. ``cosines`` of x and x̂, ``norm_ratios`` ‖x̂‖/‖x‖ and
-    ``active``, the latents that fire, are by token; ``counts`` (latent,): the tokens on which each fires.
+    ``fvu``: see ``evalkit.fit.fvu``.
+    ``rescale``: the factor α for which mean + α(x̂ - mean) comes closest to x.
+    ``fvu_rescaled``: the FVU of that.
+    ``cosines``: of x and x̂, per token.
+    ``norm_ratios``: ‖x̂‖/‖x‖, per token.
+    ``active``: latents that fire, per token.
+    ``counts``: tokens on which each latent fires, (latent,).
+    ``mean``: of x, (d_out,).
     """
 
     fvu: float
@@ -54,22 +63,24 @@ class SaeMeasure:
 
     @property
     def l0(self) -> float:
-        """Latents that fire, by token."""
+        """Latents that fire per token."""
         return float(self.active.mean())
 
     @property
     def alive_share(self) -> float:
-        """Of all latents, those that fire on some token."""
+        """Share of the latents that fire on at least one token."""
         return float((self.counts > 0).mean())
 
 
 def measure_rows(
     source: SaeSource, hidden: Float[Tensor, "token d_in"], target: Float[Tensor, "token d_out"] | None = None
 ) -> SaeMeasure:
-    """FVU, cosines, norms, the best rescaling and firing counts over raw hidden states; sums in float64.
+    """FVU, cosines, norms, the best rescaling and firing counts over raw hidden states. Sums in float64.
 
-    ``hidden`` is what the dictionary reads, ``target`` what it should give: the same where None. Raises CorpusError on no
-    tokens, BadShape for states of another shape, BadFile (see ``Stored.take``).
+    ``hidden``: what the dictionary reads.
+    ``target``: what it should reconstruct; None for the same states.
+
+    Raises CorpusError on no tokens, BadShape for states of another shape, BadFile (see ``Stored.take``).
     """
     target = hidden if target is None else target
     if not len(hidden):
@@ -86,8 +97,40 @@ def measure_rows(
     return _compare(target.float(), rebuilt, active, counts)
 
 
+@dataclass(frozen=True, slots=True)
+class SaeFit:
+    """How well an SAE fits some tokens.
+
+    ``fvu``: see ``evalkit.fit.fvu``.
+    ``l0``: active latents per token.
+    ``alive_share``: share of the latents that are active on at least one token.
+    """
+
+    fvu: float
+    l0: float
+    alive_share: float
+    n_tokens: int
+
+
+def measure_fit(weights: SaeWeights, rows: Iterable[Float[Tensor, "row d_model"]]) -> SaeFit:
+    """The fit over chunks of raw hidden states. Sums in float64. Raises BadShape on no rows."""
+    spread = Spread()
+    error = active = torch.zeros((), dtype=torch.float64)
+    fired = torch.zeros(weights.width, dtype=torch.bool)
+    for chunk in rows:
+        activations = weights.encode(chunk)
+        error = error + (chunk - weights.decode(activations)).double().square().sum()
+        spread.add(chunk)
+        active = active + (activations > 0).sum()
+        fired |= (activations > 0).any(0)
+    count = spread.n_rows
+    if count == 0:
+        raise BadShape("hidden states", expected="at least one row", seen="none", fix="give a longer corpus")
+    return SaeFit(fvu(float(error), spread), float(active) / count, float(fired.double().mean()), count)
+
+
 def _run(source: SaeSource, hidden: Tensor) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
-    """Reconstructions (token, d_out), active latents by token, tokens by latent."""
+    """Reconstructions (token, d_out), active latents per token, tokens per latent."""
     rebuilt, active = [], []
     counts = torch.zeros(source.weights.width, dtype=torch.int64)
     for block in torch.split(hidden, _BLOCK):
@@ -101,7 +144,8 @@ def _run(source: SaeSource, hidden: Tensor) -> tuple[Tensor, NDArray[np.int64], 
 
 def _compare(target: Tensor, rebuilt: Tensor, active: NDArray[np.int64], counts: NDArray[np.int64]) -> SaeMeasure:
     mean = target.mean(dim=0, dtype=torch.float64)
-    error = variance = product = square = 0.0
+    spread = Spread()
+    error = product = square = 0.0
     cosines, ratios = [], []
     for low in range(0, len(target), _ROWS):
         x, y = (rows[low : low + _ROWS].double() for rows in (target, rebuilt))
@@ -109,16 +153,15 @@ def _compare(target: Tensor, rebuilt: Tensor, active: NDArray[np.int64], counts:
         norms, lengths = x.norm(dim=1).clamp_min(_FLOOR), y.norm(dim=1)
         cosines.append((x * y).sum(dim=1) / norms / lengths.clamp_min(_FLOOR))
         ratios.append(lengths / norms)
+        spread.add(x)
         x, y = x - mean, y - mean
-        variance += float(x.square().sum())
         product += float((x * y).sum())
         square += float(y.square().sum())
-    variance = variance or math.nan
     rescale = product / square if square else math.nan
     return SaeMeasure(
-        fvu=error / variance,
+        fvu=fvu(error, spread),
         rescale=rescale,
-        fvu_rescaled=(variance - rescale * product) / variance,
+        fvu_rescaled=fvu(spread.total - rescale * product, spread),
         cosines=torch.cat(cosines).cpu().numpy(),
         norm_ratios=torch.cat(ratios).cpu().numpy(),
         active=active,

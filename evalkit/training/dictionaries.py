@@ -17,10 +17,10 @@ import torch
 from evalkit.errors import BadConfig
 from evalkit.fit.losses import measure_losses
 from evalkit.fit.rqae import measure_rqae_fit
+from evalkit.fit.sae import measure_fit
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
 from evalkit.sources.formats.gemma_scope import read_weights
-from evalkit.sources.sae.weights import measure_fit
 from evalkit.subject.attention_sinks import SINK_RATIO
 from evalkit.subject.final_norm import denormalise, normalise
 from evalkit.subject.language_model import LanguageModel

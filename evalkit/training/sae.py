@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import BadConfig, BadFile, CorpusError
+from evalkit.fit.sae import SaeFit, measure_fit
 from evalkit.protocols import Progress
 from evalkit.seeds import derive
-from evalkit.sources.sae.weights import SaeFit, SaeWeights, measure_fit
+from evalkit.sources.sae.weights import SaeWeights
 from evalkit.training.activation_store import ActivationStore
 from evalkit.util.atomic_files import atomic_path
 from evalkit.util.progress import SILENT

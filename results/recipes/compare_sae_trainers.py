@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from evalkit.sources.sae.weights import SaeWeights, measure_fit
+from evalkit.fit.sae import measure_fit
+from evalkit.sources.sae.weights import SaeWeights
 from evalkit.training.activation_store import ActivationStore
 from evalkit.training.sae import SaeTrainingConfig, train_sae
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from evalkit.corpus.contexts import Corpus
 from evalkit.corpus.tokenisation import tokenize_corpus
+from evalkit.fit.sae import measure_fit
 from evalkit.records import Site, SubjectInfo
 from evalkit.sources.formats.gemma_scope import read_weights
-from evalkit.sources.sae.weights import measure_fit
 from evalkit.subject.final_norm import denormalise, normalise
 from evalkit.subject.model import Subject
 from evalkit.training.activation_store import ActivationStore

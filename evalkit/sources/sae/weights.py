@@ -6,7 +6,7 @@ and tiles that are asked for. Only per-token top-k needs every latent for one; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Activation", "Gate", "Latents", "SaeFit", "SaeWeights", "measure_fit"]
+__all__ = ["Activation", "Gate", "Latents", "SaeWeights"]
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
 _TILE, _NARROWEST = 1 << 13, 256  # latents multiplied at a time where all are: as many as tokens leave room for
@@ -266,40 +266,6 @@ def _group_winners(active: Tensor, size: int) -> Tensor:
     groups = active.reshape(*active.shape[:-1], -1, size)
     best, where = groups.max(dim=-1, keepdim=True)
     return torch.zeros_like(groups).scatter_(-1, where, best).reshape(active.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class SaeFit:
-    """How well an SAE fits some tokens.
-
-    ``fvu``: summed squared error over summed squared distance to the mean; ``l0``: active latents a token;
-    ``alive_share``: of the latents, active on at least one of the tokens.
-    """
-
-    fvu: float
-    l0: float
-    alive_share: float
-    n_tokens: int
-
-
-def measure_fit(weights: SaeWeights, rows: Iterable[Float[Tensor, "row d_model"]]) -> SaeFit:
-    """FVU, L0 and alive share over chunks of raw hidden states. Sums in float64. Raises BadShape on no rows."""
-    error = square = active = torch.zeros((), dtype=torch.float64)
-    total = torch.zeros(weights.d_model, dtype=torch.float64)
-    fired = torch.zeros(weights.width, dtype=torch.bool)
-    count = 0
-    for chunk in rows:
-        activations = weights.encode(chunk)
-        error = error + (chunk - weights.decode(activations)).double().square().sum()
-        square = square + chunk.double().square().sum()
-        total += chunk.double().sum(0)
-        active = active + (activations > 0).sum()
-        fired |= (activations > 0).any(0)
-        count += len(chunk)
-    if count == 0:
-        raise BadShape("hidden states", expected="at least one row", seen="none", fix="give a longer corpus")
-    variance = square - total.square().sum() / count
-    return SaeFit(float(error / variance), float(active) / count, float(fired.double().mean()), count)
 
 
 def _bad_shape(name: str, expected: str, tensor: Matrix) -> BadShape:

@@ -10,7 +10,6 @@ Does not know labels; the caller provides the client.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import tomllib
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +20,7 @@ from evalkit.errors import BadConfig, ContextOverflow, RequestRefused
 from evalkit.markup import quoted, render
 from evalkit.protocols import Client
 from evalkit.records import Answer, JudgeItem, Message, Pick, Response, Simulation
+from evalkit.seeds import derive_request_seed
 from scorers.judges.llm.parsing import Unparsable, gives_yes_or_no, parse_list, parse_yes_no, probability_of_yes
 from scorers.judges.llm.pick import PICK_VERSION, pick_groups
 from scorers.judges.llm.simulate import SIMULATE_VERSION, simulate_windows
@@ -183,8 +183,7 @@ class LlmJudge:
 
     def _seed(self, messages: Sequence[Message]) -> int:
         """A 31-bit seed from the judge's seed and the request, so that requests are sampled independently."""
-        text = "\x1f".join([str(self.seed), *(message.content for message in messages)])
-        return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big") >> 1
+        return derive_request_seed(self.seed, *(message.content for message in messages))
 
 
 def _settled(outcome: list[Answer] | RequestRefused, count: int) -> list[Answer]:

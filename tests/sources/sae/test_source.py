@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalkit.errors import BadShape, SiteMismatch, UnknownFeature
+from evalkit.fit.sae import measure_fit
 from evalkit.protocols import FeatureSource
 from evalkit.records import Site, SubjectInfo
 from evalkit.sources.sae.source import SaeSource
-from evalkit.sources.sae.weights import SaeWeights, measure_fit
+from evalkit.sources.sae.weights import SaeWeights
 
 SITE = Site("toy", "layers.3")
 

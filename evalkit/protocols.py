@@ -195,10 +195,7 @@ class SourceReader(Protocol):
 class Explainer(Protocol):
     """Writes an explanation from examples of the explain pool.
 
-    One that asks the client says so with ``uses_client = True``: its records then carry the client's name. One that reads
-    what the run's dictionaries themselves know says ``uses_sources = True``: it is made with ``sources=``, a function that
-    opens these. Two more are optional: ``async prepare(sources)`` is called before the first feature, with the names of all
-    sources; ``explains(source)`` says whether it has anything to say about the features of one, and if not is not asked.
+    Optional abilities (``evalkit.abilities``): ``uses_client``, ``uses_sources``, ``variant``, ``prepare``, ``explains``.
     """
 
     name: str
@@ -209,12 +206,13 @@ class Explainer(Protocol):
 
 
 class Judge(Protocol):
-    """Says whether an explanation matches a window, never knowing the label.
+    """Says whether an explanation matches a window, without knowing the label.
 
     ``probabilistic``: whether its answers carry their own match decision; if False, scorers fit the cut-off on
-    confidences. A judge that asks a client says so with ``uses_client = True``, as explainers do. One that can prepare in
-    bulk has ``async prepare(items, explanations=(), progress=None)``; a scorer that can list its questions beforehand has
-    ``items(examples)``.
+    confidences.
+
+    Optional abilities (``evalkit.abilities``): ``uses_client``, ``uses_subject``, ``variant``, ``prepare``; see also
+    ``PickingJudge`` and ``SimulatingJudge``.
     """
 
     name: str
@@ -225,13 +223,15 @@ class Judge(Protocol):
         """As many answers as items, always, in their order."""
 
 
+@runtime_checkable
 class PickingJudge(Protocol):
-    """A judge that can say which of some texts does not belong with the others; no explanation is shown."""
+    """A judge that can pick the text that does not belong with the others; it sees no explanation."""
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
         """As many picks as groups, always, in their order."""
 
 
+@runtime_checkable
 class SimulatingJudge(Protocol):
     """A judge that can predict from an explanation how active the feature is on every token of a window."""
 
@@ -240,12 +240,9 @@ class SimulatingJudge(Protocol):
 
 
 class Scorer(Protocol):
-    """Builds the test (windows, marks, labels), asks a judge, holds the answers against the labels.
+    """Builds the test (windows, marks, labels), asks a judge, and compares the answers with the labels.
 
-    ``asks`` names the method that it needs of a judge: "judge" where it says nothing, "pick" or "simulate" (see
-    ``PickingJudge``, ``SimulatingJudge``); judges of a run without it are not asked. A scorer that goes with one judge only
-    names that with ``own_judge``, as ``--judge`` would. One that tests features without any explanation says
-    ``needs_explanation = False``: it is then run once a feature, with an empty one.
+    Optional abilities (``evalkit.abilities``): ``asks``, ``own_judge``, ``needs_explanation``, ``items``.
     """
 
     name: str
@@ -258,21 +255,16 @@ class Scorer(Protocol):
 class Client(Protocol):
     """A language model that answers chat messages.
 
-    ``name`` is the model's, with every option that changes its answers: recordings and records are keyed by it. Where
-    ``--client NAME:VALUE`` puts VALUE, a class says with ``main_option`` (default "model"). Making one must be cheap and
-    reach nobody: an engine starts with the first request. One that holds connections or an engine has ``async close()``.
-    Retries and limits on requests in flight are the client's own affair; recording and budgets are not.
+    ``name`` is the model's, with every option that changes its answers: recordings and records are keyed by it. Creating
+    a client must be cheap and must contact nothing: an engine starts with the first request. Retries and limits on
+    requests in flight are the client's task; recording and budgets are not.
 
-    A run makes it in a process of its own, which lives on for the answers that are under way when the run is killed. An
-    optional ``finish()`` tells it then to wait for these, and to send nothing more or again. One whose model would only
-    hold that up, as it dies with the run, says ``in_process = True``.
+    A run creates the client in a separate process, which outlives a killed run until the requests in flight are answered.
+    A client with ``in_process = True`` stays in the run's process, for example because its model would end with the run.
 
-    Two more are optional. ``concurrency``: how many requests it takes at a time; the others wait in the run, where Ctrl-C
-    and a budget can still drop them. ``batched = True`` says that it hands requests in many at a time and is answered hours
-    later, at the price of batches; it has ``window``, the time within which a batch is answered, and ``keep_in(path,
-    record)``, called before the first request: it keeps at ``path`` what it handed in, and hands every answer to
-    ``record``, also those that came for a command which is gone. Ctrl-C leaves it without waiting, the next command
-    fetches the answers.
+    Optional abilities (``evalkit.abilities``): ``main_option`` (default "model"), ``concurrency``, ``in_process``,
+    ``close``, ``finish``, and those of a ``BatchClient``. On Ctrl-C a run does not wait for a batch client; the next
+    command fetches its answers.
     """
 
     name: str

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeAlias
 
+from evalkit.abilities import abilities_of, main_option_of
 from evalkit.errors import BadConfig, EvalkitError, PluginError
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "Kind",
     "Part",
     "Plugin",
-    "abilities",
     "create",
     "list_plugins",
     "load_class",
@@ -100,7 +100,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """One row of ``evalkit plugins``. ``error`` is why it cannot be loaded, None if it can; see ``abilities``."""
+    """One row of ``evalkit plugins``.
+
+    ``error``: why it cannot be loaded; None if it can.
+    ``abilities``: its optional abilities, in words; see ``evalkit.abilities``.
+    """
 
     kind: Kind
     name: str
@@ -108,15 +112,6 @@ class Plugin:
     target: str
     error: str | None
     abilities: tuple[str, ...] = ()
-
-
-# The class attributes by which a plug-in asks for more than its examples, with the name that users read.
-_ABILITIES = {"uses_client": "client", "uses_sources": "sources", "uses_subject": "subject model"}
-
-
-def abilities(cls: Any) -> tuple[str, ...]:
-    """What a plug-in's class uses beside its examples: any of ``client``, ``sources``, ``subject model``."""
-    return tuple(name for attribute, name in _ABILITIES.items() if getattr(cls, attribute, False))
 
 
 @cache
@@ -201,7 +196,7 @@ def parse_part(kind: Kind, text: str) -> Part:
     options = dict(parse_option(piece) for piece in pieces)
     label = ",".join([*([main] if main else []), *(f"{key}={options[key]}" for key in sorted(options))])
     if main is not None:
-        option = getattr(load_class(kind, name), "main_option", "model" if kind == "clients" else None)
+        option = main_option_of(load_class(kind, name), default="model" if kind == "clients" else None)
         if option is None:
             raise PluginError(
                 f"{kind.removesuffix('s')} {name!r}",
@@ -221,11 +216,11 @@ def list_plugins() -> list[Plugin]:
             point = None if name in BUILT_INS[kind] else _entry_points(kind)[name]
             target = point.value if point else BUILT_INS[kind][name]
             origin = "built in" if point is None else (point.dist.name if point.dist else "unknown package")
-            used: tuple[str, ...] = ()
+            able: tuple[str, ...] = ()
             try:
-                used = abilities(load_class(kind, name))
+                able = abilities_of(kind, load_class(kind, name))
                 error = None
             except (EvalkitError, ImportError, AttributeError) as failure:
                 error = str(failure)
-            found.append(Plugin(kind, name, origin, target, error, used))
+            found.append(Plugin(kind, name, origin, target, error, able))
     return found

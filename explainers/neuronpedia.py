@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
+from evalkit.abilities import ExplainedSource
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.protocols import Client
 from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
@@ -19,15 +20,6 @@ from evalkit.sources.dumps.neuronpedia_explanations import ExportedExplanations
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["NeuronpediaExplainer"]
-
-
-class _Export(Protocol):
-    """A source of the run that is itself an export."""
-
-    @property
-    def name(self) -> str: ...
-
-    def explanations(self, feature: FeatureId) -> Sequence[Explanation]: ...
 
 
 class NeuronpediaExplainer:
@@ -53,7 +45,7 @@ class NeuronpediaExplainer:
         self.path, self.by, self.source = path, by, source
         self._sources = sources
         self._export = None if path is None else ExportedExplanations.find(path)
-        self._own: dict[str, _Export] | None = None
+        self._own: dict[str, ExplainedSource] | None = None
 
     async def prepare(self, sources: Sequence[str]) -> None:
         """Look at all there is before the first feature. ``sources``: the names of all sources of the run.
@@ -109,11 +101,11 @@ class NeuronpediaExplainer:
             return []
         return self._opened()[source].explanations(feature) if self._export is None else self._export.of(feature)
 
-    def _opened(self) -> dict[str, _Export]:
+    def _opened(self) -> dict[str, ExplainedSource]:
         """The run's own sources that have explanations. Raises BadConfig where none has."""
         if self._own is None:
             there = [] if self._sources is None else self._sources()
-            self._own = {one.name: one for one in there if hasattr(one, "explanations")}
+            self._own = {one.name: one for one in there if isinstance(one, ExplainedSource)}
         if not self._own:
             raise BadConfig(
                 "explainer 'neuronpedia'",

@@ -25,6 +25,7 @@ class SurprisalScorer(DetectionScorer):
     name = "surprisal"
     version = "1"
     main_option = "direction"
+    own_judge = "subject"
 
     def __init__(self, direction: Direction = "text") -> None:
         if direction not in ("text", "explanation"):

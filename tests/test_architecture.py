@@ -34,6 +34,7 @@ LAYERS = """
     evalkit.errors evalkit.thoughts
     evalkit.records
     evalkit.seeds evalkit.markup evalkit.protocols
+    evalkit.abilities
     evalkit.registry
     evalkit.util
     evalkit.config evalkit.stats
@@ -79,6 +80,7 @@ LEVEL = {room: level for level, line in enumerate(LAYERS.splitlines()) for room 
 
 # Plug-ins import the contracts and nothing else, so that a package of somebody else's can do what a built-in does.
 CONTRACTS = {
+    "evalkit.abilities",
     "evalkit.records",
     "evalkit.errors",
     "evalkit.protocols",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from evalkit.abilities import abilities_of
 from evalkit.errors import BadConfig, PluginError
-from evalkit.registry import Part, abilities, list_plugins, parse_option, parse_part
+from evalkit.registry import Part, list_plugins, parse_option, parse_part
 
 
 @pytest.mark.parametrize(
@@ -53,10 +54,19 @@ def test_what_is_no_option(text: str) -> None:
 
 
 def test_abilities_are_read_from_class_attributes_that_a_plugin_merely_sets() -> None:
-    asks = type("Asks", (), {"uses_client": True, "uses_sources": False, "uses_subject": True})
-    assert abilities(asks) == ("client", "subject model")
-    assert abilities(object) == ()
+    asks = type("Asks", (), {"uses_client": True, "uses_subject": True, "pick": lambda self, groups: []})
+    assert abilities_of("judges", asks) == ("uses the client", "loads the subject model", "can pick")
+    assert abilities_of("judges", type("Refuses", (), {"uses_client": False})) == ()
+    assert abilities_of("scorers", object) == ()
     listed = {(plugin.kind, plugin.name): plugin.abilities for plugin in list_plugins()}
-    assert listed["judges", "llm"] == ("client",)
-    assert listed["judges", "subject"] == ("subject model",)
-    assert listed["judges", "lexical"] == ()
+    assert listed["judges", "llm"] == ("uses the client", "can pick", "can simulate")
+    assert listed["judges", "subject"] == ("loads the subject model", "prepares in bulk")
+    assert listed["judges", "lexical"] == ("can pick", "can simulate")
+    assert listed["scorers", "intruder"] == ("needs a judge that picks", "needs no explanation")
+    assert {name for (kind, name), able in listed.items() if kind == "scorers" and "brings its judge" in able} == {
+        "embedding",
+        "surprisal",
+        "delphi-detection",
+        "delphi-fuzz",
+    }
+    assert listed["clients", "openai-batch"] == ("submits batches", "stays in this process")

@@ -32,7 +32,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead o
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kind", "name", "origin", "uses", "state", box=None)
+    table = Table("kind", "name", "origin", "abilities", "state", box=None)
     for plugin in found:
         table.add_row(plugin.kind, plugin.name, plugin.origin, ", ".join(plugin.abilities), plugin.error or "ready")
     Console().print(table)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalkit.collect.dump_windows import DumpMaterial, ReadyMaterial, verifies_negatives
+from evalkit.abilities import verifies_negatives
+from evalkit.collect.dump_windows import DumpMaterial, ReadyMaterial
 from evalkit.collect.example_files import ExampleRow, ExampleStore, rows_of
 from evalkit.collect.sampling import Counts, FeatureWindows, draw_windows
 from evalkit.config.run_config import RunConfig

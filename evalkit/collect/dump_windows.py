@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evalkit.abilities import verifies_negatives
 from evalkit.config.run_config import NULL_SOURCES, RunConfig
 from evalkit.corpus.windows import Grid
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
@@ -23,7 +24,7 @@ from evalkit.records import FeatureId
 from evalkit.seeds import derive, hash_priorities
 from evalkit.util.progress import SILENT
 
-__all__ = ["DumpMaterial", "ReadyMaterial", "WindowCut", "check_ready", "gather_ready", "verifies_negatives"]
+__all__ = ["DumpMaterial", "ReadyMaterial", "WindowCut", "check_ready", "gather_ready"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -223,11 +224,6 @@ def _grid(config: RunConfig, material: Sequence[DumpMaterial]) -> tuple[Grid, di
         n_duplicates=len(cuts) - len(ids),
     )
     return grid, tokens
-
-
-def verifies_negatives(source: ExampleSource) -> bool:
-    """Whether a source stores every activation of its texts, so that a feature without one is silent there."""
-    return bool(getattr(source, "verifies_negatives", False))
 
 
 def _sums(examples: ReadyExamples) -> list[str]:

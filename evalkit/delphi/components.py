@@ -147,6 +147,7 @@ class _DelphiScorer:
 
     name: str
     _class: str
+    own_judge = "delphi"  # an instance adds its options
 
     def __init__(
         self, batch_size: int = 5, log_prob: bool = False, max_tokens: int = MAX_TOKENS, **options: Any

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evalkit import registry
+from evalkit.abilities import close_client
 from evalkit.protocols import Client
 from evalkit.records import Message, Response
 from evalkit.util.run_async import wait_for
@@ -67,5 +68,4 @@ async def _ask(client: Client) -> Response:
         async with asyncio.timeout(_LONGEST_S):
             return await client.generate([Message("user", _QUESTION)], max_tokens=_MAX_TOKENS)
     finally:
-        if (close := getattr(client, "close", None)) is not None:
-            await close()
+        await close_client(client)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from evalkit import registry
+from evalkit.abilities import asked_method, own_judge_of, uses_client, uses_sources, uses_subject, variant_of
 from evalkit.collect.stage import open_sources
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig
@@ -29,7 +30,7 @@ def make_explainers(config: RunConfig, client: Client | None) -> dict[str, Expla
 
 def _explainer(part: registry.Part, config: RunConfig) -> Any:
     given: dict[str, Any] = {}
-    if getattr(registry.load_class("explainers", part.name), "uses_sources", False):
+    if uses_sources(registry.load_class("explainers", part.name)):
         given["sources"] = partial(open_sources, config)
     return registry.create("explainers", part.name, **given, **part.options)
 
@@ -45,9 +46,9 @@ def make_tests(config: RunConfig, client: Client | None) -> list[Test]:
     for text in config.scorers:
         part = registry.parse_part("scorers", text)
         scorer: Scorer = registry.create("scorers", part.name, **part.options)
-        own: str | None = getattr(scorer, "own_judge", None)
+        own = own_judge_of(scorer)
         asked = judges if own is None else [(repeat, *made) for repeat, made in _repeated(own, config, client)]
-        method = getattr(scorer, "asks", "judge")
+        method = asked_method(scorer)
         fitting = [(repeat, name, judge) for repeat, name, judge in asked if hasattr(judge, method)]
         if asked and not fitting:
             raise BadConfig(
@@ -75,7 +76,7 @@ def _repeated(text: str, config: RunConfig, client: Client | None) -> list[tuple
     part = registry.parse_part("judges", text)
     made = [(0, recorded_as(part, _judge(part, config, client), client))]
     cls = registry.load_class("judges", part.name)
-    if not getattr(cls, "uses_client", False):
+    if not uses_client(cls):
         return made
     seeded = "seed" in inspect.signature(cls).parameters
     for repeat in range(1, config.repeats):
@@ -88,11 +89,11 @@ def _repeated(text: str, config: RunConfig, client: Client | None) -> list[tuple
 def _judge(part: registry.Part, config: RunConfig, client: Client | None) -> Any:
     cls = registry.load_class("judges", part.name)
     given: dict[str, Any] = {}
-    if getattr(cls, "uses_client", False):
+    if uses_client(cls):
         given["client"] = client
     elif part.name == "embedding":
         given = {"model": config.embedding_model, "device": config.device}
-    elif getattr(cls, "uses_subject", False):
+    elif uses_subject(cls):
         given = {"model": config.subject(), "dtype": config.dtype, "device": config.device, "revision": config.revision}
     return registry.create("judges", part.name, **{**given, **part.options})
 
@@ -102,5 +103,5 @@ def recorded_as(part: registry.Part, made: Any, client: Client | None) -> tuple[
 
     That model is the client's for parts that ask it (``uses_client``), or what the part itself calls its ``variant``.
     """
-    behind = client.name if client and getattr(made, "uses_client", False) else getattr(made, "variant", None)
+    behind = client.name if client and uses_client(made) else variant_of(made)
     return (f"{part.label}@{behind}" if behind else part.label), made

@@ -7,9 +7,10 @@ only through their contract; reads and writes the table ``explanations`` through
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
+from evalkit.abilities import PreparingExplainer, SelectiveExplainer
 from evalkit.evaluate.runner import FATAL, concurrency_limit, failure_reason, run_jobs
 from evalkit.protocols import Client, Explainer, Progress
 from evalkit.records import FeatureExamples, FeatureId
@@ -86,10 +87,9 @@ def _missing(
 async def _prepare(jobs: list[Job], sources: list[str], explainers: Mapping[str, Explainer]) -> list[Job]:
     """Call the explainers' optional ``prepare`` and drop jobs on sources that they do not explain."""
     for name in dict.fromkeys(name for _, _, name in jobs):
-        prepare: Callable[..., Awaitable[None]] | None = getattr(explainers[name], "prepare", None)
-        if prepare is not None:
-            await prepare(sources)
-        explains: Callable[[str], bool] | None = getattr(explainers[name], "explains", None)
-        if explains is not None:
-            jobs = [job for job in jobs if job[2] != name or explains(job[0])]
+        explainer = explainers[name]
+        if isinstance(explainer, PreparingExplainer):
+            await explainer.prepare(sources)
+        if isinstance(explainer, SelectiveExplainer):
+            jobs = [job for job in jobs if job[2] != name or explainer.explains(job[0])]
     return jobs

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
+from evalkit.abilities import concurrency_of
 from evalkit.errors import (
     BadConfig,
     BudgetSpent,
@@ -44,7 +45,7 @@ def concurrency_limit(clients: Iterable[Client | None]) -> int:
 
     At least what the clients accept: a batch client answers no request before all of them are queued.
     """
-    return max([_CONCURRENCY, *(getattr(client, "concurrency", None) or 0 for client in clients)])
+    return max([_CONCURRENCY, *(concurrency_of(client) or 0 for client in clients)])
 
 
 async def run_jobs(

@@ -7,9 +7,10 @@ judges only through their contracts; reads ``explanations`` and writes ``scores`
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from evalkit.abilities import ListingScorer, PreparingJudge, asked_method, needs_explanation
 from evalkit.evaluate.runner import FATAL, concurrency_limit, failure_reason, run_jobs
 from evalkit.protocols import Judge, Progress, Scorer
 from evalkit.records import (
@@ -54,7 +55,7 @@ class Test:
     @property
     def needs_explanation(self) -> bool:
         """Whether the scorer tests an explanation; False if it tests the feature alone."""
-        return bool(getattr(self.scorer, "needs_explanation", True))
+        return needs_explanation(self.scorer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,21 +164,19 @@ def _job(explanation: Explanation, control: str, examples: FeatureExamples, test
 async def _prepare_judges(jobs: Sequence[_ScoreJob], progress: Progress) -> None:
     """Pass all questions of the stage to judges with a bulk ``prepare``, so that each distinct text is embedded once."""
     for judge in {id(job.test.judge): job.test.judge for job in jobs}.values():
-        prepare: Callable[..., Awaitable[None]] | None = getattr(judge, "prepare", None)
-        if prepare is None:
+        if not isinstance(judge, PreparingJudge):
             continue
-        own = [job for job in jobs if job.test.judge is judge and getattr(job.test.scorer, "asks", "judge") == "judge"]
+        own = [job for job in jobs if job.test.judge is judge and asked_method(job.test.scorer) == "judge"]
         # The questions of a feature and scorer are the same for every explanation.
         distinct = {(job.test.scorer_name, *job.key[:2]): job for job in own}
         items = dict.fromkeys(item for job in distinct.values() for item in _items(job))
         explanations = dict.fromkeys(job.explanation.text for job in own)
-        await prepare(list(items), explanations=list(explanations), progress=progress)
+        await judge.prepare(list(items), explanations=list(explanations), progress=progress)
 
 
 def _items(job: _ScoreJob) -> Iterable[JudgeItem]:
     """The questions of a job: the scorer's ``items`` where it has that method, else every window whole."""
-    listed: Callable[[ScoreExamples], Sequence[JudgeItem]] | None = getattr(job.test.scorer, "items", None)
-    if listed is not None:
-        return listed(job.examples)
+    if isinstance(job.test.scorer, ListingScorer):
+        return job.test.scorer.items(job.examples)
     parts = (job.examples.test, job.examples.calibration)
     return [JudgeItem(e.text) for part in parts for e in (*part.positives, *part.decoys, *part.negatives)]

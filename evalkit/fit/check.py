@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from evalkit.abilities import reconstructs
 from evalkit.errors import SiteMismatch
 from evalkit.fit.measure import Fit, States, measure
 from evalkit.protocols import FeatureSource, Progress
@@ -109,7 +110,7 @@ def check_fit(
     source: FeatureSource, pairs: Sequence[tuple[str, str]], states: Mapping[str, list[tuple[Tensor, Tensor]]]
 ) -> FitReport:
     """The verdict on one bound source: ``pairs`` from ``fit_sites``, ``states`` of all of them from ``gather_states``."""
-    if not getattr(source, "reconstructs", True):
+    if not reconstructs(source):
         return FitReport(source.name)
     sets = [_rows(states, read, out) for read, out in pairs]
     own = sets[0]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import registry
+from evalkit.abilities import BatchClient, close_client, finish_client, is_batched, runs_in_process
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import BadConfig, BudgetSpent
 from evalkit.llm.accounting.answer_store import Spent
@@ -69,7 +70,7 @@ def replays(config: RunConfig) -> bool:
 def batched(config: RunConfig) -> bool:
     """Whether the configured client submits its requests in batches."""
     part = client_part(config)
-    return part is not None and bool(getattr(registry.load_class("clients", part.name), "batched", False))
+    return part is not None and is_batched(registry.load_class("clients", part.name))
 
 
 def price_of(config: RunConfig, model: str) -> Price | None:
@@ -110,7 +111,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         try:
             yield live
         finally:
-            await live.close()  # type: ignore[attr-defined]
+            await close_client(live)
         return
     price, listed = price_of(config, live.name), _listed_price(config, live.name)
     path = store.folder / RECORDING
@@ -123,8 +124,8 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         ending.push_async_callback(client.close)
         in_batches = batched(config)
         handed_in = requests_in_batches(store.folder / BATCHES, live.name)
-        if in_batches:
-            live.keep_in(store.folder / BATCHES, client.record_batched)  # type: ignore[attr-defined]
+        if isinstance(live, BatchClient) and in_batches:
+            live.keep_in(store.folder / BATCHES, client.record_batched)
         elif handed_in:
             told = "%d requests of %s are in batches: --client openai-batch fetches their answers, this one asks anew"
             _LOG.warning(told, len(handed_in), live.name)
@@ -140,8 +141,8 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
             yield client
         except BaseException as error:
             left = _leaves(error, in_batches)
-            if left and (finish := getattr(asked, "finish", None)) is not None:
-                finish()
+            if left:
+                finish_client(asked)
             raise
         finally:
             if client.in_flight and not (left and in_batches):
@@ -169,7 +170,7 @@ def _leaves(error: BaseException, batched: bool) -> bool:
 def _in_its_process(config: RunConfig, live: Client, path: Path, lock: int) -> Client:
     """The client in a process of its own, unless it is one that runs in this process (``in_process``)."""
     part = client_part(config)
-    if part is None or getattr(live, "in_process", False):
+    if part is None or runs_in_process(live):
         return live
     return Sender(part, live, [path, *filter(None, [config.cache])], lock)
 

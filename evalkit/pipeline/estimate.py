@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evalkit.abilities import uses_client
 from evalkit.config.run_config import RunConfig
 from evalkit.errors import EvalkitError
 from evalkit.evaluate.score_stage import Test
@@ -173,7 +174,7 @@ async def count_explaining(
     loads = {}
     for name, explainer in explainers.items():
         before = client.load
-        if getattr(explainer, "uses_client", False):
+        if uses_client(explainer):
             for one in _some(examples):
                 with contextlib.suppress(EvalkitError):  # a feature that it cannot explain: it asks nothing
                     await explainer.explain(one.explain.feature, one.explain, client)
@@ -195,7 +196,7 @@ async def count_scoring(
     """
     loads: dict[str, Load] = {}
     for test in tests:
-        if not getattr(test.judge, "uses_client", False):
+        if not uses_client(test.judge):
             continue
         before = client.load
         for one in _some(examples):

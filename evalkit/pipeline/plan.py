@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evalkit.abilities import BatchClient, concurrency_of
 from evalkit.collect.dump_windows import check_ready
 from evalkit.collect.stage import open_sources, read_examples
 from evalkit.config.run_config import RunConfig
@@ -140,8 +141,8 @@ def estimate_asking(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSou
         spent = max((found.spent(client.name) for found in recordings), key=lambda one: one.calls, default=Spent())
         counting = CountingClient(client.name, recordings, tokens_per_character(spent))
         parts = wait_for(_count(run, counting, basis))
-    in_flight = int(getattr(client, "concurrency", _CONCURRENCY))
-    window = str(getattr(client, "window", "")) if batched(config) else None
+    in_flight = concurrency_of(client) or _CONCURRENCY
+    window = client.window if isinstance(client, BatchClient) and batched(config) else None
     return total(parts, client.name, run.price, spent, in_flight, basis.description, window)
 
 

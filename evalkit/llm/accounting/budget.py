@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from evalkit.abilities import close_client, concurrency_of
 from evalkit.errors import BudgetSpent
 from evalkit.llm.accounting.answer_store import KeyedRequest
 from evalkit.llm.accounting.prices import Price
@@ -35,7 +36,7 @@ class BudgetedClient:
         spent_cost: float = 0.0,
     ) -> None:
         self.name = live.name
-        self.concurrency: int | None = getattr(live, "concurrency", None)
+        self.concurrency = concurrency_of(live)
         self._live, self._price = live, price
         self._max_calls, self._max_cost = max_calls, max_cost
         self.spent_calls, self.spent_cost = spent_calls, spent_cost
@@ -96,5 +97,4 @@ class BudgetedClient:
 
     async def close(self) -> None:
         """Close the client behind."""
-        if (close := getattr(self._live, "close", None)) is not None:
-            await close()
+        await close_client(self._live)

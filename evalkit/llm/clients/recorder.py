@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evalkit.abilities import close_client, concurrency_of
 from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded, Recording, Spent
 from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.protocols import Client
@@ -35,7 +36,7 @@ class Recorder:
     def __init__(self, path: str | Path, live: Client, cache: str | Path | None = None) -> None:
         self.path = Path(path).expanduser()
         self.name = live.name
-        self.concurrency: int | None = getattr(live, "concurrency", None)
+        self.concurrency = concurrency_of(live)
         self._live = live
         self._pending: dict[str, asyncio.Task[Response]] = {}
         self._sent: set[str] = set()
@@ -125,8 +126,7 @@ class Recorder:
         try:
             await self.settle()
         finally:
-            if (close := getattr(self._live, "close", None)) is not None:
-                await close()
+            await close_client(self._live)
             self._recording.close()
             if self._cache is not None:
                 self._cache.close()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import registry
+from evalkit.abilities import close_client, finish_client
 from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded, Recording
 from evalkit.llm.clients.sender.wire import from_line, packed_error, packed_response, to_line, unpacked_request
 from evalkit.protocols import Client
@@ -70,7 +71,7 @@ async def _serve(client: Client, recordings: list[Recording], parent: int, say: 
             return
         content = from_line(line)
         if "finish" in content:
-            _finish(client)
+            finish_client(client)
             return
         task = asyncio.create_task(_answer(client, recordings, content, say))
         tasks.add(task)
@@ -84,17 +85,11 @@ async def _serve(client: Client, recordings: list[Recording], parent: int, say: 
     threading.Thread(target=listen, name="input", daemon=True).start()
     await ended.wait()
     if tasks:
-        _finish(client)
+        finish_client(client)
     await asyncio.gather(*tasks, return_exceptions=True)
-    if (close := getattr(client, "close", None)) is not None:
-        await close()
+    await close_client(client)
     for recording in recordings:
         recording.close(whole=False)
-
-
-def _finish(client: Client) -> None:
-    if (finish := getattr(client, "finish", None)) is not None:
-        finish()
 
 
 async def _answer(client: Client, recordings: list[Recording], content: dict[str, Any], say: Say) -> None:

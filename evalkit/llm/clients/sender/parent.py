@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from evalkit.abilities import concurrency_of
 from evalkit.errors import ClientDown
 from evalkit.llm.clients.sender.wire import from_line, packed_request, to_line, unpacked_error, unpacked_response
 from evalkit.llm.requests.generate_request import GenerateRequest
@@ -69,7 +70,7 @@ class Sender:
 
     def __init__(self, part: Part, client: Client, recordings: Sequence[Path], lock: int) -> None:
         self.name = client.name
-        self.concurrency: int | None = getattr(client, "concurrency", None)
+        self.concurrency = concurrency_of(client)
         self._part, self._recordings, self._lock = part, recordings, lock
         self._process: subprocess.Popen[bytes] | None = None
         self._waiting: dict[int, asyncio.Future[Response]] = {}  # of all that is unanswered, wanted or not

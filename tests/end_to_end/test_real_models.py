@@ -23,10 +23,10 @@ RUN = [sys.executable, "-m", "evalkit", "-q", "run"]
 OPTIONS = {
     "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
     "--depths": "16,64",
-    "--features": "20",
-    "--positives": "20",
-    "--negatives": "20",
-    "--max-tokens": "120000",
+    "--features": "12",
+    "--positives": "10",
+    "--negatives": "10",
+    "--max-tokens": "24000",
     "--batch-size": "16",
     "--seed": "0",
     "--dtype": quick_dtype(),
@@ -79,8 +79,8 @@ def test_every_row_is_there_with_honest_counts(first: Path) -> None:
             *(f"null-{n}" for n in ("random-directions", "random-codes", "planted", "permuted")),
         )
     }
-    assert (table.loc[table["kind"] != "null-planted", "n_tried"] == 20).all()
-    assert (table["n_tried"] <= 20).all() and (table["n_features"] >= 10).all()
+    assert (table.loc[table["kind"] != "null-planted", "n_tried"] == 12).all()
+    assert (table["n_tried"] <= 12).all() and (table["n_features"] >= 6).all()
     assert (table["n_features"] <= table["n_tried"] - table["n_ineligible"]).all()
     assert table["null_mean"].notna().all() and table["z"].notna().all()
     assert (table.loc[table["judge"] == "embedding", "se"] > 0).all()  # a lexical judge may find every planted word

@@ -8,7 +8,6 @@ from evalkit.errors import BadConfig, BadFile, BadShape, InputError, MissingFile
 from evalkit.protocols import CalibratedSource, CentredSource, FeatureSource
 from evalkit.records import SubjectInfo
 from evalkit.sources import load_source, open_dictionary
-from evalkit.sources.rqae.saved_features import load_features, save_features
 from evalkit.sources.rqae.source import RqaeReader, random_codes_source
 from rqae import RQAE, RqaeConfig
 from rqae.features import intensity_literal
@@ -195,25 +194,6 @@ def test_opened_through_the_registry(folder, tmp_path):
         load_source(folder, depths=(4, 12))
     (folder / "config.json").write_text('{"dim": 3}')
     assert not RqaeReader().matches(folder)
-
-
-def test_features_on_disk(sources, folder, tmp_path):
-    shallow, deep = sources
-    path = tmp_path / "features.safetensors"
-    save_features(deep.with_thresholds({"a": 0.5}), path)
-    fresh = [source.bind(INFO) for source in RqaeReader().read(folder, depths=(4, 12))]
-    for old, new in zip(sources, (load_features(source, path) for source in fresh), strict=True):
-        assert new.features() == old.features() and torch.equal(new.codes, old.codes)
-    assert load_features(fresh[1], path).threshold("a") == 0.5
-    assert not load_features(fresh[0], path).thresholds  # θ belongs to one depth
-    with pytest.raises(MissingFile):
-        load_features(fresh[0], tmp_path / "nowhere")
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(BadFile, match="expected features saved by save_features"):
-        load_features(fresh[0], path)
-    save_features(shallow, path)
-    with pytest.raises(BadShape):
-        load_features(fresh[1], path)
 
 
 def test_random_codes_are_a_null(sources):

@@ -110,7 +110,8 @@ LONGEST_S = dict(zip(STAGES, (5.0, 6.0, 1.0, 0.08, 3.0, 6.0), strict=True))
 REAL = {
     "-d": "bundled:sae/layer_15/width_2k/average_l0_32",
     "--dtype": quick_dtype(),
-    "--max-tokens": 56000,  # two fifths of it is not in the calibration sample
+    "--context-length": 64,
+    "--max-tokens": 28000,  # two fifths of it is not in the calibration sample
     "--features": 4,
     "--positives": 4,
     "--negatives": 4,

@@ -32,6 +32,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from evalkit.installation import install_command
+
 __all__ = [
     "BadConfig",
     "BadFile",
@@ -174,5 +176,5 @@ def require(module: str, extra: str) -> ModuleType:
             module,
             expected=f"the package {module!r} to be installed",
             seen="no such package",
-            fix=f"pip install 'evalkit[{extra}]'",
+            fix=install_command(extra),
         ) from error

@@ -31,6 +31,7 @@ LAYERS = """
     rqae.searching
     rqae
 
+    evalkit.installation
     evalkit.errors evalkit.thoughts
     evalkit.records
     evalkit.seeds evalkit.markup evalkit.protocols

@@ -1,10 +1,14 @@
-"""The light core, installed alone: tables and plots of an existing run, and what it says of everything else."""
+"""The distributions, and the light core installed from them alone: plug-ins, tables and plots, which extra is missing."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,21 +20,61 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of a new environment with ``pip install .`` and nothing else."""
-    folder = tmp_path_factory.mktemp("core") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # what an older build left there would get into the wheel
-    subprocess.run([*pip, ROOT], check=True, cwd=folder)
-    shutil.rmtree(ROOT / "build", ignore_errors=True)
-    return folder / "bin"
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel that is built from it, of the files that git tracks or would track."""
+    folder = tmp_path_factory.mktemp("distributions")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "tree" / name)
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "tree"], check=True)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def core(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new environment with the wheel, its dependencies and the example plug-in, and nothing else."""
+    folder = tmp_path_factory.mktemp("core")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    pip = [folder / "venv" / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    (wheel,) = distributions.glob("evalkit_autointerp-*.whl")
+    plugin = shutil.copytree(ROOT / "tests" / "plugin_example", folder / "plugin")  # a build writes beside the sources
+    subprocess.run([*pip, wheel, plugin], check=True, cwd=folder)  # the plug-in requires evalkit-autointerp by name
+    return folder / "venv" / "bin"
 
 
 def call(core: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [core / "evalkit", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
     )
+
+
+def test_both_distributions_hold_the_bundled_data(distributions: Path) -> None:
+    (sdist,), (wheel,) = distributions.glob("*.tar.gz"), distributions.glob("*.whl")
+    assert sdist.name.startswith("evalkit_autointerp-") and wheel.name.startswith("evalkit_autointerp-")
+    with tarfile.open(sdist) as packed:
+        in_sdist = {name.partition("/")[2] for name in packed.getnames()}
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    needed = {
+        name
+        for name in filter(None, tracked.split("\0"))
+        if name.startswith(("evalkit/", "explainers/", "scorers/", "rqae/")) and (ROOT / name).is_file()
+    }
+    assert len(needed) > 200
+    assert needed <= in_wheel and needed <= in_sdist
+    assert not [name for name in in_wheel if name.startswith(("tests/", "results/"))]
+
+
+def test_an_installed_plugin_is_listed(core: Path, tmp_path: Path) -> None:
+    listed = call(core, "plugins", "--json", cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    rows = {row["name"]: row for row in json.loads(listed.stdout) if row["kind"] == "explainers"}
+    assert (rows["top-token"]["origin"], rows["top-token"]["error"]) == ("evalkit-top-token", None)
+    assert rows["words"]["origin"] == "built in"
 
 
 def test_tables_and_plots_need_no_torch(core: Path, tmp_path: Path) -> None:
@@ -60,5 +104,6 @@ def test_what_is_missing_names_its_install_command(core: Path, command: list[str
     done = call(core, "-q", *command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "fix: pip install 'evalkit[model]'" in done.stderr
+    (fix,) = re.findall(r"fix: pip install '(.+\.whl)\[model\]'", done.stderr)  # from where this evalkit came
+    assert Path(fix).is_file()
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1

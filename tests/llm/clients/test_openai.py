@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import random
+import re
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from evalkit.errors import BadConfig, ClientDown, ContextOverflow, MissingExtra, NoAnswer, RequestRefused
+from evalkit.installation import install_command
 from evalkit.llm.clients import openai as module
 from evalkit.llm.clients.openai import OpenAIClient
 from evalkit.llm.clients.recorder import Recorder
@@ -218,7 +220,7 @@ def test_without_the_extra_the_install_command_is_named(monkeypatch: pytest.Monk
     for package in ("openai", "tenacity"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(MissingExtra, match=rf"{package}: .*fix: pip install 'evalkit\[api\]'"):
+            with pytest.raises(MissingExtra, match=rf"{package}: .*fix: {re.escape(install_command('api'))}"):
                 create("clients", "openai", model="m", base_url="http://localhost:1/v1")
 
 

@@ -27,6 +27,7 @@ from rqae.encoding.codebook import grid_codebook
 from rqae.progress import SILENT
 from rqae.training.initialisation import greedy_layers
 from tests.conftest import _HEADS, _SIZE, _TOKENS, _tiny
+from tests.support.hardware import quick_dtype
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "sweeps" / "gemma2_2b.toml"
 
@@ -116,7 +117,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += [chr(code) for code in range(0x21, 0x41)]  # more tokens than features are asked for
     texts = [" ".join(chance.choice(words, 100)) for _ in range(64)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    subject = Subject.load(model, sites=["layers.12"], dtype="bfloat16")
+    subject = Subject.load(model, sites=["layers.12"], dtype=quick_dtype())
     corpus = tokenize_corpus(str(folder / "text.jsonl"), subject.tokenizer, folder / "corpus", context_length=128)
 
     def states(batch: TokenBatch) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_the_published_sweep_runs_from_its_own_file(
     text = text.replace("google/gemma-2-2b", str(hub / "model")).replace(
         "HuggingFaceFW/fineweb-edu", str(hub / "text.jsonl")
     )
-    spec = write(tmp_path / "sweep.toml", text)
+    spec = write(tmp_path / "sweep.toml", text.replace("features = 100", f'dtype = "{quick_dtype()}"\nfeatures = 12'))
     monkeypatch.setenv("EVALKIT_HUB", str(hub / "hub"))
     monkeypatch.chdir(minilm.parent.parent)  # where models/minilm is found
 
@@ -185,7 +186,7 @@ def test_the_published_sweep_runs_from_its_own_file(
     shown = call()
     table = pd.read_csv(tmp_path / "run" / "table.csv", comment="#")
     scored = table[~table["kind"].str.startswith("null")]
-    assert set(scored["dictionary"]) == set(planned["dictionaries"]) and set(scored["n_tried"]) == {100}
+    assert set(scored["dictionary"]) == set(planned["dictionaries"]) and set(scored["n_tried"]) == {12}
     assert (scored[scored["kind"] == "sae"].groupby("dictionary")["n_features"].max() >= 1).all()
     assert "FIT CHECK FAILED" not in shown and "rqae/gemma-2-2b/depth-256" in shown
     names = {path.name for path in (tmp_path / "run" / "plots").iterdir()}

@@ -30,6 +30,7 @@ library callers catch the branch of the tree that they can handle.
 from __future__ import annotations
 
 import importlib
+import json
 from types import ModuleType
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "StageFailed",
     "StorageError",
     "UnknownFeature",
+    "json_problem",
     "require",
 ]
 
@@ -162,6 +164,24 @@ class StageFailed(EvalkitError):
 
 class StorageError(EvalkitError):
     """A disk that is full or not writable."""
+
+
+def json_problem(error: Exception) -> str:
+    """Why a JSON file could not be read, in plain words; the text of other errors unchanged."""
+    match error:
+        case json.JSONDecodeError():
+            return f"invalid JSON (line {error.lineno})"
+        case UnicodeDecodeError():
+            return "text that is not UTF-8"
+        case RecursionError():
+            return "JSON that is nested too deeply"
+        case OSError():
+            return error.strerror or str(error)
+        case KeyError():
+            return f"no key {error}"
+        case TypeError() | AttributeError():
+            return "JSON of another structure"
+    return str(error)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -186,8 +186,8 @@ def test_modules_are_told_by_the_name_of_the_dictionary(tmp_path: Path) -> None:
             explain(explainer, "model/layers.2.mlp/sae", "5")
         assert str(caught.value) == (
             "explainer 'delphi' for model/layers.2.mlp/sae: expected a module of "
-            f"{folder}: h.2--mlp, layers.1, layers.10; seen none that is a part of the dictionary's name; "
-            "fix: name it: --explainer delphi:FOLDER,module=MODULE"
+            f"{folder}: h.2--mlp, layers.1, layers.10; seen none that is part of the dictionary's name; "
+            "fix: name the module: --explainer delphi:FOLDER,module=MODULE"
         )
     part = parse_part("explainers", f"delphi:{folder},module=h.2/mlp")
     explainer = create("explainers", "delphi", **part.options)
@@ -208,15 +208,15 @@ def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> Non
     made = create("explainers", "delphi", path=str(folder))
     asyncio.run(made.prepare([sae, null, "m/layers.20/sae/width-64"]))
     assert [made.explains(name) for name in (sae, null, "m/layers.20/sae/width-64")] == [True, False, False]
-    with pytest.raises(BadConfig, match=r"expected one dictionary for every module; seen 2: .*source=NAME"):
+    with pytest.raises(BadConfig, match=r"expected exactly one dictionary per module; seen 2: .*source=NAME"):
         asyncio.run(made.prepare([sae, other]))
-    with pytest.raises(BadConfig, match="none that is a part of the dictionary's name"):
+    with pytest.raises(BadConfig, match="none that is part of the dictionary's name"):
         asyncio.run(made.prepare(["m/layers.20/sae/width-64", null]))
     told = create("explainers", "delphi", path=str(folder), source="*/width-128")
     asyncio.run(told.prepare([sae, other]))
     assert [told.explains(name) for name in (sae, other)] == [False, True]
     named = create("explainers", "delphi", path=str(folder), module="layers.15")
-    with pytest.raises(BadConfig, match="expected one dictionary for every module"):
+    with pytest.raises(BadConfig, match="expected exactly one dictionary per module"):
         asyncio.run(named.prepare([sae, "m/layers.20/sae/width-64"]))
     with pytest.raises(BadFile, match="expected a phrase of at most"):
         explain(made, sae, "6")
@@ -228,8 +228,8 @@ def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> Non
         ('"Explanation could not be parsed."', UnknownFeature, "seen 'Explanation could not be parsed.'"),
         ('"No explanation found"', UnknownFeature, "seen 'No explanation found'"),
         ('""', UnknownFeature, "seen ''"),
-        ("words without quotes", BadFile, "expected an explanation as a JSON string; seen Expecting value"),
-        ('{"explanation": "a"}', BadFile, "seen a dict"),
+        ("words without quotes", BadFile, "expected an explanation as a JSON string; seen invalid JSON (line 1)"),
+        ('{"explanation": "a"}', BadFile, "seen JSON of type dict"),
         ("[" * 100_000, BadFile, "expected an explanation as a JSON string"),
         ('"' + "a" * 1_000_001 + '"', BadFile, "seen 1000003 bytes"),
     ],

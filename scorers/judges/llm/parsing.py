@@ -24,7 +24,7 @@ __all__ = [
     "takes_back",
 ]
 
-_LONGEST = 20_000  # characters after the reasoning; the answers need only some hundred
+_LONGEST = 20_000  # characters after the reasoning; the answers need a few hundred
 
 _YES = re.compile(r"1(?:\.0*)?(?:e[+-]?0+)?|true|yes", re.IGNORECASE | re.ASCII)
 _NO = re.compile(r"-?0(?:\.0*)?(?:e[+-]?\d+)?|false|no", re.IGNORECASE | re.ASCII)

@@ -54,7 +54,7 @@ class DelphiFilesExplainer:
                 path,
                 expected="a folder with explanations/MODULE_latentN.txt",
                 seen="no such file in it" if top.is_dir() else "no such folder",
-                fix="name the folder of a run of eai-delphi, or what `evalkit export --format delphi` wrote",
+                fix="give the folder of a run of eai-delphi, or the output of `evalkit export --format delphi`",
             )
 
     async def prepare(self, sources: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class DelphiFilesExplainer:
         seen: Any
         try:
             if path.stat().st_size > _LARGEST or not path.is_file():
-                raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "not a regular file")
+                raise ValueError(f"{path.stat().st_size} bytes, too large" if path.is_file() else "not a regular file")
             seen = json.loads(path.read_bytes())
             if isinstance(seen, str):
                 return seen

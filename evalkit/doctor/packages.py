@@ -1,6 +1,6 @@
-"""What evalkit and its extras ask for, which of it is installed, and the command that installs the rest.
+"""The requirements of evalkit and its extras, the installed versions, and the command that installs what is missing.
 
-Reads the metadata of installed distributions and imports none of them.
+Reads the metadata of installed distributions and imports none of them. Writes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["install_command", "installed_version", "known_extras", "requirements
 
 
 def installed_version(distribution: str) -> str | None:
-    """Of a distribution as pip names it; None where it is not installed."""
+    """The version of a distribution, by its name for pip; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -29,7 +29,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def known_extras() -> list[str]:
-    """The extras of the installed evalkit; none where it is only imported from its source folder."""
+    """The extras of the installed evalkit; empty if evalkit is imported from a source folder without being installed."""
     try:
         return importlib.metadata.metadata("evalkit").get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
@@ -37,15 +37,19 @@ def known_extras() -> list[str]:
 
 
 def requirements(extra: str) -> list[Requirement]:
-    """What an extra, or the core where it is empty, asks for on this platform; empty where that is not known.
+    """The requirements of an extra on this platform; of the core if ``extra`` is empty.
 
-    Raises MissingExtra where the parser of requirements, which the core brings with matplotlib, is not there.
+    The list is empty if evalkit is not installed. Raises MissingExtra if the package ``packaging``, which is installed with
+    matplotlib, is missing.
     """
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError as error:
         raise MissingExtra(
-            "packaging", expected="the package that matplotlib brings", seen="none", fix="pip install packaging"
+            "packaging",
+            expected="the package 'packaging' to be installed, as matplotlib requires",
+            seen="no such package",
+            fix="pip install packaging",
         ) from error
     try:
         found = [Requirement(line) for line in importlib.metadata.requires("evalkit") or ()]
@@ -59,19 +63,19 @@ def requirements(extra: str) -> list[Requirement]:
 
 
 def too_old(needed: Sequence[Requirement]) -> list[str]:
-    """A phrase for each that is installed in a version other than asked for."""
+    """A phrase for each package that is installed in a version that does not satisfy the requirement."""
     there = [(one, version) for one in needed if (version := installed_version(one.name)) is not None]
     return [
-        f"{one.name} is {version}, needed is {one.specifier}"
+        f"{one.name} {version} is installed, {one.specifier} is required"
         for one, version in there
         if not one.specifier.contains(version, prereleases=True)
     ]
 
 
 def install_command(extra: str = "", *, again: bool = False) -> str:
-    """The command that installs an extra, or the core where it is empty.
+    """The command that installs an extra; the core if ``extra`` is empty.
 
-    Where the installed metadata does not know the extra, or with ``again``, evalkit itself is installed anew.
+    ``again``: whether to reinstall evalkit itself. This is also done if the installed metadata lacks the extra.
     """
     brackets = f"[{extra}]" if extra else ""
     root = Path(evalkit.__file__).resolve().parent.parent

@@ -77,7 +77,7 @@ class SubjectInfo:
     """The properties of the subject model that a feature source may need.
 
     ``norm_gain``: (d_model,), the factor of the final norm: the weight in Llama-type norms, 1 + weight in Gemma-type norms.
-    ``norm_eps``: what the final norm adds to the mean square.
+    ``norm_eps``: the constant that the final norm adds to the mean square.
     ``sites``: the module paths that can be hooked.
     """
 

@@ -172,7 +172,7 @@ class EnsembleExplainer:
 
 
 async def _try(writer: Explainer, view: ExplainExamples, client: Client) -> Explanation | ClientError:
-    """A candidate, or the permanent error because of which there is none. Raises temporary errors."""
+    """A candidate, or the permanent error that prevented it. Raises temporary errors."""
     try:
         return await writer.explain(view.feature, view, client)
     except _PASSING:

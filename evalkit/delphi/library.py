@@ -65,7 +65,7 @@ def _missing(what: str) -> MissingExtra:
 
 
 def without_engine() -> None:
-    """Make the library importable without vLLM, and without the slow import of vLLM where it is installed.
+    """Make the library importable without vLLM, and avoid the slow import of vLLM if it is installed.
 
     Replaces the package ``delphi.clients``, whose ``__init__`` imports all clients, by a package with the same folder and
     names that imports each client on first use. Also silences the library's log below critical messages, because it would

@@ -36,7 +36,7 @@ _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # allowed around a list of one answer
-_LEAD_IN = 200  # characters before a list that are searched for what the reply calls it
+_LEAD_IN = 200  # how many characters before a list are searched for words that introduce it
 _GIVES_NEXT = re.compile(
     r"""[\s"'`>*•-]*|.*(?:[:=>→–—\-*{$]|\]\s*,?|\b(?:is|are|answers?))["'`\s]*""", re.IGNORECASE | re.DOTALL
 )

@@ -171,7 +171,7 @@ def _find(model: str) -> str:
     if found := next((str(place) for place in places if place.exists()), None):
         return found
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
-        raise MissingFile(model, expected="the subject model", seen="no such file or folder", fix="correct the path")
+        raise MissingFile(model, expected="the subject model", seen="no such file or folder", fix="check the path")
     return model
 
 

@@ -1,6 +1,6 @@
-"""The public functions behind ``import evalkit``: load a part by name, collect examples, run.
+"""The public functions of ``import evalkit``: load a plug-in or a dictionary, collect examples, run all stages.
 
-Knows the registry and the pipeline; holds no logic of its own.
+Forwards to the registry and the pipeline; has no logic of its own.
 """
 
 from __future__ import annotations
@@ -28,32 +28,35 @@ __all__ = [
 
 
 def load_source(path_or_id: str | Path, **options: Any) -> FeatureSource:
-    """The one feature source of a dictionary. Raises MissingFile, BadFile, BadShape, BadConfig (several: say which)."""
+    """The feature source of a dictionary.
+
+    Raises MissingFile, BadFile, BadShape, or BadConfig if there are several sources and the options do not select one.
+    """
     from evalkit.sources import load_source as load
 
     return load(path_or_id, **options)
 
 
 def load_explainer(name: str, **options: Any) -> Explainer:
-    """An explainer by registered name, or ``NAME:key=value,…``. Raises PluginError."""
+    """An explainer by its registered name, or as ``NAME:key=value,…``. Raises PluginError."""
     explainer: Explainer = _load("explainers", name, options)
     return explainer
 
 
 def load_judge(name: str, **options: Any) -> Judge:
-    """A judge by registered name, or ``NAME:key=value,…`` (``llm:single``). Raises PluginError."""
+    """A judge by its registered name, or as ``NAME:key=value,…``, such as ``llm:single``. Raises PluginError."""
     judge: Judge = _load("judges", name, options)
     return judge
 
 
 def load_scorer(name: str) -> Scorer:
-    """A scorer by registered name. Raises PluginError."""
+    """A scorer by its registered name. Raises PluginError."""
     scorer: Scorer = registry.create("scorers", name)
     return scorer
 
 
 def load_client(name: str, **options: Any) -> Client:
-    """A client by registered name, or ``NAME:MODEL`` (``openai:MODEL``, ``vllm:MODEL``). Raises PluginError."""
+    """A client by its registered name, or as ``NAME:MODEL``, such as ``openai:MODEL``. Raises PluginError."""
     client: Client = _load("clients", name, options)
     return client
 
@@ -66,7 +69,10 @@ def _load(kind: registry.Kind, name: str, options: dict[str, Any]) -> Any:
 def collect_examples(
     config: RunConfig, folder: str | Path, *, progress: Progress | None = None
 ) -> dict[str, dict[FeatureId, FeatureExamples]]:
-    """Collect a run's examples into ``folder`` (skipping what is there); by source name, then feature."""
+    """Collect the examples of a run into ``folder`` and return them by source name, then by feature.
+
+    Steps that are already complete in ``folder`` are skipped.
+    """
     from evalkit.collect import stage as collecting
     from evalkit.pipeline import stages as pipeline
     from evalkit.store.run_store import RunStore
@@ -78,7 +84,7 @@ def collect_examples(
 
 
 def run(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> RunFrames:
-    """Run all stages on ``folder`` (skipping what is there) and return the records as data frames."""
+    """Run all stages in ``folder``, skipping completed steps, and return the records as data frames."""
     from evalkit.pipeline import stages as pipeline
     from evalkit.store.run_store import read_run
     from evalkit.util.progress import SILENT

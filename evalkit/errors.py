@@ -1,28 +1,28 @@
-"""Every error a user can meet, and the one way to word it: expected, seen, fix.
+"""All errors that users can get. Every message says what was expected, what was seen, and how to fix it.
 
-Knows nothing of the rest of the package. The command line turns an ``EvalkitError`` into one line and exit code 2;
-library callers catch the branch they care about.
+Does not know the rest of the package. The command line prints an ``EvalkitError`` as one line and exits with code 2;
+library callers catch the branch of the tree that they can handle.
 
     EvalkitError
-    ├── InputError            what the user pointed at is not what it should be
-    │   ├── MissingFile       a path that is not there
-    │   ├── BadFile           a file that cannot be read as what it claims to be
-    │   ├── BadShape          a tensor whose shape or dtype is not the expected one
-    │   ├── BadConfig         an option, a TOML key or a combination of them
-    │   ├── CorpusError       an empty corpus, one too short, one whose tokens do not fit the model
-    │   └── UnknownFeature    a feature id outside the dictionary
-    ├── SiteMismatch          a dictionary bound to a subject model or site it was not trained on
-    ├── RunMismatch           a run folder that holds a run of another configuration
-    ├── RunLocked             a run folder that another process is writing
-    ├── PluginError           a plug-in that is unknown or broken
+    ├── InputError            invalid input: a file, an option, text or a feature
+    │   ├── MissingFile       a path that does not exist
+    │   ├── BadFile           a file that cannot be read in its format
+    │   ├── BadShape          a tensor with an unexpected shape or dtype
+    │   ├── BadConfig         an invalid option or TOML key, or an invalid combination of options
+    │   ├── CorpusError       a corpus that is empty, too short, or whose tokens do not fit the model
+    │   └── UnknownFeature    a feature id that is not in the dictionary
+    ├── SiteMismatch          a dictionary used with a subject model or site on which it was not trained
+    ├── RunMismatch           a run folder with a run of another configuration
+    ├── RunLocked             a run folder to which another process is writing
+    ├── PluginError           an unknown or broken plug-in
     ├── MissingExtra          an optional dependency that is not installed
     ├── ClientError           a language-model client that cannot answer
     │   ├── NotRecorded       a request that the replay client has no answer for
     │   ├── ContextOverflow   a prompt that does not fit the model's context
-    │   ├── RequestRefused    a request that is answered with the same error however often it is sent
-    │   ├── NoAnswer          a request that got no answer in spite of every retry
-    │   └── ClientDown        a model that answers nobody: gone, not started, wrong key, wrong name
-    ├── BudgetSpent           the next request would go over --max-calls or --max-cost
+    │   ├── RequestRefused    a request that the server rejects; a retry would get the same error
+    │   ├── NoAnswer          a request without an answer after all retries
+    │   └── ClientDown        a model that answers no request: not running, wrong key or wrong name
+    ├── BudgetSpent           the next request would exceed --max-calls or --max-cost
     ├── StageFailed           a stage in which every feature failed
     └── StorageError          a disk that is full or not writable
 """
@@ -30,6 +30,7 @@ library callers catch the branch they care about.
 from __future__ import annotations
 
 import importlib
+import json
 from types import ModuleType
 
 from evalkit.installation import install_command
@@ -57,12 +58,13 @@ __all__ = [
     "StageFailed",
     "StorageError",
     "UnknownFeature",
+    "json_problem",
     "require",
 ]
 
 
 class EvalkitError(Exception):
-    """Base of the tree. ``subject`` is the file, feature or option the message is about."""
+    """Base class of all errors. ``subject``: the file, feature or option that the message is about."""
 
     def __init__(self, subject: str, *, expected: str, seen: str, fix: str) -> None:
         self.subject, self.expected, self.seen, self.fix = subject, expected, seen, fix
@@ -70,23 +72,23 @@ class EvalkitError(Exception):
 
 
 class InputError(EvalkitError):
-    """What the user pointed at is not what it should be."""
+    """Invalid input: a file, an option, text or a feature."""
 
 
 class MissingFile(InputError):
-    """A path that is not there."""
+    """A path that does not exist."""
 
 
 class BadFile(InputError):
-    """A file that cannot be read as what it claims to be."""
+    """A file that cannot be read in its format."""
 
 
 class BadShape(InputError):
-    """A tensor whose shape or dtype is not the expected one."""
+    """A tensor with an unexpected shape or dtype."""
 
 
 class BadConfig(InputError):
-    """An option, a TOML key, or a combination of them."""
+    """An invalid option or TOML key, or an invalid combination of options."""
 
 
 class CorpusError(InputError):
@@ -94,23 +96,23 @@ class CorpusError(InputError):
 
 
 class UnknownFeature(InputError):
-    """A feature id outside the dictionary."""
+    """A feature id that is not in the dictionary."""
 
 
 class SiteMismatch(EvalkitError):
-    """A dictionary bound to a subject model or site that it was not trained on."""
+    """A dictionary used with a subject model or site on which it was not trained."""
 
 
 class RunMismatch(EvalkitError):
-    """A run folder that holds a run of another configuration."""
+    """A run folder with a run of another configuration."""
 
 
 class RunLocked(EvalkitError):
-    """A run folder that another process is writing."""
+    """A run folder to which another process is writing."""
 
 
 class PluginError(EvalkitError):
-    """A plug-in that is unknown or broken."""
+    """An unknown or broken plug-in."""
 
 
 class MissingExtra(EvalkitError):
@@ -126,7 +128,11 @@ class NotRecorded(ClientError):
 
 
 class ContextOverflow(ClientError):
-    """A prompt that does not fit. ``limit`` is the model's context in tokens, ``needed`` what it would take, if known."""
+    """A prompt that does not fit the model's context.
+
+    ``limit``: the model's context in tokens, if known.
+    ``needed``: tokens that the prompt and the reply need, if known.
+    """
 
     def __init__(self, subject: str, *, limit: int | None, needed: int | None, fix: str) -> None:
         self.limit, self.needed = limit, needed
@@ -139,19 +145,19 @@ class ContextOverflow(ClientError):
 
 
 class RequestRefused(ClientError):
-    """A request that is answered with the same error however often it is sent."""
+    """A request that the server rejects; a retry would get the same error."""
 
 
 class NoAnswer(ClientError):
-    """A request that got no answer in spite of every retry; others may have got theirs."""
+    """A request without an answer after all retries. Other requests may have been answered."""
 
 
 class ClientDown(ClientError):
-    """A model that answers nobody: gone, not started, wrong key, wrong name."""
+    """A model that answers no request: it is not running, or the key or the name is wrong."""
 
 
 class BudgetSpent(EvalkitError):
-    """The next request would go over the limit on calls or cost; what was answered is kept."""
+    """The next request would exceed the limit on calls or cost. Answers received so far are kept."""
 
 
 class StageFailed(EvalkitError):
@@ -162,10 +168,28 @@ class StorageError(EvalkitError):
     """A disk that is full or not writable."""
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency late.
+def json_problem(error: Exception) -> str:
+    """Why a JSON file could not be read, in plain words; the text of other errors unchanged."""
+    match error:
+        case json.JSONDecodeError():
+            return f"invalid JSON (line {error.lineno})"
+        case UnicodeDecodeError():
+            return "text that is not UTF-8"
+        case RecursionError():
+            return "JSON that is nested too deeply"
+        case OSError():
+            return error.strerror or str(error)
+        case KeyError():
+            return f"no key {error}"
+        case TypeError() | AttributeError():
+            return "JSON of another structure"
+    return str(error)
 
-    Raises MissingExtra, naming the command that installs it, when it is absent.
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional dependency.
+
+    Raises MissingExtra, with the command that installs the dependency, if it is not installed.
     """
     try:
         return importlib.import_module(module)

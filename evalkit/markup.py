@@ -1,10 +1,10 @@
-"""Marks: which tokens of a window are marked, where the marks lie in its text, and how they are written and taken out.
+"""Marks in windows: chooses the tokens to mark, locates the marks in the text, and writes, parses and removes them.
 
-A mark is written ``<<…>>``. Pure functions of tokens and numbers: it knows nothing of models, prompts or disk.
+A mark is written ``<<…>>``. Pure functions of tokens and numbers; does not know models, prompts or files.
 
-Writing is exact for every text, even one that holds ``<<`` or ``>>`` itself: ``parse(render(text, spans))`` gives both
-back. Where two equal brackets of the text (or one of them and a mark) would touch, a backslash is put between them, and
-where backslashes stand there already, one more; taking marks out removes exactly that backslash.
+Writing is lossless for every text, even a text that contains ``<<`` or ``>>``: ``parse(render(text, spans))`` returns
+both. Where two equal brackets of the text, or a bracket and a mark, would touch, a backslash is inserted between them. If
+there are backslashes already, one more is added. Parsing and stripping remove exactly that backslash.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from evalkit.records import Span
 
 __all__ = ["levels", "marked_tokens", "parse", "quoted", "render", "runs", "spans", "strip", "token_spans", "words"]
 
-MARK_SHARE = 0.3  # of the way from the threshold to the window's peak
-TOP_LEVEL = 10
+MARK_SHARE = 0.3  # tokens are marked above this fraction of the way from the threshold to the window's peak
+TOP_LEVEL = 10  # of the integer activations shown to explainers
 
-# what chat templates use to say who speaks, in the families of models in use
+# beginnings of the control tokens of chat templates (turns, roles, special tokens), in the common model families
 _CONTROL = re.compile(
     r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|mask|think|tool_call|(?:start|end)_of_(?:turn|image))>)"
     r"|\[(?=/?(?:INST|[A-Z]+_[A-Z_]+)\])"
@@ -33,18 +33,19 @@ _PIECE = re.compile(r"(?P<open><<)|(?P<close>>>)|(?P<guarded>([<>])\\+(?=\4))")
 
 
 def quoted(value: str | Sequence[str]) -> str:
-    """A text (or texts) of others as JSON for a prompt: it cannot end its own quotes, nor hold a template's control token.
+    """Untrusted text (or a list of texts) as JSON for a prompt, so that it cannot end its own quotes.
 
-    The first character of what would be one, such as ``<|im_end|>``, is written as ``\\u003c``.
+    It cannot contain control tokens of chat templates either: the first character of a string such as ``<|im_end|>`` is
+    written as ``\\u003c``.
     """
     text = json.dumps(value if isinstance(value, str) else list(value), ensure_ascii=False)
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def marked_tokens(activations: Sequence[float], threshold: float, share: float = MARK_SHARE) -> tuple[bool, ...]:
-    """Which tokens of a window carry a mark: those above θ + share · (peak − θ), the peak being the window's own.
+    """Which tokens of a window are marked: those above θ + share · (peak − θ), where the peak is that of the window.
 
-    Nothing is marked when the peak is not above the threshold θ; otherwise the peak always is.
+    If the peak exceeds the threshold θ, its token is always marked; otherwise no token is.
     """
     peak = max(activations, default=-math.inf)
     if not peak > threshold:
@@ -54,9 +55,11 @@ def marked_tokens(activations: Sequence[float], threshold: float, share: float =
 
 
 def levels(activations: Sequence[float], threshold: float, peak: float) -> tuple[int, ...]:
-    """Activations as integers 0–10: the excess over the threshold relative to ``peak``, the feature's largest activation.
+    """Activations as integers from 0 to 10: the excess over the threshold, as a fraction of the excess of ``peak``.
 
-    0 is kept for tokens that are not active (at or below the threshold); an active token gets at least 1.
+    ``peak``: the feature's largest activation.
+
+    Tokens at or below the threshold get 0; active tokens get at least 1.
     """
     return tuple(_level(value, threshold, peak) for value in activations)
 
@@ -70,13 +73,13 @@ def _level(value: float, threshold: float, peak: float) -> int:
 
 
 def runs(flags: Sequence[bool]) -> tuple[Span, ...]:
-    """The maximal runs of marked tokens, as half-open ranges of token positions."""
+    """The maximal runs of consecutive marked tokens, as half-open ranges of token positions."""
     edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def token_spans(tokens: Sequence[str]) -> tuple[Span, ...]:
-    """The character range of each token in the concatenation of all of them."""
+    """The character range of each token in the concatenated text."""
     ends = [0]
     for token in tokens:
         ends.append(ends[-1] + len(token))
@@ -84,11 +87,11 @@ def token_spans(tokens: Sequence[str]) -> tuple[Span, ...]:
 
 
 def spans(tokens: Sequence[str], flags: Sequence[bool]) -> tuple[Span, ...]:
-    """The character ranges of the runs of marked tokens, in order and apart from each other, none of them empty.
+    """The character ranges of the runs of marked tokens: in order, disjoint and not empty.
 
-    White space at the start of a run stays outside of the mark, because tokenizers glue it to the word that follows. A
-    run of nothing but white space is marked as it is: the feature does fire there. A run without text (later bytes of a
-    character that belongs to an earlier token) takes the nearest token with text before it, else after it.
+    White space at the start of a run is left outside the mark, because tokenizers attach it to the following word. A run
+    of white space only is marked as a whole, because the feature does fire there. A run without text (later bytes of a
+    character that belongs to an earlier token) marks the nearest token with text before it, or if there is none, after it.
     """
     bounds = token_spans(tokens)
     text = "".join(tokens)
@@ -112,14 +115,14 @@ def spans(tokens: Sequence[str], flags: Sequence[bool]) -> tuple[Span, ...]:
 
 
 def words(text: str) -> tuple[Span, ...]:
-    """The character ranges of the words of a text: letters, digits and underscores, with apostrophes inside."""
+    """The character ranges of the words of a text: runs of letters, digits and underscores; apostrophes only inside."""
     return tuple(match.span() for match in _WORD.finditer(text))
 
 
 def render(text: str, marks: Sequence[Span]) -> str:
-    """The text with ``<<`` and ``>>`` around each mark. ``strip`` gives the text back, ``parse`` the marks too.
+    """The text with ``<<`` and ``>>`` around each mark. ``strip`` recovers the text; ``parse`` also recovers the marks.
 
-    Raises InputError for marks that are empty, overlap, are out of order or reach outside of the text.
+    Raises InputError if marks are empty, overlap, are out of order or reach beyond the text.
     """
     position, parts = 0, []
     for start, end in marks:
@@ -136,7 +139,7 @@ def render(text: str, marks: Sequence[Span]) -> str:
 
 
 def _guard(chunk: str, before: str) -> str:
-    """Keep brackets of the text from reading as marks; ``before`` is the bracket of the mark that follows the chunk."""
+    """Escape brackets of the text that would read as marks. ``before``: the bracket that follows the chunk, "" for none."""
     for bracket in "<>":
         follows = rf"(?={bracket}|\Z)" if bracket == before else rf"(?={bracket})"
         chunk = re.sub(rf"{bracket}(\\*){follows}", rf"{bracket}\\\g<1>", chunk)
@@ -144,7 +147,7 @@ def _guard(chunk: str, before: str) -> str:
 
 
 def parse(marked: str) -> tuple[str, tuple[Span, ...]]:
-    """The text and the marks that ``render`` wrote. Raises InputError where marks do not pair."""
+    """The text and the marks that were given to ``render``. Raises InputError if ``<<`` and ``>>`` are not in pairs."""
     text, position = "", 0
     marks: list[Span] = []
     start: int | None = None
@@ -176,5 +179,5 @@ def parse(marked: str) -> tuple[str, tuple[Span, ...]]:
 
 
 def strip(marked: str) -> str:
-    """The text without its marks: exactly the one that ``render`` was given."""
+    """The text without its marks, exactly as it was given to ``render``."""
     return _PIECE.sub(lambda piece: piece["guarded"][:-1] if piece["guarded"] else "", marked)

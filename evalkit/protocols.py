@@ -1,6 +1,7 @@
-"""The contracts at the plug-in points. Structural: a plug-in implements the methods, it need not inherit anything.
+"""The contracts of plug-ins: feature sources, readers, explainers, judges, scorers and clients.
 
-Imports records and errors only, and torch only for annotations, so a plug-in costs nothing to import.
+They are structural types: a plug-in implements the methods and need not inherit from anything. The module knows only the
+shared records, and imports torch for annotations only, so that importing it is cheap. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -57,22 +58,22 @@ __all__ = [
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Answers "how active is feature f on these tokens". ``hidden`` is always the raw hidden state of the site."""
+    """Computes how active each feature is on each token. ``hidden`` is always the raw hidden state of the site."""
 
     @property
     def name(self) -> str:
-        """Unique: model/site/kind/width/L0 or depth; the key everywhere."""
+        """A unique name, model/site/kind/width/L0 or depth. All records and tables use it as the key of the source."""
 
     @property
     def site(self) -> Site:
-        """Where it reads, and what it reconstructs."""
+        """The module whose hidden state the source reads, and the module whose state it reconstructs."""
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints about this source."""
+        """The columns that tables print about this source."""
 
     def bind(self, subject: SubjectInfo) -> Self:
-        """Take what it needs of the subject (norm gain and eps, d_model). Raises SiteMismatch."""
+        """A source prepared for this subject model: checks d_model and takes the norm gain and eps. Raises SiteMismatch."""
 
     def features(self) -> Sequence[FeatureId]:
         """Every feature id, in a fixed order."""
@@ -80,10 +81,10 @@ class FeatureSource(Protocol):
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
     ) -> Float[Tensor, "batch pos feature"]:
-        """Activation of the chosen features at every position, in the source's own units. Raises UnknownFeature."""
+        """Activation of the given features at every position, in the source's own units. Raises UnknownFeature."""
 
     def threshold(self, feature: FeatureId) -> float:
-        """θ: active means above it. 0 for SAEs, a corpus quantile for RQAE."""
+        """The threshold θ: a feature is active where its activation exceeds θ. 0 for SAEs, a corpus quantile for RQAE."""
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
         """The dictionary's reconstruction, in the units of the hidden state at ``site.out``."""
@@ -91,48 +92,54 @@ class FeatureSource(Protocol):
 
 @runtime_checkable
 class CentredSource(Protocol):
-    """A source whose features are made from token occurrences (an RQAE's code prefixes)."""
+    """A source whose features are defined by token occurrences (the code prefixes of an RQAE)."""
 
     def with_centres(self, hidden: Float[Tensor, "centre d_model"], features: Sequence[FeatureId]) -> Self:
-        """A copy whose features are the given occurrences. ``hidden`` is raw, one row a feature."""
+        """A copy whose features are the given occurrences. ``hidden``: raw hidden states, one row per feature."""
 
 
 @runtime_checkable
 class CalibratedSource(Protocol):
-    """A source whose thresholds are corpus quantiles: the top ``density`` share of tokens is active."""
+    """A source whose thresholds are corpus quantiles.
+
+    ``density``: share of tokens on which each feature is active.
+    """
 
     density: float
 
     def with_thresholds(self, thresholds: Mapping[FeatureId, float]) -> Self:
-        """A copy with these thresholds."""
+        """A copy of the source that uses these thresholds."""
 
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """A source that fires on tokens or positions rather than on hidden states (the planted and permuted controls)."""
+    """A source whose activations depend on tokens or positions, not on hidden states (planted and permuted controls)."""
 
     def token_activations(self, batch: TokenBatch, features: Sequence[FeatureId]) -> Float[Tensor, "batch pos feature"]:
-        """Activation of the chosen features at every position."""
+        """Activation of the given features at every position."""
 
 
 @runtime_checkable
 class DirectedSource(Protocol):
-    """A source whose features are directions, so that it can be said which tokens each of them promotes."""
+    """A source whose features are directions, so that the tokens that each feature promotes can be computed."""
 
     def directions(self, features: Sequence[FeatureId]) -> Float[Tensor, "feature d_out"] | None:
-        """What a feature adds to the state at ``site.out``, up to a positive factor; None where nothing can be said.
+        """The direction that each feature adds to the state at ``site.out``, up to a positive factor.
 
-        Raises UnknownFeature.
+        Returns None if the source cannot tell. Raises UnknownFeature.
         """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadyText:
-    """A text in which another tool saw features fire, whole and once however many features it is recorded of.
+    """A whole text for which another tool recorded activations; one object per text, however many features are active.
 
-    ``text`` is a 63-bit hash of its tokens. ``tokens`` are text pieces that join to the text; ``valid`` (pos,) is False on
-    BOS, EOS and padding. ``activations`` (pos,), by feature: what is recorded of the asked features, those that are
-    active in it only. ``complete``: all of these are there, so that it may serve the other asked features as a negative.
+    ``text``: a 63-bit hash of the tokens, which identifies the text.
+    ``tokens``: text pieces whose concatenation is the text.
+    ``valid``: (pos,), False on BOS, EOS and padding.
+    ``activations``: (pos,) per requested feature that is active in the text.
+    ``complete``: whether ``activations`` has every requested feature that is active in the text. If so, the text can be a
+    negative for the other requested features.
     """
 
     text: int
@@ -144,7 +151,11 @@ class ReadyText:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadyExamples:
-    """Texts of the asked features and of others, each text once. ``densities``: share of tokens active, where known."""
+    """The texts of an ExampleSource.
+
+    ``texts``: texts of the requested features and of others, each text once.
+    ``densities``: per feature, the share of tokens on which it is active, if known.
+    """
 
     texts: Sequence[ReadyText]
     densities: Mapping[FeatureId, float]
@@ -152,48 +163,51 @@ class ReadyExamples:
 
 @runtime_checkable
 class ExampleSource(Protocol):
-    """Has examples ready (a dump of another tool) instead of activations: no model reads a text for it.
+    """Provides ready examples, such as a dump of another tool, instead of activations; it needs no subject model.
 
-    One that has explanations too gives those of a feature with ``explanations(feature)``.
+    A source that also has explanations returns those of a feature from ``explanations(feature)``.
     """
 
     @property
     def name(self) -> str:
-        """Unique, as a FeatureSource's."""
+        """A unique name, like that of a FeatureSource."""
 
     @property
     def site(self) -> Site:
-        """Where the features were read; a label here."""
+        """The module whose hidden state the other tool read; used only as a label."""
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints about this source; ``declared`` says what is not verified about its examples."""
+        """The columns that tables print about this source; ``declared`` lists unverified properties of its examples."""
 
     def features(self) -> Sequence[FeatureId]:
-        """Every feature with an activating text, in a fixed order. May read the whole dump."""
+        """Every feature that is active in at least one text, in a fixed order. May read the whole dump."""
 
     def examples(self, features: Sequence[FeatureId]) -> ReadyExamples:
-        """The texts of these features, and a sample of all texts to draw negatives from. Raises UnknownFeature."""
+        """The texts of these features, and a sample of all texts for negatives. Raises UnknownFeature."""
 
 
 class SourceReader(Protocol):
-    """Opens dictionaries of one on-disk format. One small module per format."""
+    """Reads dictionaries of one on-disk format.
+
+    ``options``: the names of the options that ``read`` accepts.
+    """
 
     format: str
-    options: frozenset[str]  # the names that ``read`` takes
+    options: frozenset[str]
 
     def matches(self, path: Path) -> bool:
-        """Whether ``path`` (a file or folder) looks like this format; cheap, never raises."""
+        """Whether ``path`` (a file or folder) looks like this format. Must be cheap and must not raise."""
 
     def read(self, path: Path, **options: Any) -> Sequence[FeatureSource]:
-        """The feature sources of the dictionary at ``path`` (an RQAE gives one per asked depth).
+        """The feature sources of the dictionary at ``path``; for an RQAE, one per requested depth.
 
-        A format of ready examples gives ExampleSources instead.
+        A format of ready examples returns ExampleSources instead.
         """
 
 
 class Explainer(Protocol):
-    """Writes an explanation from examples of the explain pool.
+    """Writes an explanation of a feature from its examples in the explain pool.
 
     Optional abilities (``evalkit.abilities``): ``uses_client``, ``uses_sources``, ``variant``, ``prepare``, ``explains``.
     """
@@ -202,14 +216,13 @@ class Explainer(Protocol):
     version: str
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
-        """Describe the feature. ``client`` is None unless the run names one."""
+        """The explanation of the feature. ``client`` is None unless the run has one."""
 
 
 class Judge(Protocol):
-    """Says whether an explanation matches a window, without knowing the label.
+    """Decides whether an explanation matches a window. It never sees the label.
 
-    ``probabilistic``: whether its answers carry their own match decision; if False, scorers fit the cut-off on
-    confidences.
+    ``probabilistic``: True if every answer has its own match decision; False if scorers fit a cut-off on the confidences.
 
     Optional abilities (``evalkit.abilities``): ``uses_client``, ``uses_subject``, ``variant``, ``prepare``; see also
     ``PickingJudge`` and ``SimulatingJudge``.
@@ -220,27 +233,27 @@ class Judge(Protocol):
     probabilistic: bool
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, always, in their order."""
+        """Exactly one answer per item, in their order."""
 
 
 @runtime_checkable
 class PickingJudge(Protocol):
-    """A judge that can pick the text that does not belong with the others; it sees no explanation."""
+    """A judge that can pick the text of a group that does not belong with the others, without any explanation."""
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """As many picks as groups, always, in their order."""
+        """Exactly one pick per group, in their order."""
 
 
 @runtime_checkable
 class SimulatingJudge(Protocol):
-    """A judge that can predict from an explanation how active the feature is on every token of a window."""
+    """A judge that can predict, from an explanation, how active the feature is on every token of a window."""
 
     async def simulate(self, explanation: str, windows: Sequence[Sequence[str]]) -> Sequence[Simulation]:
-        """As many simulations as windows, always, in their order. A window is its tokens as text."""
+        """Exactly one simulation per window, in their order. A window is given as the texts of its tokens."""
 
 
 class Scorer(Protocol):
-    """Builds the test (windows, marks, labels), asks a judge, and compares the answers with the labels.
+    """Builds a test (windows, marks, labels), queries a judge, and compares its answers with the labels.
 
     Optional abilities (``evalkit.abilities``): ``asks``, ``own_judge``, ``needs_explanation``, ``items``.
     """
@@ -249,18 +262,19 @@ class Scorer(Protocol):
     version: str
 
     async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """The judgements of one feature under one explanation."""
+        """The judgements of one explanation of one feature."""
 
 
 class Client(Protocol):
     """A language model that answers chat messages.
 
-    ``name`` is the model's, with every option that changes its answers: recordings and records are keyed by it. Creating
-    a client must be cheap and must contact nothing: an engine starts with the first request. Retries and limits on
-    requests in flight are the client's task; recording and budgets are not.
+    ``name``: the model with every option that changes its answers; recorded calls and results are stored under it.
 
-    A run creates the client in a separate process, which outlives a killed run until the requests in flight are answered.
-    A client with ``in_process = True`` stays in the run's process, for example because its model would end with the run.
+    Creating a client must be cheap and must not use the network: an engine starts with the first request. The client
+    retries and limits the requests in flight; the caller records calls and enforces budgets.
+
+    A run creates the client in a separate process, which survives a killed run until the requests in flight are answered.
+    A client with ``in_process = True`` stays in the run's process, for example because its model ends with the run anyway.
 
     Optional abilities (``evalkit.abilities``): ``main_option`` (default "model"), ``concurrency``, ``in_process``,
     ``close``, ``finish``, and those of a ``BatchClient``. On Ctrl-C a run does not wait for a batch client; the next
@@ -280,21 +294,25 @@ class Client(Protocol):
         seed: int | None = None,
         max_tokens: int,
     ) -> Response:
-        """One reply. At most one of ``schema`` (JSON schema), ``choices``, ``regex`` constrains it where the engine can.
+        """One reply. Callers set at most one of ``schema``, ``choices`` and ``regex``.
 
-        ``logprobs``: so many candidates of every token are returned with their log-probabilities. Raises
-        ContextOverflow, RequestRefused, NoAnswer, ClientDown.
+        ``schema``: JSON schema that the reply must follow, if the engine supports constraints.
+        ``choices``: texts of which the reply must be one, likewise.
+        ``regex``: pattern that the reply must match, likewise.
+        ``logprobs``: how many candidates per generated token to return with their log-probabilities.
+
+        Raises ContextOverflow, RequestRefused, NoAnswer, ClientDown.
         """
 
 
 class Progress(Protocol):
-    """How a library tells its caller about long work; the command line draws it."""
+    """Reports the progress of long work to the caller. The command line draws it; library code only calls it."""
 
     def start(self, description: str, total: int | None, unit: str) -> int:
-        """Open a task; returns its id."""
+        """Start a task and return its id. ``total``: number of units, None if unknown."""
 
     def advance(self, task: int, amount: int = 1) -> None:
-        """``amount`` more units are done."""
+        """Report that ``amount`` more units are done."""
 
     def finish(self, task: int) -> None:
-        """The task is done."""
+        """Report that the task is done."""

@@ -1,7 +1,6 @@
-"""The frozen records that every stage shares.
+"""The immutable records that all stages share. Data only: no files, no models, no network.
 
-Knows only the shapes of things: no disk, no model, no network. Plain Python and numpy, so that
-tables and plots can be read on a machine without torch.
+Uses plain Python and numpy, so tables and plots can be made on a machine without torch.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ __all__ = [
     "TokenBatch",
 ]
 
-REAL, SHUFFLED = "", "shuffled"  # the control of a test: with the feature's own explanation, or with another feature's
-BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model at all
-CONTROL_MARK = "/null-"  # in the name of a dictionary that is a control
-NO_EXPLAINER = "none"  # the explainer of tests that need no explanation
+REAL, SHUFFLED = "", "shuffled"  # value of "control": the feature's own explanation, or that of another feature
+BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model
+CONTROL_MARK = "/null-"  # part of the name of every dictionary that is a control
+NO_EXPLAINER = "none"  # recorded as the explainer of tests that need no explanation
 
 FeatureId: TypeAlias = str  # the decimal index of an SAE latent; "<token id>@<context>.<position>" for an RQAE centre
 Span: TypeAlias = tuple[int, int]  # half-open character range of a text
@@ -58,15 +57,15 @@ Pool: TypeAlias = Literal["explain", "score"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a dictionary reads: a module path of a subject model, such as ``layers.15`` (the residual after it)."""
+    """What a dictionary reads: the output of a module of a subject model, such as ``layers.15`` (the residual after it)."""
 
     model: str
     path: str
-    reconstructs: str | None = None  # another module path, for transcoders
+    reconstructs: str | None = None  # for transcoders: the path of another module
 
     @property
     def out(self) -> str:
-        """The module path that a reconstruction is compared with."""
+        """The path of the module whose output a reconstruction is compared with."""
         return self.reconstructs or self.path
 
     def __str__(self) -> str:
@@ -75,10 +74,11 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SubjectInfo:
-    """What a feature source may need of the subject model.
+    """The properties of the subject model that a feature source may need.
 
-    ``norm_gain`` (d_model,) is the factor the final norm multiplies by: the weight for Llama-type norms, 1 + weight for
-    Gemma-type ones. ``norm_eps`` is added to the mean square. ``sites`` are the module paths that can be hooked.
+    ``norm_gain``: (d_model,), the factor of the final norm: the weight in Llama-type norms, 1 + weight in Gemma-type norms.
+    ``norm_eps``: the constant that the final norm adds to the mean square.
+    ``sites``: the module paths that can be hooked.
     """
 
     model: str
@@ -91,7 +91,7 @@ class SubjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """The columns a table prints about a feature source. ``name`` is the key everywhere."""
+    """The columns that tables print about a feature source. All records use ``name`` as its key."""
 
     name: str
     kind: str  # "rqae", "sae", "null-planted", …
@@ -106,8 +106,8 @@ class SourceInfo:
 class TokenBatch:
     """The tokens of some contexts of the corpus. ``token_ids`` and ``valid``: (batch, pos); ``contexts``: (batch,).
 
-    ``valid`` is False on BOS, EOS, padding and the skipped first positions. ``contexts`` are corpus-wide row numbers, so
-    what is computed from them does not depend on how the corpus is cut into batches.
+    ``valid``: False on BOS, EOS, padding and the skipped first positions.
+    ``contexts``: row numbers in the whole corpus, so that results do not depend on how it is split into batches.
     """
 
     token_ids: NDArray[np.int64]
@@ -117,10 +117,11 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """Every active (token, feature) of one source; arrays are (entry,), in corpus order.
+    """Every active (token, feature) pair of one source; arrays are (entry,), in corpus order.
 
-    ``tokens``: context x context length + position; ``features``: index into the chosen features; ``n_tokens`` counts
-    the unmasked tokens they were found among.
+    ``tokens``: context x context length + position.
+    ``features``: index into the chosen features.
+    ``n_tokens``: the number of valid tokens that were searched.
     """
 
     tokens: NDArray[np.int64]
@@ -133,10 +134,10 @@ class Activations:
 class Example:
     """A window of the corpus with one feature's activation on each of its tokens.
 
-    Activations in examples are the excess over the feature's threshold θ, and 0 where it is not active.
-
-    ``tokens`` are text pieces whose concatenation is the window's text. ``window`` is its id on the corpus-wide grid.
-    ``decile`` (0–9) is its rank by peak among the feature's active windows, None for a negative.
+    ``window``: its id on the corpus-wide grid.
+    ``tokens``: text pieces whose concatenation is the window's text.
+    ``activations``: per token, the excess over the feature's threshold θ; 0 where the feature is not active.
+    ``decile``: 0–9, its rank by peak among the feature's active windows; None for a negative.
     """
 
     window: int
@@ -156,11 +157,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ExplainExamples:
-    """What an explainer sees: windows of the explain pool only, strongest first.
+    """The input of an explainer: windows of the explain pool only, strongest first.
 
-    ``threshold`` is where activity begins in the units of the examples (0 for examples of a run, which hold the excess over
-    θ); ``peak`` is the feature's largest activation in the explain pool. ``promoted`` are the tokens whose logits the
-    feature raises most if its direction goes straight to the output, strongest first; empty where there is no direction.
+    ``threshold``: a token is active above it; 0 in a run, because activations in examples are the excess over θ.
+    ``peak``: the feature's largest activation in the explain pool.
+    ``promoted``: the tokens whose logits the feature's direction raises most, if it is read out directly by the
+    unembedding; strongest first, empty if the feature has no direction.
     """
 
     source: str
@@ -174,10 +176,10 @@ class ExplainExamples:
 
 @dataclass(frozen=True, slots=True)
 class TestExamples:
-    """The windows one test is built from: three disjoint sets of one pool.
+    """The windows from which one test is built: three disjoint sets from one pool.
 
-    ``positives`` and ``decoys`` are windows where the feature is active (decoys are what fuzzing marks wrongly);
-    ``negatives`` are verified inactive.
+    ``positives`` and ``decoys``: windows where the feature is active; fuzzing puts false marks on decoys.
+    ``negatives``: windows verified inactive.
     """
 
     __test__ = False  # not a pytest class
@@ -189,11 +191,12 @@ class TestExamples:
 
 @dataclass(frozen=True, slots=True)
 class ScoreExamples:
-    """What a scorer builds its test from.
+    """The input of a scorer.
 
-    ``test`` comes from the score pool. ``calibration`` comes from the explain pool, disjoint from what the explainer saw
-    where there is enough: judges whose confidence is no probability get their match cut-off fitted on it. ``repeat``
-    counts how often the same test was held before: questions are the same each time, their order and batches are not.
+    ``test``: windows of the score pool.
+    ``calibration``: windows of the explain pool on which the match cut-off is fitted, for judges whose confidence is not a
+    probability; disjoint from the windows that the explainer saw, if there are enough.
+    ``repeat``: how often the same test was run before; a repeat has the same questions in another order and other batches.
     """
 
     source: str
@@ -207,7 +210,7 @@ class ScoreExamples:
 
 @dataclass(frozen=True, slots=True)
 class FeatureExamples:
-    """All examples of one feature: what an explainer sees, and what its test is built from."""
+    """All examples of one feature: the input of explainers and the input of scorers."""
 
     explain: ExplainExamples
     score: ScoreExamples
@@ -215,9 +218,9 @@ class FeatureExamples:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A description of one feature.
+    """A description of one feature. ``version``: that of the explainer's prompt or rule.
 
-    ``version`` is that of the explainer's prompt or rule; ``note`` says what a reader should know of how it came about.
+    ``note``: remarks for readers on how the text was made.
     """
 
     source: str
@@ -242,10 +245,12 @@ class JudgeItem:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A judge's answer. ``match`` is None with a ``reason`` when it could not be given.
+    """A judge's answer about one item.
 
-    ``confidence`` orders items (higher: matches more); ``probability`` is P(match) where the judge has one. A judge whose
-    confidence is no probability leaves ``match`` None and ``reason`` None: the scorer fits its cut-off.
+    ``match``: the decision; None with a ``reason`` if the judge could not answer. A judge whose confidence is not a
+    probability leaves both None: the scorer then decides with a fitted cut-off.
+    ``confidence``: orders items; a higher value is a better match.
+    ``probability``: P(match), if the judge has one.
     """
 
     match: bool | None
@@ -256,7 +261,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Which text of a group does not belong with the others: its place, or None with a ``reason``."""
+    """Which text of a group does not belong with the others: its index from 0, or None with a ``reason``."""
 
     index: int | None
     reason: str | None = None
@@ -272,10 +277,10 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """An answer held against its item's label. ``correct`` is None when unscored, and ``reason`` says why.
+    """An answer compared with its item's label; ``reason`` says why it is unscored, if it is.
 
-    Where activations are predicted there is nothing to match: ``moments`` are then (n, Σx, Σy, Σx², Σy², Σxy) of the
-    predictions x and the activations y of a window's n tokens.
+    ``moments``: only if activations are predicted, in which case ``match`` is None: (n, Σx, Σy, Σx², Σy², Σxy) of the
+    predictions x and the activations y of the window's n tokens.
     """
 
     item: int
@@ -290,7 +295,7 @@ class Judgement:
 
     @property
     def scored(self) -> bool:
-        """Whether there is something to score."""
+        """Whether there is a match decision, or predicted activations."""
         return self.match is not None or self.moments is not None
 
     @property
@@ -300,7 +305,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """All judgements of one (feature, scorer, explanation, judge). ``cutoff`` is the fitted match cut-off, if one was."""
+    """All judgements of one (feature, scorer, explanation, judge). ``cutoff``: the match cut-off, if one was fitted."""
 
     source: str
     feature: FeatureId
@@ -324,7 +329,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A client's reply. ``logprobs``: per generated token, {candidate token: natural log of its probability}."""
+    """A client's reply. ``logprobs``: per generated token, {candidate token: natural-log probability}."""
 
     text: str
     logprobs: Sequence[dict[str, float]] = ()
@@ -335,10 +340,10 @@ class Response:
 
     @property
     def answer(self) -> str:
-        """The text without what a reasoning model thought aloud before it."""
+        """The text after the reasoning of a reasoning model."""
         return answer_after_thought(self.text)
 
     @property
     def in_thought(self) -> bool:
-        """Whether the reply ends before its thought does, so that what stands in it is no answer yet."""
+        """Whether the reply was cut off during the model's reasoning, so that it contains no answer."""
         return ends_in_thought(self.text)

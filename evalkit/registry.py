@@ -1,7 +1,8 @@
-"""Finds explainers, judges, scorers, sources and clients by name: built-ins as strings, plug-ins as entry points.
+"""Finds explainers, judges, scorers, sources and clients by name.
 
-Nothing is imported until it is asked for, so a broken plug-in fails only then, and ``evalkit plugins`` can show why.
-Entry-point groups: ``evalkit.explainers``, ``evalkit.judges``, ``evalkit.scorers``, ``evalkit.sources``,
+Built-ins are listed here as strings; plug-ins are found as entry points of installed packages. A class is imported only
+when it is used, so a broken plug-in fails only then, and ``evalkit plugins`` can show why. Reads package metadata; writes
+nothing. Entry-point groups: ``evalkit.explainers``, ``evalkit.judges``, ``evalkit.scorers``, ``evalkit.sources``,
 ``evalkit.clients``.
 """
 
@@ -78,7 +79,7 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
         "saelens": "evalkit.sources.formats.saelens:SaeLensReader",
         "neuronpedia": "evalkit.sources.dumps.neuronpedia:NeuronpediaReader",
         "delphi": "evalkit.sources.dumps.delphi:DelphiReader",
-        "directions": "evalkit.sources.formats.directions:DirectionsReader",  # last: it takes what no other format claims
+        "directions": "evalkit.sources.formats.directions:DirectionsReader",  # last: accepts what no other format does
     },
     "clients": {
         "openai": "evalkit.llm.clients.openai:OpenAIClient",
@@ -91,7 +92,10 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A registered name with options: ``llm:single,batch_size=1``. ``label`` is its one spelling, which records carry."""
+    """A registered name with options, such as ``llm:single,batch_size=1``.
+
+    ``label``: the part in its canonical spelling, as it is stored in records.
+    """
 
     name: str
     label: str
@@ -102,8 +106,8 @@ class Part:
 class Plugin:
     """One row of ``evalkit plugins``.
 
-    ``error``: why it cannot be loaded; None if it can.
-    ``abilities``: its optional abilities, in words; see ``evalkit.abilities``.
+    ``error``: why the plug-in cannot be loaded; None if it can.
+    ``abilities``: phrases for its optional abilities; see ``evalkit.abilities``.
     """
 
     kind: Kind
@@ -120,12 +124,15 @@ def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
 
 
 def names(kind: Kind) -> list[str]:
-    """Every known name of a kind, built-ins first."""
+    """All names of a kind, built-ins first."""
     return [*BUILT_INS[kind], *(name for name in _entry_points(kind) if name not in BUILT_INS[kind])]
 
 
 def load_class(kind: Kind, name: str) -> Any:
-    """The class or factory registered under a name. Raises PluginError (unknown or broken); built-ins win."""
+    """The class or factory registered under a name; a built-in hides a plug-in of the same name.
+
+    Raises PluginError if the name is unknown or the plug-in is broken.
+    """
     if target := BUILT_INS[kind].get(name):
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -140,38 +147,38 @@ def load_class(kind: Kind, name: str) -> Any:
         )
     try:
         return point.load()
-    except Exception as error:  # a plug-in may fail in any way; the user needs to know which and why
+    except Exception as error:  # a plug-in may fail in any way; the message names the plug-in and its package
         origin = point.dist.name if point.dist else "unknown package"
         raise PluginError(
             f"{kind.removesuffix('s')} {name!r} of {origin}",
-            expected=f"{point.value} to import",
+            expected=f"{point.value} to be importable",
             seen=f"{type(error).__name__}: {error}",
             fix=f"repair or uninstall the package {origin}",
         ) from error
 
 
 def _takes(factory: Any) -> str:
-    """Names of a class's options, for people; the client is a run's own affair."""
+    """The names of a class's options, for messages; without those that the run itself passes."""
     names = [name for name in inspect.signature(factory).parameters if name not in ("client", "sources")]
     return ", ".join(names) or "none"
 
 
 def create(kind: Kind, name: str, **options: Any) -> Any:
-    """An instance of a registered class. Options it does not take raise PluginError."""
+    """An instance of a registered class. Raises PluginError if the class does not accept the options."""
     factory = load_class(kind, name)
     try:
         return factory(**options)
     except TypeError as error:
         raise PluginError(
             f"{kind.removesuffix('s')} {name!r}",
-            expected="options that it takes",
+            expected="only options that it accepts",
             seen=str(error),
-            fix=f"it takes {_takes(factory)}",
+            fix=f"its options are: {_takes(factory)}",
         ) from error
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """``key=value`` of the command line; the value as JSON where it is JSON, else as text. Raises BadConfig."""
+    """Parse ``key=value`` of the command line. A value that is not JSON is kept as text. Raises BadConfig."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise BadConfig("option", expected="KEY=VALUE", seen=repr(key), fix="write for example temperature=0.5")
@@ -182,9 +189,10 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def parse_part(kind: Kind, text: str) -> Part:
-    """``NAME``, ``NAME:VALUE``, ``NAME:key=value,…`` or both; VALUE goes to what the class calls its ``main_option``.
+    """Parse ``NAME``, ``NAME:VALUE``, ``NAME:key=value,…`` or ``NAME:VALUE,key=value,…``.
 
-    Raises PluginError (unknown name, no main option), BadConfig.
+    VALUE is passed as the option that the class names in ``main_option``. Raises PluginError for an unknown name or a class
+    without a main option, BadConfig for a malformed option.
     """
     name, _, rest = text.strip().partition(":")
     if not rest:
@@ -202,14 +210,14 @@ def parse_part(kind: Kind, text: str) -> Part:
                 f"{kind.removesuffix('s')} {name!r}",
                 expected=f"options as {name}:key=value",
                 seen=repr(main),
-                fix="name the option",
+                fix="write the name of the option before its value",
             )
         options[option] = main
     return Part(name, f"{name}:{label}", options)
 
 
 def list_plugins() -> list[Plugin]:
-    """Everything registered, each tried once, with its origin and, if broken, its error."""
+    """Everything registered, with its origin. Loads each class once; a plug-in that fails to load has an ``error``."""
     found = []
     for kind in KINDS:
         for name in names(kind):

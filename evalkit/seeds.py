@@ -1,7 +1,7 @@
-"""Where randomness comes from: hashes of (seed, names), never a shared generator.
+"""The source of all randomness: hashes of a seed and names, never a shared generator.
 
-A draw depends only on what it is for, so the order of work, the batch size, a resume and the number of workers change
-nothing. Pure functions; reads and writes nothing.
+Each random draw depends only on the names of its purpose. Results therefore do not depend on the order of work, the batch
+size, a resumed run or the number of workers. Pure functions; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def derive(seed: int, *names: str | int) -> int:
 
 
 def derive_request_seed(seed: int, *names: str | int) -> int:
-    """A 31-bit seed for (seed, names): what every API of a language model accepts as a seed. Source: BLAKE2b, RFC 7693."""
+    """A 31-bit seed for (seed, names), which every language-model API accepts. Source: BLAKE2b, RFC 7693."""
     return _hashed(4, seed, names) >> 1
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """The random generator for (seed, names), independent of anything else that is drawn."""
+    """The random generator for (seed, names), independent of the generators for other names."""
     return np.random.default_rng(_hashed(16, seed, names))
 
 
 def hash_priorities(key: int, ids: ArrayLike) -> NDArray[np.uint64]:
-    """A uniform 64-bit priority per id; the k smallest of any set are a uniform sample of it, in any order of arrival.
+    """A uniform 64-bit priority per id. The k ids of smallest priority are a uniform sample, in any order of arrival.
 
     Source: the splitmix64 finaliser (Steele, Lea, Flood 2014), applied twice around the key.
     """
@@ -40,7 +40,7 @@ def hash_priorities(key: int, ids: ArrayLike) -> NDArray[np.uint64]:
 
 
 def _hashed(n_bytes: int, seed: int, names: tuple[str | int, ...]) -> int:
-    # "replace": corpus text may hold half a surrogate pair, which has no encoding
+    # "replace": corpus text may contain half a surrogate pair, which cannot be encoded
     payload = "\x1f".join([str(seed), *map(str, names)]).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(payload, digest_size=n_bytes).digest(), "big")
 

@@ -1,1 +1,1 @@
-"""Explainers: each writes a description of a feature from examples of the explain pool. One file each."""
+"""Explainers, one file each. An explainer writes a description of a feature from examples of the explain pool."""

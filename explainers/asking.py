@@ -1,9 +1,9 @@
-"""What explainers that ask a language model share: windows as lines of a prompt, one question asked, one phrase read.
+"""The code that explainers with a language model share: write windows into a prompt, query the client, parse the phrase.
 
 Prompts are versioned files in ``prompts/``. Corpus text enters them as JSON strings, so no text can end its own quotes or
-pose as an instruction. A reply that cannot be read is asked for once more and then fails: it is never used as an
-explanation. Where the examples do not fit the model's context, the weakest are left out. Knows no explainer; the client is
-the caller's.
+pass for an instruction. If a reply cannot be parsed, the request is retried once; if that fails too, it raises: such a
+reply is never used as an explanation. If the examples do not fit the model's context, the weakest are left out. Does not
+know the explainers; the caller provides the client. Reads prompt files; writes nothing.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ __all__ = [
 ]
 
 PHRASE = {"type": "string", "minLength": 1, "maxLength": 400}  # JSON schema of an explanation
-LONGEST = 600  # characters; longer is a model that ran on, not a phrase
+LONGEST = 600  # characters; a longer text means that the model did not stop after the phrase
 
 Read = TypeVar("Read", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Form(Generic[Read]):
-    """The form of a reply. ``read`` gives None for one that is not in it; ``retry`` asks again; errors say ``wanted``."""
+    """The form that a reply must have.
+
+    ``schema``: JSON schema for clients that can constrain replies.
+    ``read``: parses a reply; returns None if the reply does not have the form.
+    ``retry``: the message that requests another reply after one that could not be parsed.
+    ``wanted``: the form in words, for error messages.
+    """
 
     schema: Mapping[str, Any]
     read: Callable[[Response], Read | None]
@@ -58,24 +64,24 @@ class Form(Generic[Read]):
 
 @cache
 def read_prompt(name: str) -> dict[str, Any]:
-    """A prompt by the name of its file, version included: system, question, retry, shots."""
+    """The prompt in the file ``prompts/NAME.toml``; the name includes the version. Keys: system, question, retry, shots."""
     return tomllib.loads(files("explainers").joinpath(f"prompts/{name}.toml").read_text(encoding="utf-8"))
 
 
 def require_client(explainer: str, client: Client | None) -> Client:
-    """The client. Raises BadConfig where there is none."""
+    """The client itself. Raises BadConfig if it is None. ``explainer``: the name for the message."""
     if client is None:
         raise BadConfig(
             f"explainer {explainer!r}",
             expected="a client that reaches a language model",
             seen="none",
-            fix="name one (--client vllm:MODEL or openai:MODEL), or use the explainer 'words', which needs none",
+            fix="add --client vllm:MODEL or --client openai:MODEL, or use the explainer 'words', which needs no client",
         )
     return client
 
 
 def chat(prompt: Mapping[str, Any], lines: Sequence[str]) -> list[Message]:
-    """The messages that ask about the windows in ``lines``: system, shots, question."""
+    """The messages of a request: system, shots, and the question about the windows in ``lines``."""
     messages = [Message("system", prompt["system"].strip())]
     for shot in prompt["shots"]:
         messages.append(Message("user", f"{shot['user'].strip()}\n\n{prompt['question']}"))
@@ -84,7 +90,10 @@ def chat(prompt: Mapping[str, Any], lines: Sequence[str]) -> list[Message]:
 
 
 def active_lines(examples: ExplainExamples, shown: Sequence[Example], share: float) -> list[str]:
-    """Marked windows, numbered from 1, each with the levels of its active tokens. ``share`` places the marks."""
+    """Marked windows, numbered from 1, each with the levels of its active tokens.
+
+    ``share``: where the marks are placed; see ``evalkit.markup.marked_tokens``.
+    """
     lines = ["Active:"]
     for number, example in enumerate(shown, 1):
         marks = spans(example.tokens, marked_tokens(example.activations, examples.threshold, share))
@@ -94,13 +103,13 @@ def active_lines(examples: ExplainExamples, shown: Sequence[Example], share: flo
 
 
 def inactive_lines(silent: Sequence[Example], first: int) -> list[str]:
-    """Unmarked windows, numbered from ``first``; nothing where there are none."""
+    """Unmarked windows, numbered from ``first``. Empty if there are no windows."""
     numbered = [f"{number}. {quoted(render(one.text, ()))}" for number, one in enumerate(silent, first)]
     return ["Not active:", *numbered] if numbered else []
 
 
 def _levels(example: Example, examples: ExplainExamples) -> str:
-    """The active tokens with their levels, "whale 9, sea 3"; tokens that need quotes get them."""
+    """The active tokens with their levels, such as "whale 9, sea 3"; tokens other than plain words are quoted."""
     pairs = zip(example.tokens, levels(example.activations, examples.threshold, examples.peak), strict=True)
     return ", ".join(f"{_plain(token)} {level}" for token, level in pairs if level)
 
@@ -111,7 +120,7 @@ def _plain(token: str) -> str:
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """At most ``count`` of them, evenly spaced, order kept."""
+    """At most ``count`` of the examples, evenly spaced and in the same order."""
     if len(examples) <= count:
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]
@@ -120,15 +129,15 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
 async def ask(
     client: Client, messages: Sequence[Message], form: Form[Read], *, seed: int, max_tokens: int
 ) -> tuple[Read | None, Response]:
-    """What the reply says, asked for once more if it cannot be read, and the reply it was last looked for in.
+    """The parsed reply, or None after one retry; and the last reply of the client.
 
-    Raises ContextOverflow where the question does not fit, and what else the client raises.
+    Raises ContextOverflow if the question does not fit the context, and any other error of the client.
     """
     response = await client.generate(messages, schema=form.schema, seed=seed, max_tokens=max_tokens)
     found = None if response.in_thought else form.read(response)
     if found is None:
         retry = [*messages, Message("assistant", response.text), Message("user", form.retry)]
-        with contextlib.suppress(ContextOverflow):  # a long reply that cannot be read: no room to ask again
+        with contextlib.suppress(ContextOverflow):  # the unreadable reply may be too long to repeat it in a retry
             response = await client.generate(retry, schema=form.schema, seed=seed, max_tokens=max_tokens)
             found = None if response.in_thought else form.read(response)
     return found, response
@@ -144,10 +153,12 @@ async def ask_for_phrase(
     seed: int,
     max_tokens: int,
 ) -> tuple[str, str]:
-    """The explanation, and a note where not all of ``shown`` (active windows) fitted the context.
+    """The explanation, and a note if the context was too small for some of the windows.
 
-    ``question`` makes the messages for those of them that are shown. Raises ClientError where no reply can be read,
-    ContextOverflow where not even one window fits.
+    ``shown``: the active windows to show.
+    ``question``: makes the messages for those active windows that fit.
+
+    Raises ClientError if no reply can be parsed, ContextOverflow if not even one window fits.
     """
     asked = len(shown)
     while True:
@@ -167,11 +178,11 @@ async def ask_for_phrase(
         )
     if len(shown) == asked:
         return text, ""
-    return text, f"the context held {len(shown)} of {asked} examples: the weakest were left out"
+    return text, f"only {len(shown)} of {asked} examples fit the context; the weakest were left out"
 
 
 def _weakest_dropped(shown: Sequence[Example], overflow: ContextOverflow) -> list[Example]:
-    """Fewer examples, the order kept: by as much as the overflow says, and by an eighth at least."""
+    """The strongest of the examples, in the same order: as many as the overflow allows, at most seven eighths."""
     share = 0.75
     if overflow.limit is not None and overflow.needed is not None:
         share = min(overflow.limit / overflow.needed, 0.875)
@@ -181,7 +192,7 @@ def _weakest_dropped(shown: Sequence[Example], overflow: ContextOverflow) -> lis
 
 
 def read_object(response: Response, keys: Collection[str]) -> dict[str, Any] | None:
-    """The one JSON object of a reply, or None: prose may stand around it, but it has exactly these keys, each once."""
+    """The only JSON object of a reply, or None. It must have exactly these keys, once each; prose may surround it."""
     found: list[dict[str, Any]] = []
     decoder = json.JSONDecoder(object_pairs_hook=_each_once)
     reply = response.answer
@@ -199,14 +210,15 @@ def read_object(response: Response, keys: Collection[str]) -> dict[str, Any] | N
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key twice")
+        raise ValueError("duplicate key")
     return dict(pairs)
 
 
 def phrase(value: object) -> str | None:
-    """An explanation on one line and without control characters, or None for what is none.
+    """The explanation as one line without control characters, or None if ``value`` is not an explanation.
 
-    That is: anything but a string, one without a word, of more than ``LONGEST`` characters, or with half a character in it.
+    Not an explanation is anything but a string, and a string without a letter or digit, with more than ``LONGEST``
+    characters, or with half a surrogate pair.
     """
     if not isinstance(value, str) or any(unicodedata.category(letter) == "Cs" for letter in value):
         return None

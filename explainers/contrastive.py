@@ -1,7 +1,7 @@
-"""The explainer that shows a language model active windows beside inactive ones, and asks what only the active ones have.
+"""The explainer that shows a language model active and inactive windows, and asks what only the active windows contain.
 
-The prompt is the versioned file ``prompts/contrastive_v1.toml``; how it is asked and what counts as a reply is in
-``asking`` and, as the reply has the same form, in ``default``.
+The prompt is the versioned file ``prompts/contrastive_v1.toml``. The module ``asking`` sends it; the reply has the form of
+the explainer ``default``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _FORM = replace(FORM, retry=_PROMPT["retry"])
 
 
 class ContrastiveExplainer:
-    """Asks the client for one phrase that fits the active windows and not the inactive ones.
+    """Asks the client for one phrase that fits the active windows but not the inactive windows.
 
-    ``n_examples`` active and ``n_negatives`` inactive windows at most are shown, spread evenly over those there are. Where
-    they do not fit the model's context, the weakest active ones are left out and inactive ones in the same proportion; the
-    explanation's note says so, and where there was no inactive window. ``share``, ``thinking_tokens`` and ``seed`` as for
-    the explainer ``default``.
+    ``n_examples``: the largest number of active windows shown, evenly spaced among all.
+    ``n_negatives``: the same for inactive windows.
+    ``share``, ``max_tokens``, ``thinking_tokens``, ``seed``: as in the explainer ``default``.
+
+    If the windows do not fit the model's context, the weakest active windows are left out, and inactive windows in the same
+    proportion. The note of the explanation says so, and says if there were no inactive windows.
     """
 
     name = "contrastive"
@@ -56,7 +58,7 @@ class ContrastiveExplainer:
         self.max_tokens, self.seed = max_tokens + thinking_tokens, seed
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
-        """Describe the feature. Raises BadConfig without a client, ClientError where no reply can be read."""
+        """Describe the feature. Raises BadConfig without a client, ClientError if no reply can be parsed."""
         active, inactive = spread(examples.positives, self.n_examples), spread(examples.negatives, self.n_negatives)
 
         def question(shown: Sequence[Example]) -> list[Message]:
@@ -72,7 +74,7 @@ class ContrastiveExplainer:
             seed=derive_request_seed(self.seed, examples.source, feature),
             max_tokens=self.max_tokens,
         )
-        alone = "" if inactive else "there were no inactive windows to show beside"
+        alone = "" if inactive else "there were no inactive windows to show"
         return Explanation(
             examples.source, feature, self.name, self.version, text, "; ".join(filter(None, (note, alone)))
         )
@@ -81,5 +83,5 @@ class ContrastiveExplainer:
 def contrastive_prompt(
     examples: ExplainExamples, shown: Sequence[Example], silent: Sequence[Example], share: float = MARK_SHARE
 ) -> list[Message]:
-    """The chat messages that ask what ``shown`` (active windows) have and ``silent`` (inactive ones) lack."""
+    """The chat messages that ask what ``shown`` (active windows) contain and ``silent`` (inactive windows) do not."""
     return chat(_PROMPT, [*active_lines(examples, shown, share), *inactive_lines(silent, len(shown) + 1)])

@@ -1,7 +1,7 @@
-"""The explainer that lets a language model note what it sees in the examples before it concludes: a chain of thought.
+"""The explainer with a chain of thought: a language model first writes notes on the examples, then the explanation.
 
-The reply is one JSON object with the notes first, so that the phrase is written after them. Only the phrase is kept. The
-prompt is the versioned file ``prompts/cot_v1.toml``; how it is asked is in ``asking``.
+The reply is one JSON object in which the notes come first, so that the model writes the phrase after them. Only the phrase
+is kept. The prompt is the versioned file ``prompts/cot_v1.toml``; the module ``asking`` sends it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_NOTES = 8
 _NOTE = {"type": "string", "minLength": 1, "maxLength": 160}
 SCHEMA = {
     "type": "object",
-    "properties": {  # in the order in which they are to be written
+    "properties": {  # in the order in which the model must write them
         "observations": {"type": "array", "items": _NOTE, "minItems": 3, "maxItems": _MOST_NOTES},
         "explanation": PHRASE,
     },
@@ -45,8 +45,9 @@ SCHEMA = {
 class CotExplainer:
     """Asks the client for notes on the examples and one phrase.
 
-    ``max_tokens`` is the room for both: eight notes of 160 characters take about 350 tokens of English, a phrase 100. The
-    other options as for the explainer ``default``.
+    ``max_tokens``: limit for both; eight notes of 160 characters are about 350 tokens of English, a phrase about 100.
+
+    The other options are those of the explainer ``default``.
     """
 
     name = "cot"
@@ -66,7 +67,7 @@ class CotExplainer:
         self.max_tokens, self.seed = max_tokens + thinking_tokens, seed
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
-        """Describe the feature. Raises BadConfig without a client, ClientError where no reply can be read."""
+        """Describe the feature. Raises BadConfig without a client, ClientError if no reply can be parsed."""
         silent = spread(examples.negatives, self.n_negatives)
         text, note = await ask_for_phrase(
             require_client(self.name, client),
@@ -91,7 +92,7 @@ def cot_prompt(
 
 
 def parse_conclusion(response: Response) -> str | None:
-    """The phrase of a reply, or None: one JSON object with one to eight notes, none of them blank, and the explanation."""
+    """The phrase of a reply; None unless it has one JSON object with one to eight non-blank notes and the explanation."""
     found = read_object(response, {"observations", "explanation"})
     if found is None:
         return None

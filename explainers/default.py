@@ -1,7 +1,7 @@
-"""The explainer that asks a language model: shows it marked windows with integer activations, reads one phrase back.
+"""The explainer that shows a language model marked windows with integer activations and asks for one phrase.
 
-The prompt is the versioned file ``prompts/default_v1.toml``; how it is asked and what counts as a reply is in ``asking``.
-Prompt and parser are pure functions.
+The prompt is the versioned file ``prompts/default_v1.toml``; the module ``asking`` sends it. The functions that build the
+prompt and parse the reply are pure.
 """
 
 from __future__ import annotations
@@ -40,10 +40,15 @@ SCHEMA = {
 class DefaultExplainer:
     """Asks the client for one phrase.
 
-    ``n_examples`` and ``n_negatives``: at most so many windows are shown, spread evenly over those there are. Where they
-    do not fit the model's context, the weakest are left out and the explanation's note says so.
-    ``share`` places the marks, see ``evalkit.markup.marked_tokens``. ``thinking_tokens``: room for models that think before
-    they answer. ``seed`` goes to the client, mixed with the feature.
+    ``n_examples``: the largest number of active windows shown, evenly spaced among all.
+    ``n_negatives``: the same for inactive windows.
+    ``share``: where the marks are placed; see ``evalkit.markup.marked_tokens``.
+    ``max_tokens``: limit for the reply.
+    ``thinking_tokens``: additional tokens for models that reason before they answer.
+    ``seed``: hashed with the feature into the seed that is sent to the client.
+
+    If the windows do not fit the model's context, the weakest active windows are left out and the explanation's note says
+    so.
     """
 
     name = "default"
@@ -63,7 +68,7 @@ class DefaultExplainer:
         self.max_tokens, self.seed = max_tokens + thinking_tokens, seed
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
-        """Describe the feature. Raises BadConfig without a client, ClientError where no reply can be read."""
+        """Describe the feature. Raises BadConfig without a client, ClientError if no reply can be parsed."""
         silent = spread(examples.negatives, self.n_negatives)
         text, note = await ask_for_phrase(
             require_client(self.name, client),
@@ -83,12 +88,12 @@ def explain_prompt(
     silent: Sequence[Example] = (),
     share: float = MARK_SHARE,
 ) -> list[Message]:
-    """The chat messages that ask for an explanation. ``shown``: active windows; ``silent``: windows without activity."""
+    """The chat messages that ask for an explanation. ``shown``: active windows; ``silent``: inactive windows."""
     return chat(_PROMPT, [*active_lines(examples, shown, share), *inactive_lines(silent, len(shown) + 1)])
 
 
 def parse_explanation(response: Response) -> str | None:
-    """The phrase of a reply, or None: the one JSON object in it with the one key "explanation" and a non-empty text."""
+    """The phrase of a reply; None unless it has one JSON object, with a text under the single key "explanation"."""
     found = read_object(response, {"explanation"})
     return None if found is None else phrase(found["explanation"])
 

@@ -1,9 +1,9 @@
-"""The explainer that reads what eai-delphi wrote: one file a feature, with an explanation as a JSON string.
+"""The explainer that reads explanations from files of eai-delphi: one file per feature, with a JSON string.
 
-``FOLDER/explanations/MODULE_latentN.txt`` (or FOLDER itself holds the files). Which module belongs to a dictionary says the
-option ``module``, else ``evalkit.json`` in the folder where our own export put one, else the dictionary's name, one part of
-which must be the module. What the library writes where it could not read a reply is no explanation and never used as one.
-Asks no model.
+The files are ``FOLDER/explanations/MODULE_latentN.txt``, or directly in FOLDER. The module of a dictionary is given by the
+option ``module``, else by ``evalkit.json`` in the folder (written by our own export), else by the dictionary's name, one
+part of which must be the module. The texts that the library writes for unreadable replies are rejected. Makes no API calls;
+writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature
+from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature, json_problem
 from evalkit.protocols import Client
 from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
 from explainers.asking import LONGEST, phrase
@@ -30,10 +30,13 @@ _LARGEST = 1_000_000  # bytes of a file
 
 
 class DelphiFilesExplainer:
-    """Gives every feature the explanation in its file.
+    """Returns for every feature the explanation in its file.
 
-    ``path``: the folder. ``module``: whose files are meant, where the dictionary's name does not say it. ``source``: the
-    dictionary they explain, a name or a pattern, where the run has several that they might. Raises MissingFile.
+    ``path``: the folder.
+    ``module``: the module whose files are used; needed if the dictionary's name does not contain it.
+    ``source``: the dictionary that the files explain, as a name or a pattern; needed if several could be meant.
+
+    Raises MissingFile if the folder has no such files.
     """
 
     name = "delphi"
@@ -51,13 +54,13 @@ class DelphiFilesExplainer:
                 path,
                 expected="a folder with explanations/MODULE_latentN.txt",
                 seen="no such file in it" if top.is_dir() else "no such folder",
-                fix="name the folder of a run of eai-delphi, or what `evalkit export --format delphi` wrote",
+                fix="give the folder of a run of eai-delphi, or the output of `evalkit export --format delphi`",
             )
 
     async def prepare(self, sources: Sequence[str]) -> None:
-        """Look at whose files these are before the first feature. ``sources``: the names of all sources of the run.
+        """Check which sources the files explain, before the first feature. ``sources``: all names in the run.
 
-        Raises BadConfig where they explain none of these, or one module's could be those of several; BadFile.
+        Raises BadConfig if the files explain none of them, or if a module fits several; BadFile for a bad evalkit.json.
         """
         explained = [name for name in sources if self.explains(name)]
         if not explained:
@@ -66,15 +69,15 @@ class DelphiFilesExplainer:
         if len(set(modules)) < len(modules) or not explained:
             raise BadConfig(
                 f"explainer 'delphi' with {self.folder}",
-                expected="one dictionary for every module",
+                expected="exactly one dictionary per module",
                 seen=f"{len(explained)}: {', '.join(explained[:3])}"
                 if explained
                 else f"none in {', '.join(sources)}"[:300],
-                fix="say whose features these are: --explainer delphi:FOLDER,source=NAME (or a pattern, '*/l0-32')",
+                fix="name the dictionary: --explainer delphi:FOLDER,source=NAME (or a pattern, '*/l0-32')",
             )
 
     def explains(self, source: str) -> bool:
-        """Whether these files may be about the features of this source: never about a control that is not listed."""
+        """Whether the files may explain features of this source. A control must be listed in ``evalkit.json``."""
         if self.module is None and source in self._listed:
             return True
         if CONTROL_MARK in source or not (
@@ -84,7 +87,10 @@ class DelphiFilesExplainer:
         return len(self._fitting(source)) == 1
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
-        """What its file says. Raises UnknownFeature (no file, no explanation in it), BadFile, BadConfig (which module)."""
+        """The explanation in the feature's file.
+
+        Raises UnknownFeature if there is no file or no explanation in it, BadConfig if the module is unclear, BadFile.
+        """
         module, latent = self._place(examples.source, feature)
         path = self._files.get((module, latent))
         if path is None:
@@ -92,7 +98,7 @@ class DelphiFilesExplainer:
                 f"{examples.source} feature {feature}",
                 expected=f"{module}_latent{latent}.txt in {self.folder}",
                 seen="no such file",
-                fix="explain this feature with eai-delphi too, or leave it out",
+                fix="explain this feature with eai-delphi, or leave it out",
             )
         text = self._read(path)
         if text.strip().rstrip(".").lower() in _NO_EXPLANATION:
@@ -122,7 +128,7 @@ class DelphiFilesExplainer:
 
     @cached_property
     def _listed(self) -> dict[str, tuple[str, dict[str, str]]]:
-        """By dictionary: its module, and the number of every feature."""
+        """Per dictionary in ``evalkit.json``: its module, and the number of each of its features."""
         if not self._card.is_file():
             return {}
         try:
@@ -135,12 +141,12 @@ class DelphiFilesExplainer:
             raise BadFile(
                 str(self._card),
                 expected="modules, each with its source and features",
-                seen=f"{type(error).__name__}: {error}"[:200],
-                fix="export again, or delete that file and name the module",
+                seen=json_problem(error)[:200],
+                fix="repeat the export, or delete this file and name the module with module=MODULE",
             ) from error
 
     def _place(self, source: str, feature: FeatureId) -> tuple[str, str]:
-        """Module and number of a feature."""
+        """The module and the number of a feature."""
         if self.module is None and source in self._listed:
             module, numbers = self._listed[source]
             return module, numbers.get(feature, feature)
@@ -150,8 +156,8 @@ class DelphiFilesExplainer:
             raise BadConfig(
                 f"explainer 'delphi' for {source}",
                 expected=f"a module of {self.folder}: {', '.join(modules[:5])}{' …' if len(modules) > 5 else ''}",
-                seen=repr(self.module) if self.module else "none that is a part of the dictionary's name",
-                fix="name it: --explainer delphi:FOLDER,module=MODULE",
+                seen=repr(self.module) if self.module else "none that is part of the dictionary's name",
+                fix="name the module: --explainer delphi:FOLDER,module=MODULE",
             )
         return fitting[0], feature
 
@@ -160,7 +166,7 @@ class DelphiFilesExplainer:
         return sorted({module for module, _ in self._files})
 
     def _fitting(self, source: str) -> list[str]:
-        """The modules that may be meant by a dictionary's name."""
+        """The modules that a dictionary's name may refer to."""
         if self.module is not None:
             return [self.module] if self.module in self._modules else []
         parts = {source.replace("/", "--"), *source.split("/")}
@@ -170,12 +176,15 @@ class DelphiFilesExplainer:
         seen: Any
         try:
             if path.stat().st_size > _LARGEST or not path.is_file():
-                raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
+                raise ValueError(f"{path.stat().st_size} bytes, too large" if path.is_file() else "not a regular file")
             seen = json.loads(path.read_bytes())
             if isinstance(seen, str):
                 return seen
-            raise ValueError(f"a {type(seen).__name__}")
+            raise ValueError(f"JSON of type {type(seen).__name__}")
         except (OSError, ValueError, RecursionError) as error:
             raise BadFile(
-                str(path), expected="an explanation as a JSON string", seen=str(error)[:200], fix="write it again"
+                str(path),
+                expected="an explanation as a JSON string",
+                seen=json_problem(error)[:200],
+                fix="write the file again, or leave this feature out",
             ) from error

@@ -1,13 +1,13 @@
-"""The explainer that takes the best of several: candidates of another explainer, validated on windows it did not see.
+"""The explainer that keeps the best of several candidates, judged on windows from which they were not written.
 
-A part of the explain pool's windows is held back. Every candidate is written with another seed and from another part of
-the rest; the client then says which of the windows held back it fits (``validation``), and the candidate that is right
-most often is kept. The first of equal ones is, so that a model that cannot tell changes nothing. The score pool has no
-part in it: scores of what was chosen here are as honest as those of any explainer. Windows held back are others than those
-shown, but may be of the same document.
+Some windows of the explain pool are held out. Another explainer writes each candidate with its own seed from its own part
+of the other windows. The client then decides for each candidate which held-out windows it fits (``validation``), and the
+candidate with the highest balanced accuracy is kept. In a tie the first candidate is kept, so a model that cannot tell
+candidates apart has no influence. The score pool is not used, so the choice does not bias scores. Held-out windows are
+never among the windows shown, but may come from the same documents.
 
-It costs ``n`` requests and, for each different candidate, ⌈2 · ``n_held`` / ``batch_size``⌉ more: 4 + 4 · 2 = 12 a feature
-by default.
+Costs ``n`` requests, and ⌈2 · ``n_held`` / ``batch_size``⌉ more for each distinct candidate: by default, 4 + 4 · 2 = 12
+requests per feature.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ __all__ = ["CANDIDATES", "EnsembleExplainer"]
 CANDIDATES: Mapping[str, type] = {
     explainer.name: explainer for explainer in (DefaultExplainer, ContrastiveExplainer, CotExplainer)
 }
-_MOST_HELD = 4  # at most one of so many active windows is held back
-# says nothing about the candidate: asked again later, it may be there
+_MOST_HELD = 4  # at most one in this many active windows is held out
+# temporary errors, which say nothing about the candidate: a later attempt may succeed
 _PASSING = (ClientDown, NoAnswer, NotRecorded)
 
 
 class EnsembleExplainer:
-    """Keeps the best of ``n`` candidates of the explainer ``of`` (default, contrastive, cot).
+    """Keeps the best of several candidates.
 
-    ``n_held`` active and as many inactive windows are held back, fewer where there are few; each candidate may see the
-    share ``subset`` of the others. Where nothing can be held back, the first candidate is taken, from all windows, and the
-    note says so; else it says every candidate's score. ``batch_size``: windows in a question of the validation.
-    ``options`` are those of the explainer ``of``; ``thinking_tokens`` and ``seed`` go to both. Raises BadConfig.
+    ``of``: the explainer that writes the candidates: default, contrastive or cot.
+    ``n``: the number of candidates.
+    ``n_held``: how many active, and how many inactive, windows are held out; fewer if there are few windows.
+    ``subset``: the share of the other windows that each candidate is written from.
+    ``batch_size``: windows per request of the validation.
+    ``thinking_tokens``, ``seed``: for the candidates and the validation; see the explainer ``default``.
+    ``options``: further options of the explainer ``of``.
+
+    The note of the explanation has the score of every candidate. If no windows can be held out, the first candidate is
+    taken, written from all windows, and the note says so. Raises BadConfig.
     """
 
     name = "ensemble"
@@ -79,7 +85,7 @@ class EnsembleExplainer:
         self.version = f"1-{of}-{self._writers[0].version}"
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
-        """Describe the feature. Raises BadConfig without a client, ClientError where no candidate can be read."""
+        """Describe the feature. Raises BadConfig without a client, ClientError if no candidate can be parsed."""
         client = require_client(self.name, client)
         count = min(self.n_held, len(examples.positives) // _MOST_HELD, (len(examples.negatives) + 1) // 2)
         if not count:
@@ -108,18 +114,18 @@ class EnsembleExplainer:
                 strict=True,
             )
         )
-        best = max(candidates, key=lambda one: _rank(validations[one.text]))  # the first of equal ones
+        best = max(candidates, key=lambda one: _rank(validations[one.text]))  # in a tie, the first
         note = self._note(tried, best, validations, count)
         return self._explanation(examples, best, note)
 
     async def _first(self, feature: FeatureId, examples: ExplainExamples, client: Client) -> Explanation:
-        """The first candidate that can be read, from all windows. Raises the last one's ClientError."""
-        why = "no inactive windows" if not examples.negatives else f"{len(examples.positives)} active windows only"
+        """The first candidate that can be parsed, written from all windows. Raises the last ClientError if none can."""
+        why = "no inactive windows" if not examples.negatives else f"only {len(examples.positives)} active windows"
         failures = []
         for writer in self._writers:
             tried = await _try(writer, examples, client)
             if isinstance(tried, Explanation):
-                return self._explanation(examples, tried, f"not validated: {why} to hold candidates against")
+                return self._explanation(examples, tried, f"not validated: {why}")
             failures.append(tried)
         raise failures[-1]
 
@@ -137,7 +143,7 @@ class EnsembleExplainer:
         )
 
     def _subset(self, windows: Sequence[Example], examples: ExplainExamples, number: int) -> tuple[Example, ...]:
-        """What candidate ``number`` may see of the windows, by hash; their order is kept."""
+        """The windows that candidate ``number`` is written from: a hashed subset, in the order of ``windows``."""
         names = (examples.source, examples.feature, "candidate", number)
         order = sorted(
             range(len(windows)), key=lambda place: derive_request_seed(self.seed, *names, windows[place].window)
@@ -157,8 +163,8 @@ class EnsembleExplainer:
             for one in tried
         ]
         place = next(number for number, one in enumerate(tried, 1) if one is best)
-        held = f"{count} active and {count} inactive windows"
-        return f"candidate {place} of {self.n}; balanced accuracy on {held} held back: {', '.join(scores)}"
+        held = f"{count} active and {count} inactive held-out windows"
+        return f"candidate {place} of {self.n}; balanced accuracy on {held}: {', '.join(scores)}"
 
     def _explanation(self, examples: ExplainExamples, chosen: Explanation, note: str) -> Explanation:
         told = "; ".join(filter(None, (note, chosen.note)))
@@ -166,7 +172,7 @@ class EnsembleExplainer:
 
 
 async def _try(writer: Explainer, view: ExplainExamples, client: Client) -> Explanation | ClientError:
-    """A candidate, or why there is none and never will be."""
+    """A candidate, or the permanent error that prevented it. Raises temporary errors."""
     try:
         return await writer.explain(view.feature, view, client)
     except _PASSING:
@@ -181,9 +187,11 @@ def _rank(validation: Validation) -> float:
 
 def _shown(validation: Validation, n_asked: int) -> str:
     if validation.score is None:
-        return "not read"
-    return f"{validation.score:.2f}" + ("" if validation.n_read == n_asked else f" (of {validation.n_read} read)")
+        return "no score"
+    return f"{validation.score:.2f}" + ("" if validation.n_read == n_asked else f" ({validation.n_read} verdicts)")
 
 
 def _bad(option: str, expected: str, seen: object) -> BadConfig:
-    return BadConfig(f"{option} of explainer 'ensemble'", expected=expected, seen=repr(seen), fix="use one of these")
+    return BadConfig(
+        f"{option} of explainer 'ensemble'", expected=expected, seen=repr(seen), fix="use an allowed value"
+    )

@@ -1,9 +1,9 @@
-"""The explainer that imports what others wrote: the explanations of a Neuronpedia export, by the index of the feature.
+"""The explainer that imports the explanations of a Neuronpedia export, by the index of the feature. Makes no API calls.
 
-No language model is asked. Either the run's source is itself an export, or ``path`` names one whose features are those of
-the run's dictionary; then nothing but its ``explanations/`` is read. The text is taken on one line, else as it is; one that
-is no phrase is refused. Nothing here can tell whether an export and a dictionary have the same features: a run of several
-dictionaries has to say which of them the export explains. The others, and controls, get no explanation.
+Either the source of the run is itself an export, or ``path`` is an export of the run's dictionary, of which only
+``explanations/`` is read. Texts are used as they are, joined to one line; a text that is not a phrase is rejected. The code
+cannot check that an export and a dictionary have the same features, so a run with several dictionaries must name the
+dictionary that the export explains. Other dictionaries and controls get no explanation. Writes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ __all__ = ["NeuronpediaExplainer"]
 
 
 class NeuronpediaExplainer:
-    """Takes the first explanation of a feature in file order, or the first ``by`` a model or method (``gpt-4o-mini``).
+    """Takes the first explanation of a feature, in file order.
 
-    ``path``: the folder of one source of an export, or its folder ``explanations``; without it the run's own source is
-    asked, which ``sources`` opens. ``source``: the dictionary that the export at ``path`` explains, by its name or a
-    pattern (``*/l0-32``), where a run has several. Raises MissingFile, BadConfig.
+    ``path``: the folder of one source of an export, or its folder ``explanations``; by default, the run's own source.
+    ``by``: only explanations by this model or method, such as ``gpt-4o-mini``.
+    ``source``: the dictionary that the export explains, as a name or a pattern (``*/l0-32``); needed if a run has several.
+    ``sources``: opens the run's own sources; passed by the run.
+
+    Raises MissingFile, BadConfig.
     """
 
     name = "neuronpedia"
@@ -48,9 +51,9 @@ class NeuronpediaExplainer:
         self._own: dict[str, ExplainedSource] | None = None
 
     async def prepare(self, sources: Sequence[str]) -> None:
-        """Look at all there is before the first feature. ``sources``: the names of all sources of the run.
+        """Check the export before the first feature. ``sources``: the names of all sources of the run.
 
-        Raises BadConfig where the export could be that of several, or nothing here has explanations; BadFile.
+        Raises BadConfig if the export could belong to several sources or if there are no explanations at all; BadFile.
         """
         explained = [name for name in sources if self.explains(name)]
         if self._export is None:
@@ -58,14 +61,14 @@ class NeuronpediaExplainer:
         if len(explained) != 1:
             raise BadConfig(
                 f"explainer 'neuronpedia' with {self.path}",
-                expected="one dictionary that it explains",
+                expected="exactly one dictionary that the export explains",
                 seen=f"{len(explained)}: {', '.join(explained[:3])}" if explained else f"none in {', '.join(sources)}",
-                fix="say whose features these are: --explainer neuronpedia:FOLDER,source=NAME (or a pattern, '*/l0-32')",
+                fix="name the dictionary: --explainer neuronpedia:FOLDER,source=NAME (or a pattern, '*/l0-32')",
             )
         self._export.of("0")
 
     def explains(self, source: str) -> bool:
-        """Whether there are explanations of the features of this source. Raises BadConfig where there are of none."""
+        """Whether there are explanations of features of this source. Raises BadConfig if no source has explanations."""
         if self._export is None:
             return source in self._opened()
         if CONTROL_MARK in source:
@@ -73,7 +76,7 @@ class NeuronpediaExplainer:
         return self.source is None or source == self.source or fnmatchcase(source, self.source)
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
-        """What the export says. Raises UnknownFeature where it says nothing, CorpusError where that is no phrase."""
+        """The export's explanation. Raises UnknownFeature if there is none, CorpusError if it is not a phrase."""
         said = self._said(examples.source, feature)
         chosen = [one for one in said if self.by in (None, one.version, _writer(one))]
         if not chosen:
@@ -81,7 +84,7 @@ class NeuronpediaExplainer:
             raise UnknownFeature(
                 f"{examples.source} feature {feature}",
                 expected=f"an explanation by {self.by}" if self.by else "an explanation in the export",
-                seen=f"those by {theirs}" if said else "none",
+                seen=f"explanations by {theirs}" if said else "none",
                 fix="leave this feature out, or use another explainer",
             )
         text = phrase(chosen[0].text)
@@ -90,7 +93,7 @@ class NeuronpediaExplainer:
                 f"{examples.source} feature {feature}",
                 expected=f"a phrase of at most {LONGEST} characters in the export",
                 seen=f"{len(chosen[0].text)} characters, {chosen[0].text[:40]!r}",
-                fix="leave this feature out, or choose others with by=MODEL",
+                fix="leave this feature out, or use the explanations of another model with by=MODEL",
             )
         note = f"by {_writer(chosen[0]) or 'an unnamed model'}, {chosen[0].version or 'an unnamed method'}"
         more = f"; the first of {len(chosen)}" if len(chosen) > 1 else ""
@@ -102,20 +105,20 @@ class NeuronpediaExplainer:
         return self._opened()[source].explanations(feature) if self._export is None else self._export.of(feature)
 
     def _opened(self) -> dict[str, ExplainedSource]:
-        """The run's own sources that have explanations. Raises BadConfig where none has."""
+        """The run's own sources that have explanations, by name. Raises BadConfig if none has any."""
         if self._own is None:
             there = [] if self._sources is None else self._sources()
             self._own = {one.name: one for one in there if isinstance(one, ExplainedSource)}
         if not self._own:
             raise BadConfig(
                 "explainer 'neuronpedia'",
-                expected="the folder of an export, or a run of an export",
+                expected="a run on an export, or the folder of an export",
                 seen="neither",
-                fix="name one: --explainer neuronpedia:FOLDER",
+                fix="give the folder of an export: --explainer neuronpedia:FOLDER",
             )
         return self._own
 
 
 def _writer(explanation: Explanation) -> str:
-    """The model that wrote it."""
+    """The model that wrote the explanation."""
     return explanation.explainer.partition(":")[2]

@@ -1,11 +1,11 @@
-"""The offline explainer that looks for patterns: what a feature fires on, after what, and what these places have in common.
+"""The explainer that names the words on which a feature fires and one pattern that they share. Needs no language model.
 
-Reads all windows it is shown, marked and silent. It writes the words (or punctuation) that carry most activation, as the
-explainer ``words`` weighs them; a word seen active once only says little by itself, so it is shown with the word before
-it. Behind them, in brackets, stands one pattern that they share, where there is one: numbers, capitals, beginnings and
-endings of words, what comes before, brackets and quotation marks, beginnings of sentences and lines. Patterns compete by
-how many nats of the marks they explain, less what it takes to say which of its kind it is and to spell it out (minimum
-description length: Rissanen 1978), so a pattern that a few words happen to share is not mentioned. Knows no meanings.
+Uses all windows of the explain pool, active and inactive. Writes the words (or punctuation) with the highest weight, as the
+explainer ``words`` computes it. A word that was active only once says little by itself, so it is written with the word
+before it. One shared pattern may follow in brackets: numbers, capitals, beginnings or endings of words, preceding words,
+brackets, quotation marks, beginnings of sentences or lines. The pattern is the one with the shortest description of the
+marks (minimum description length, Rissanen 1978): the nats by which it explains them, minus the nats to select it within
+its family and to spell it out. A pattern that a few words share by chance is therefore not mentioned. Ignores meaning.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from explainers.word_units import Kind, Tally, heaviest, nothing_active, phrase_
 
 __all__ = ["PatternsExplainer", "shared_pattern"]
 
-_NATS_PER_WORD = 4.0  # what a word of a pattern's name costs
-_LEAST_SHARE = 0.25  # of the marked units, that a pattern must cover
-_LEAST_WORDS = 4  # different ones that a pattern must cover
-_LONGEST = 40  # characters of one word
+_NATS_PER_WORD = 4.0  # cost of each word in the name of a pattern
+_LEAST_SHARE = 0.25  # share of the marked units that a pattern must cover
+_LEAST_WORDS = 4  # number of different words that a pattern must cover
+_LONGEST = 40  # characters of a word; longer words are cut
 _ONE_WORD = "the word "
 _FIXED: dict[str, re.Pattern[str]] = {
     "numbers": re.compile(r"\d+"),
@@ -40,7 +40,11 @@ _FIXED: dict[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A unit where it stands. ``excess`` is 0 where it is not marked; ``before`` are the two words before, "" without."""
+    """One occurrence of a unit in a window.
+
+    ``excess``: its excess activation, relative to the feature's peak; 0 if it is not marked.
+    ``before``: the two words before it, "" where there are fewer.
+    """
 
     kind: Kind
     text: str
@@ -54,22 +58,23 @@ class Place:
 
 @dataclass(slots=True)
 class _Tally(Tally):
-    """``before``: the word before its last marked place."""
+    """A tally with ``before``, the word before the last marked occurrence."""
 
     before: str = ""
 
     @property
     def plain(self) -> str:
-        """Its form on one line and not too long."""
+        """The spelling of the unit, on one line and cut to ``_LONGEST`` characters."""
         text = " ".join("".join(letter if letter.isprintable() else " " for letter in self.form).split())
         return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 class PatternsExplainer:
-    """Writes "Darcy, Mr Bingley, of Hertfordshire (capitalised words)", or only the words or only the punctuation.
+    """Writes texts such as "Darcy, Mr Bingley, of Hertfordshire (capitalised words)".
 
-    ``n_words``: at most so many units are named. ``floor``: units below this share of the best one's weight are not named.
-    ``share`` places the marks, see ``evalkit.markup.marked_tokens``.
+    ``n_words``: the largest number of units named.
+    ``floor``: units below this share of the highest weight are not named.
+    ``share``: where the marks are placed; see ``evalkit.markup.marked_tokens``.
     """
 
     name = "patterns"
@@ -79,7 +84,7 @@ class PatternsExplainer:
         self.n_words, self.floor, self.share = n_words, floor, share
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
-        """Describe the feature by where it fires. Raises CorpusError where it fires on nothing."""
+        """Describe the feature by the words on which it fires. Raises CorpusError if it fires nowhere."""
         windows = sorted(examples.positives, key=lambda example: (-example.peak, example.window))
         places = [list(_places(one, examples, self.share)) for one in (*windows, *examples.negatives)]
         weighed = _weighed(place for window in places for place in window)
@@ -102,7 +107,7 @@ def _clause(kind: Kind, named: Sequence[_Tally]) -> str:
 
 
 def _places(example: Example, examples: ExplainExamples, share: float) -> Iterator[Place]:
-    """The units of a window where they stand. ``excess`` is relative to the feature's peak."""
+    """The occurrences of units in a window, in the order of the text."""
     flags = marked_tokens(example.activations, examples.threshold, share)
     scale = max(examples.peak, example.peak) - examples.threshold
     before, opens_sentence, opens_line = ("", ""), True, False
@@ -145,7 +150,7 @@ def _weighed(places: Iterable[Place]) -> list[_Tally]:
 
 
 def shared_pattern(places: Sequence[Place]) -> str | None:
-    """The pattern that explains most of the marks on words for its length, None where none pays for itself."""
+    """The pattern that saves the most nats in describing the marks on words; None if no pattern saves any."""
     n, marked = len(places), sum(place.excess > 0 for place in places)
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     covered: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -169,7 +174,7 @@ def shared_pattern(places: Sequence[Place]) -> str | None:
 
 
 def _patterns(place: Place) -> Iterator[tuple[str, str]]:
-    """The patterns a word is an instance of: (family, text). One family's patterns are told apart at a cost."""
+    """The patterns that an occurrence matches, as (family, text). Larger families make each of their patterns costlier."""
     if place.kind != "word":
         return
     word = place.text.casefold()
@@ -196,6 +201,6 @@ def _patterns(place: Place) -> Iterator[tuple[str, str]]:
 
 
 def _nats(hits: int, there: int) -> float:
-    """Log-likelihood of so many marks among so many, at the rate that a prior of half a mark in one smooths."""
+    """Log-likelihood, in nats, of ``hits`` marks among ``there`` occurrences, at the rate (hits + ½) / (there + 1)."""
     rate = (hits + 0.5) / (there + 1)
     return hits * math.log(rate) + (there - hits) * math.log1p(-rate)

@@ -1,9 +1,8 @@
-"""Explainers of the output side: what a feature makes the model predict, told from its promoted tokens alone.
+"""Explainers of a feature's effect: they describe the tokens that the feature makes the model predict.
 
-No example is read, so a feature that fires on one thing to predict another is described by the other.
-``TokenLogitsExplainer`` asks a language model with the prompt ``prompts/token_logits_v1.toml``; ``PromotedExplainer``
-names the tokens, without one. Where promoted tokens come from is the collecting stage's affair (see
-``ExplainExamples.promoted``).
+They use only ``ExplainExamples.promoted``, which the collect stage computes, and no windows. If a feature fires on one kind
+of token to predict another, they describe the predicted kind. ``TokenLogitsExplainer`` queries a language model with the
+prompt ``prompts/token_logits_v1.toml``; ``PromotedExplainer`` lists the tokens and makes no API calls.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _PROMPT = read_prompt("token_logits_v1")
 class TokenLogitsExplainer:
     """Asks the client for one phrase on the promoted tokens.
 
-    ``n_tokens``: the strongest so many are shown. ``thinking_tokens``: room for models that think before they answer.
-    ``seed`` goes to the client, mixed with the feature.
+    ``n_tokens``: how many of the strongest tokens are shown.
+    ``max_tokens``, ``thinking_tokens``, ``seed``: as in the explainer ``default``.
     """
 
     name = "token-logits"
@@ -40,7 +39,7 @@ class TokenLogitsExplainer:
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None) -> Explanation:
         """Describe what the feature promotes.
 
-        Raises InputError where it promotes nothing, BadConfig without a client, ClientError where no reply can be read.
+        Raises InputError if it promotes nothing, BadConfig without a client, ClientError if no reply can be parsed.
         """
         client = require_client(self.name, client)
         messages = token_logits_prompt(_promoted(examples)[: self.n_tokens])
@@ -59,7 +58,7 @@ class TokenLogitsExplainer:
 class PromotedExplainer:
     """Writes "tokens such as X, Y, Z are predicted next", or "the token X is predicted next".
 
-    ``n_tokens``: at most so many are named. Spellings that differ in case or surrounding space only count as one.
+    ``n_tokens``: the largest number of tokens named. Spellings that differ only in case or surrounding space count once.
     """
 
     name = "promoted"
@@ -69,7 +68,7 @@ class PromotedExplainer:
         self.n_tokens = n_tokens
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
-        """Name what the feature promotes. Raises InputError where it promotes nothing."""
+        """Name the tokens that the feature promotes. Raises InputError if it promotes nothing."""
         shown: dict[str, str] = {}
         for token in _promoted(examples):
             shown.setdefault(token.strip().casefold() or _name(token), _name(token))
@@ -87,15 +86,15 @@ def _promoted(examples: ExplainExamples) -> tuple[str, ...]:
     if not examples.promoted:
         raise InputError(
             f"{examples.source} feature {examples.feature}",
-            expected="tokens that its direction promotes",
-            seen="none: no direction in the residual stream, or no unembedding beside the subject model",
-            fix="use an explainer that reads examples, such as words or default",
+            expected="tokens that the feature's direction promotes",
+            seen="none: it has no direction in the residual stream, or the subject model's unembedding is not available",
+            fix="use an explainer that uses examples, such as words or default",
         )
     return examples.promoted
 
 
 def _name(token: str) -> str:
-    """Words as they are, white space by name, anything else in quotes."""
+    """How a token is named: words as they are, white space by its kind, anything else in quotes."""
     bare = token.strip()
     if not bare:
         return "a line break" if "\n" in token or "\r" in token else "a tab" if "\t" in token else "a space"

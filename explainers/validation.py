@@ -1,8 +1,8 @@
-"""Holds candidate explanations against windows that they were not written from: asks the client which of these they fit.
+"""Validates candidate explanations on held-out windows: queries the client which of these windows each explanation fits.
 
-Windows are shown without marks, in a hashed order that mixes both labels, some in one question; the reply is a list of 0
-and 1. It never sees the score pool. The prompt is the versioned file ``prompts/validation_v1.toml``. Pure but for the
-client, which is the caller's.
+Windows are shown without marks, in a hashed order that mixes both labels, several per request; the reply is a list of 0 and
+1. The windows come from the explain pool, never from the score pool. The prompt is the versioned file
+``prompts/validation_v1.toml``. Pure, except for calls to the client, which the caller provides.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _LIST = re.compile(r"\s*(?:```(?:json)?)?\s*(\[[^\[\]]*\])\s*(?:```)?\s*")
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """``score``: mean of the shares of active and of inactive windows that were told rightly; None where either has none.
+    """The result of validating one explanation.
 
-    ``n_read``: so many windows were told at all.
+    ``score``: balanced accuracy; None if either class has no verdict.
+    ``n_read``: the number of windows with a verdict.
     """
 
     score: float | None
@@ -40,8 +41,10 @@ class Validation:
 
 
 def held_back(windows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """``count`` windows, and the others. By hash, one of every run of neighbours: windows in the order of their strength
-    give some of every strength.
+    """``count`` held-out windows, and the others, both in the order of ``windows``.
+
+    The windows are cut into ``count`` runs of neighbours, and a hash picks one window per run. If they are sorted by
+    strength, the held-out windows therefore cover all strengths.
     """
     bounds = [number * len(windows) // count for number in range(count + 1)] if count else []
     picked = {
@@ -63,9 +66,10 @@ async def validate(
     seed: int,
     thinking_tokens: int = 0,
 ) -> Validation:
-    """How well the explanation tells the windows: ⌈windows / ``batch_size``⌉ requests, one more for each unreadable reply.
+    """How well the explanation ``text`` separates active from inactive windows.
 
-    Windows of a request that is refused, or never answered readably, are left out. Raises what else the client raises.
+    Sends ⌈windows / ``batch_size``⌉ requests, and one retry for each unreadable reply. If a request is rejected, or the
+    retry is unreadable too, its windows have no verdict. Raises any other error of the client.
     """
     labelled = [(one, True) for one in active] + [(one, False) for one in inactive]
     labelled.sort(key=lambda pair: derive_request_seed(seed, pair[0].window))
@@ -83,7 +87,7 @@ async def validate(
 async def _verdicts(
     client: Client, text: str, batch: Sequence[Example], seed: int, thinking_tokens: int
 ) -> Sequence[bool | None]:
-    """One for each window; None where there is none. What does not fit the context is asked in halves."""
+    """One verdict per window, None if there is none. A batch that does not fit the context is split in two."""
     count = len(batch)
     form = Form(
         schema={"type": "array", "items": {"enum": [0, 1]}, "minItems": count, "maxItems": count},
@@ -121,7 +125,7 @@ def _question(description: str, texts: Sequence[str]) -> str:
 
 
 def parse_verdicts(response: Response, count: int) -> tuple[bool, ...] | None:
-    """The reply as ``count`` decisions, or None: it is one JSON list of as many numbers, each 0 or 1, and nothing else."""
+    """The verdicts of a reply; None unless it is one JSON list of ``count`` numbers, each 0 or 1, and nothing else."""
     found = _LIST.fullmatch(response.answer)
     if found is None:
         return None

@@ -1,8 +1,8 @@
-"""What explainers that ask no model count: the words of a window, and what tokens hold between words.
+"""The units that explainers without a language model count: words, punctuation and white space of windows.
 
-A unit is a whole word of the text, joined from its tokens, or the punctuation or white space of one token. Over all
-windows, a unit weighs its excess activation summed over its marked occurrences, times the share of all its occurrences
-that are marked.
+A unit is a whole word of the text, joined from its tokens, or the punctuation or white space in one token. The weight of a
+unit is its excess activation, summed over its marked occurrences in all windows, times the share of its occurrences that
+are marked. Pure functions of windows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ __all__ = ["Kind", "Tally", "Unit", "heaviest", "nothing_active", "phrase_of", "
 
 Kind: TypeAlias = Literal["word", "punctuation", "space"]
 _KINDS: tuple[Kind, ...] = ("word", "punctuation", "space")
-_KIND_SHARE = 0.25  # of all weight, for a kind of unit to be mentioned
+_KIND_SHARE = 0.25  # a kind of unit is mentioned only if it has this share of all weight
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit with the positions of the tokens that carry it; ``start`` is where it begins in the text.
+    """One occurrence of a unit in a window.
 
-    ``text`` of white space is its name, such as "line breaks".
+    ``text``: the unit as it is written; for white space its name, such as "line breaks".
+    ``start``: the character position at which it begins.
+    ``tokens``: the positions of the tokens that contain parts of it.
     """
 
     kind: Kind
@@ -38,7 +40,12 @@ class Unit:
 
 @dataclass(slots=True)
 class Tally:
-    """What is known of one unit (case folded) over all windows; ``excess`` is relative to the feature's peak."""
+    """The counts of one unit, case-folded, over all windows.
+
+    ``excess``: the sum of its excess activations, relative to the feature's peak.
+    ``marked`` and ``silent``: the number of occurrences with and without a mark.
+    ``forms``: the sum of excess activations per spelling.
+    """
 
     kind: Kind
     excess: float = 0.0
@@ -47,7 +54,7 @@ class Tally:
     forms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def mark(self, text: str, excess: float) -> None:
-        """Count an occurrence that is marked."""
+        """Count a marked occurrence, spelled ``text``."""
         self.excess += excess
         self.marked += 1
         self.forms[text] += excess
@@ -58,7 +65,7 @@ class Tally:
 
     @property
     def form(self) -> str:
-        """The spelling that carried most activation."""
+        """The spelling with the most activation."""
         return min(self.forms, key=lambda form: (-self.forms[form], form))
 
 
@@ -66,7 +73,7 @@ AnyTally = TypeVar("AnyTally", bound=Tally)
 
 
 def heaviest(found: Mapping[tuple[Kind, str], AnyTally]) -> list[AnyTally]:
-    """Units with a marked occurrence, heaviest first; equal ones in alphabetical order."""
+    """The units with a marked occurrence, heaviest first; units of equal weight in alphabetical order."""
     marked = [(key, one) for key, one in found.items() if one.marked]
     return [one for _, one in sorted(marked, key=lambda pair: (-pair[1].weight, pair[0]))]
 
@@ -74,9 +81,11 @@ def heaviest(found: Mapping[tuple[Kind, str], AnyTally]) -> list[AnyTally]:
 def phrase_of(
     tallies: Sequence[AnyTally], floor: float, most: int, clause: Callable[[Kind, Sequence[AnyTally]], str]
 ) -> str:
-    """The clauses of all kinds of unit that carry enough weight, the heaviest kind first.
+    """One clause per kind of unit with enough weight, the heaviest kind first.
 
-    A clause names at most ``most`` units, none below the share ``floor`` of its heaviest one's weight.
+    ``most``: the largest number of units in a clause.
+    ``floor``: units below this share of the highest weight of their kind are left out.
+    ``clause``: writes the clause of a kind of unit.
     """
     total = sum(one.weight for one in tallies)
     clauses: list[tuple[float, str]] = []
@@ -90,7 +99,7 @@ def phrase_of(
 
 
 def nothing_active(feature: FeatureId, examples: ExplainExamples) -> CorpusError:
-    """Of a feature that fires in none of its windows."""
+    """The error for a feature that fires in none of its windows."""
     return CorpusError(
         f"{examples.source} feature {feature}",
         expected=f"a window with a token above the threshold {examples.threshold:g}",
@@ -102,7 +111,7 @@ def nothing_active(feature: FeatureId, examples: ExplainExamples) -> CorpusError
 def units(example: Example) -> list[Unit]:
     """The units of a window, in the order of the text.
 
-    A token carries what its text without surrounding white space overlaps; one of white space alone carries that.
+    A token belongs to the units that it overlaps; white space at its ends does not count, unless it is all white space.
     """
     text = example.text
     found: list[Unit] = []

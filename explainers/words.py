@@ -1,10 +1,9 @@
-"""The explainer that needs no language model: names the words (or punctuation) that a feature fires on.
+"""The explainer that names the words (or punctuation) on which a feature fires. Needs no language model.
 
-Reads the strongest windows of the explain pool and their marks. A unit is a whole word of the text, joined from its
-tokens, or what a token holds of the text between words. Its weight is the excess activation summed over its marked
-occurrences, times the share of all its occurrences that are marked: a stop word beside every active token is mostly
-unmarked there and in the negatives, so it falls behind without any list of stop words, while a feature that does fire on
-"the" still says so. It knows nothing of meaning, so it is a floor that any other explainer should beat.
+Uses the strongest windows of the explain pool and their marks. The units and their weights are defined in ``word_units``:
+the weight is the excess activation of the marked occurrences, times the share of occurrences that are marked. A stop word
+beside active tokens is mostly unmarked, so its weight is low without any list of stop words, while a feature that fires on
+"the" is still explained by "the". Ignores meaning, so it is a lower bound that any other explainer should beat.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ __all__ = ["WordsExplainer"]
 class WordsExplainer:
     """Writes "words such as X, Y, Z", or "the word X".
 
-    ``n_words``: at most so many units are named. ``n_examples``: the strongest windows whose marks count; the other
-    windows count as background only. ``floor``: units below this share of the best one's weight are not named.
-    ``share`` places the marks, see ``evalkit.markup.marked_tokens``.
+    ``n_words``: the largest number of units named.
+    ``n_examples``: how many of the strongest windows have marks that count; other windows only count as background.
+    ``floor``: units below this share of the highest weight are not named.
+    ``share``: where the marks are placed; see ``evalkit.markup.marked_tokens``.
     """
 
     name = "words"
@@ -34,7 +34,7 @@ class WordsExplainer:
         self.n_words, self.n_examples, self.floor, self.share = n_words, n_examples, floor, share
 
     async def explain(self, feature: FeatureId, examples: ExplainExamples, client: Client | None = None) -> Explanation:
-        """Describe the feature by what it fires on. Raises CorpusError where it fires on nothing."""
+        """Describe the feature by the words on which it fires. Raises CorpusError if it fires nowhere."""
         tallies = self._tallies(examples)
         if not tallies:
             raise nothing_active(feature, examples)

@@ -1,1 +1,1 @@
-"""Scorers: each builds a test of an explanation, asks a judge and compares the answers with the labels. One file each."""
+"""Scorers, one file each. A scorer builds a test of an explanation, queries a judge, and compares answers with labels."""

@@ -1,6 +1,6 @@
-"""Fits the match cut-off of a judge whose confidence is not a probability, on windows of the explain pool.
+"""Fits the match cut-off of a judge whose confidence is not a probability.
 
-Pure: takes confidences and labels, returns one number.
+A pure function of confidences and labels, which scorers take from windows of the explain pool.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ __all__ = ["fit_cutoff"]
 def fit_cutoff(confidences: Sequence[float], labels: Sequence[bool]) -> float | None:
     """The cut-off c whose rule "match if confidence > c" has the highest balanced accuracy.
 
-    Candidates are the midpoints between neighbouring distinct confidences. Of several equally good candidates, the middle
-    one is returned (of two middle ones, the lower). If all confidences are equal, that value is returned. Returns None if
-    only one of the two labels occurs.
+    Candidates are the midpoints between neighbouring distinct confidences. If several candidates are equally good, returns
+    the middle candidate, or the lower of two middle candidates. If all confidences are equal, returns that value. Returns
+    None if only one of the two labels occurs.
     """
     values, truth = np.asarray(confidences, dtype=np.float64), np.asarray(labels, dtype=bool)
     if truth.all() or not truth.any():
@@ -28,7 +28,7 @@ def fit_cutoff(confidences: Sequence[float], labels: Sequence[bool]) -> float | 
     # number of positives (negatives) at or below each distinct value except the last
     positives = np.searchsorted(np.sort(values[truth]), distinct[:-1], side="right")
     negatives = np.searchsorted(np.sort(values[~truth]), distinct[:-1], side="right")
-    # balanced accuracy up to constants, in integers so that ties are exact
+    # balanced accuracy up to a factor and an offset, in integers so that ties are exact
     gain = negatives * int(truth.sum()) - positives * int((~truth).sum())
     best = np.flatnonzero(gain == gain.max())
     chosen = best[(len(best) - 1) // 2]

@@ -1,9 +1,9 @@
 """Fuzzing: can a judge with the explanation tell true marks from false ones, in windows where the feature fires?
 
 The feature fires in every window. Positives carry the true marks; decoys, which are other windows, carry false marks that
-match true ones in number, lengths and positions (``scorers.marking``). A window without room for false marks of its own
-shape is left out of the test, whether it is a positive or a decoy; otherwise long marks would identify positives. It is
-reported as an unscored judgement. Does not depend on any particular judge.
+match true marks in number, lengths and positions (``scorers.marking``). If a window has no room for false marks of the
+shape of its true ones, its judgement is unscored, whether it is a positive or a decoy: if only such decoys were left out,
+long marks would identify positives. Does not depend on any particular judge.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FuzzingScorer(TrialScorer):
         true = true_marks(example, examples.threshold)
         if not any(true):
             return Trial.of(example, label, None, NOT_ACTIVE)
-        # one generator a window: positions differ between windows, and do not depend on the order of work
+        # one generator per window: positions differ between windows and do not depend on the order of work
         random = generator(examples.seed, examples.source, examples.feature, self.name, "marks", example.window)
         false = false_marks(example, examples.threshold, starts, random)
         if false is None:

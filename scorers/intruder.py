@@ -1,9 +1,9 @@
 """Intruder: can a judge find the one window where the feature does not fire, among windows where it does?
 
-The judge sees no explanation: the score is high where a feature's windows visibly have something in common. A group is
-shown as plain texts. One of them, at a random place, is the intruder: a window verified inactive. The chance level is one
-over the size of a group. Windows are shown without marks: an intruder has no true marks, and false ones on unlikely tokens
-could be recognised whatever the feature. Does not depend on any particular judge.
+The judge sees no explanation: the score is high if the windows of the feature visibly have something in common. A group is
+shown as plain texts. One of them, at a random place, is the intruder: a window verified inactive. The chance level is
+1 / (texts per group). Windows are shown without marks: an intruder has no true marks, and false marks on unlikely tokens
+could be recognised whatever the feature is. Does not depend on any particular judge.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ __all__ = ["Group", "IntruderScorer"]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One question: texts in the order they are shown, and the place of the intruder.
+    """One question.
 
-    ``window``: the intruder's window.
-    ``decile``: the median decile of the other windows (of two middle ones, the lower).
+    ``items``: the texts in the order in which they are shown.
+    ``place``: the index of the intruder among them.
+    ``window``: the window id of the intruder.
+    ``decile``: the median decile of the other windows; of two middle values, the lower.
     """
 
     items: tuple[JudgeItem, ...]
@@ -37,14 +39,18 @@ class Group:
 
 
 class IntruderScorer:
-    """Makes at most ``n_groups`` groups of ``n_texts`` windows of the score pool, one window of each group inactive.
+    """Makes groups of windows of the score pool; exactly one window of each group is inactive.
+
+    ``n_texts``: windows per group.
+    ``n_groups``: the largest number of groups.
 
     The active windows of a group are neighbours in the order of activation deciles. Otherwise a weak window could be
     mistaken for the intruder in a group of strong ones; it also allows scores to be reported by decile. Each inactive
     window is the intruder of at most one group, so there are as many groups as inactive windows, up to ``n_groups``. Each
-    active window is in one group; if that makes too few groups, the active windows are regrouped at random as often as
-    needed. A feature with too few windows for one group gets one unscored judgement. Raises BadConfig if ``n_texts`` is
-    below 3 or ``n_groups`` below 1.
+    active window is in one group; if that gives too few groups, the active windows are regrouped at random as often as
+    needed. A feature with too few windows for one group gets one unscored judgement.
+
+    Raises BadConfig if ``n_texts`` is below 3 or ``n_groups`` is below 1.
     """
 
     name = "intruder"
@@ -56,7 +62,7 @@ class IntruderScorer:
         if n_texts < 3:
             raise BadConfig(
                 "n_texts of scorer 'intruder'",
-                expected="at least 3: of two texts, neither is the odd one",
+                expected="at least 3, because of two texts neither is the odd one out",
                 seen=str(n_texts),
                 fix="use 5",
             )
@@ -65,7 +71,7 @@ class IntruderScorer:
         self.n_texts, self.n_groups = n_texts, n_groups
 
     async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """One judgement per group, in the order they were asked: a match where the judge picked the intruder.
+        """One judgement per group, in the order they were asked; it is a match if the judge picked the intruder.
 
         The explanation only identifies the feature. All labels are True: the score is the share of matches.
         """
@@ -84,7 +90,7 @@ class IntruderScorer:
         return [item for group in self.groups(examples) for item in group.items]
 
     def groups(self, examples: ScoreExamples) -> list[Group]:
-        """The questions, in the order they are asked. A repeat shuffles the same groups and the texts within each anew."""
+        """The questions, in the order they are asked. A repeat reshuffles the same groups and the texts within each."""
         positives = sorted(examples.test.positives, key=lambda example: example.window)
         negatives = sorted(examples.test.negatives, key=lambda example: example.window)
         if len(positives) < self.n_texts - 1:
@@ -99,7 +105,7 @@ class IntruderScorer:
         """Yield ``count`` hands of ``n_texts - 1`` neighbours in decile order, round by round.
 
         Each round sorts the windows by decile, at random within a decile, and cuts them into hands, so that a window is in
-        at most one hand of a round. The windows that do not fill a hand, and the hands of the last round, are random.
+        at most one hand of a round. Which windows are left over, and which hands the last round uses, is random.
         """
         size = self.n_texts - 1
         hands, rest = divmod(len(positives), size)
@@ -132,7 +138,7 @@ class IntruderScorer:
 
 
 def _random(examples: ScoreExamples, *names: str | int, repeat: bool = False) -> np.random.Generator:
-    """The random generator for one decision about one feature; with ``repeat``, each repeat of the test has its own."""
+    """The random generator for one decision about one feature; with ``repeat``, it differs between repeats of the test."""
     again = [f"repeat {examples.repeat}"] if repeat and examples.repeat else []
     return generator(examples.seed, examples.source, examples.feature, IntruderScorer.name, *names, *again)
 
@@ -142,7 +148,7 @@ def _decile(example: Example) -> int:
 
 
 async def _ask(judge: PickingJudge, groups: Sequence[Group]) -> list[Pick]:
-    """One pick per group; all unscored if the judge returned the wrong number of picks."""
+    """One pick per group. If the judge returns the wrong number of picks, all groups are unscored."""
     picks = list(await judge.pick([group.items for group in groups]))
     if len(picks) == len(groups):
         return picks

@@ -1,8 +1,8 @@
 """Places false marks that match true ones in number, lengths and positions, on tokens where the feature is inactive.
 
-Pure functions of activations and a generator. A judge must be able to recognise false marks only by the text they cover.
-A false placement therefore copies the number and lengths of the window's own marked runs, and draws its positions from
-those of the feature's true marks.
+Pure functions of activations and a random generator. A judge must be able to recognise false marks only by the text that
+they cover. False marks therefore have the number and lengths of the window's true marked runs, and their positions are
+drawn from those of the feature's true marks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def true_marks(example: Example, threshold: float) -> tuple[bool, ...]:
 
 
 def start_counts(examples: Sequence[Example], threshold: float) -> NDArray[np.int64]:
-    """How often a true marked run starts at each token position, over all the windows. (longest window,)"""
+    """How often a true marked run starts at each token position, over all windows. Shape (longest window,)."""
     counts = np.zeros(max((len(example.tokens) for example in examples), default=0), dtype=np.int64)
     for example in examples:
         for start, _ in runs(true_marks(example, threshold)):
@@ -41,7 +41,7 @@ def start_counts(examples: Sequence[Example], threshold: float) -> NDArray[np.in
 def admissible_tokens(example: Example, threshold: float, margin_words: int = 0) -> NDArray[np.bool_]:
     """Flags of tokens that a false mark may cover: not empty, not active, and not in a word with an active token.
 
-    Tokens in the ``margin_words`` words before and after such a word are excluded too. (token,)
+    Tokens in the ``margin_words`` words before and after such a word are excluded too. Shape (token,).
     """
     bounds = token_spans(example.tokens)
     active = [span for span, value in zip(bounds, example.activations, strict=True) if value > threshold]
@@ -56,7 +56,7 @@ def admissible_tokens(example: Example, threshold: float, margin_words: int = 0)
 
 
 def _neighbourhood(span: Span, in_words: Sequence[Span], margin: int) -> Span:
-    """Character range of the words that the span overlaps and of ``margin`` more words on either side."""
+    """The character range of the words that the span overlaps and of ``margin`` more words on either side."""
     touched = [(a, b) for a, b in in_words if span[0] < b and a < span[1]]
     start, end = min([span[0], *(a for a, _ in touched)]), max([span[1], *(b for _, b in touched)])
     before = [a for a, b in in_words if b <= start]
@@ -71,19 +71,20 @@ def _neighbourhood(span: Span, in_words: Sequence[Span], margin: int) -> Span:
 def false_marks(
     example: Example, threshold: float, starts: NDArray[np.int64], generator: np.random.Generator
 ) -> tuple[bool, ...] | None:
-    """Token flags of a false placement in this window, or None if there is no room for one.
+    """False marks for this window, as a flag per token, or None if there is no room.
 
     The false runs have the number and lengths of the window's true runs, lie on admissible tokens, and neither overlap nor
-    touch. Where there is room, a false run also has the form of its true run: it begins and ends at the edge of a word or
-    within a word as the true run does, and contains letters exactly if the true run does. Otherwise a mark that splits a
-    word or covers a comma could be recognised as false by its appearance.
+    touch. If there is room, a false run also has the form of its true run: like the true run, it begins and ends at the
+    edge of a word or within a word, and contains letters or not. Otherwise a mark that splits a word or covers a comma
+    could be recognised as false by its appearance.
 
-    Each start is drawn among those still possible, with the frequencies in ``starts`` (see ``start_counts``). If all of
-    these have frequency 0, a start is drawn from the whole of ``starts`` and the nearest possible one is used.
+    The start of each run is drawn from the positions that are still possible, with the frequencies in ``starts`` (see
+    ``start_counts``). If all of these have frequency 0, a start is drawn from all of ``starts`` and the nearest possible
+    position is used.
 
     False marks stay one word away from active tokens, because activation often spills over to the next word and a mark
-    there would be half right. The margin is dropped where it excludes more than a fifth of the true marks' starts, since
-    matching their positions matters more, or where it leaves no room.
+    there would be half right. The margin is dropped if it leaves no room, or if it excludes more than a fifth of the true
+    marks' starts, because matching their positions matters more.
     """
     flags = true_marks(example, threshold)
     forms = _Forms(example)
@@ -110,7 +111,7 @@ def _mass(free: NDArray[np.bool_], starts: NDArray[np.int64]) -> int:
 
 
 class _Forms:
-    """The forms of runs of tokens in a window, that is, how they look regardless of their meaning."""
+    """The forms of runs of tokens in a window: how a run looks, regardless of its meaning."""
 
     def __init__(self, example: Example) -> None:
         self._text, self._bounds = example.text, token_spans(example.tokens)
@@ -134,7 +135,7 @@ def _place(
     starts: NDArray[np.int64],
     generator: np.random.Generator,
 ) -> NDArray[np.bool_] | None:
-    """One random attempt to place all runs; None if there is no place left for one of them."""
+    """The flags of one random attempt to place all runs; None if a run has no place left."""
     marked = np.zeros(len(free), dtype=bool)
     room = free.copy()
     for length, form in shapes:

@@ -25,13 +25,15 @@ _LARGEST = 1e100  # keeps the sums of squares of predictions finite
 
 
 class SimulationScorer:
-    """Scores by simulation.
+    """Simulates windows of the score pool.
 
     ``n_windows``: the largest number of positives, and of negatives; None uses all.
 
     The default is below detection's because simulation is expensive (one request per window, one prediction per token) and
     scores vary far more between features than between samples of a feature's windows: with 50 windows instead of 20, the
     standard error of a mean over features was only 2% smaller.
+
+    Raises BadConfig if ``n_windows`` is below 1.
     """
 
     name = "simulation"
@@ -60,11 +62,11 @@ class SimulationScorer:
         return Score(explanation.source, explanation.feature, self.name, self.version, judgements)
 
     def items(self, examples: ScoreExamples) -> Sequence[JudgeItem]:
-        """None: a judge is asked for simulations, not about items."""
+        """Empty, because the judge is asked for simulations and not about items."""
         return []
 
     def _windows(self, examples: ScoreExamples) -> list[Example]:
-        """The windows to simulate: the same ones for every repeat, shuffled anew for each."""
+        """The windows to simulate: the same for every repeat, in another order."""
         test = examples.test
         chosen = [
             *self._chosen("positives", test.positives, examples),
@@ -84,7 +86,7 @@ class SimulationScorer:
         for example in shuffled:
             rounds.append(seen[example.decile])
             seen[example.decile] += 1
-        by_round = sorted(range(len(shuffled)), key=lambda place: rounds[place])  # stable: at random within a round
+        by_round = sorted(range(len(shuffled)), key=lambda place: rounds[place])  # stable: random within a round
         return [shuffled[place] for place in by_round[: self.n_windows]]
 
 

@@ -1,8 +1,8 @@
 """Surprisal: does the explanation lower the subject model's loss more on windows where the feature fires than elsewhere?
 
-The windows are those of detection. The judge is the subject model itself (``scorers.judges.subject``), which answers no
-questions: its confidence is the decrease of the window's loss, in nats per token, when the explanation precedes it. With a
-small subject model the opposite direction (``direction="explanation"``) separates features better.
+Uses the windows of detection. The judge is the subject model itself (``scorers.judges.subject``). It is not prompted with
+questions: its confidence is the decrease of the window's loss, in nats per token, when the explanation precedes the
+window. With a small subject model the opposite direction (``direction="explanation"``) separates features better.
 
 Source: surprisal scoring in Paulo et al. 2024, arXiv 2410.13928.
 """
@@ -20,7 +20,10 @@ Direction: TypeAlias = Literal["text", "explanation"]
 
 
 class SurprisalScorer(DetectionScorer):
-    """``direction``: whose loss is measured, that of the window's "text" or that of the "explanation" after the window."""
+    """Scores by surprisal.
+
+    ``direction``: "text" measures the loss of the window after the explanation, "explanation" the reverse.
+    """
 
     name = "surprisal"
     version = "1"

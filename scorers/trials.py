@@ -1,6 +1,6 @@
-"""The steps that scorers share: order the questions, ask the judge, compare the answers with the labels.
+"""The steps that scorers share: order the questions, query the judge, compare its answers with the labels.
 
-A trial is one question with its label; the judge sees only the question. Pure except for calls to the judge passed in.
+A trial is one question with its label; the judge sees only the question. Pure, except for calls to the given judge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ __all__ = ["Trial", "TrialScorer", "hold_test", "shuffle"]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One window under test. ``reason`` is set if no question could be made of it: it is then reported but not asked."""
+    """One window of a test.
+
+    ``item``: the question to the judge; None if the window allows none.
+    ``reason``: why there is no question; the window is then an unscored judgement.
+    """
 
     window: int
     label: bool
@@ -40,13 +44,13 @@ def shuffle(trials: Sequence[Trial], seed: int, *names: str | int) -> list[Trial
 
 
 class TrialScorer(ABC):
-    """A scorer defined by a list of trials. A subclass makes the trials, for the test and the calibration alike."""
+    """A scorer whose test is a list of trials. A subclass makes the trials of the test and of the calibration."""
 
     name: str
     version: str
 
     async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """As many judgements as there are trials, in the order they were asked."""
+        """One judgement per trial of the test, in the order they were asked."""
         test, calibration = (self._trials(examples, part) for part in ("test", "calibration"))
         return await hold_test(self.name, self.version, explanation, judge, test, calibration)
 
@@ -75,7 +79,8 @@ async def hold_test(
 ) -> Score:
     """The score of one test: one judgement per trial, in the order of the trials.
 
-    Answers without a match get one from a cut-off fitted on ``calibration``, which is asked only if there are such answers.
+    For answers without a match decision, a cut-off is fitted on ``calibration``; the judge is queried about these trials
+    only if there are such answers.
     """
     answers = await _ask(judge, explanation.text, test)
     cutoff = None
@@ -101,7 +106,10 @@ async def hold_test(
 
 
 async def _ask(judge: Judge, explanation: str, trials: Sequence[Trial]) -> list[Answer]:
-    """One answer per trial; unscored if there was nothing to ask or the judge returned the wrong number of answers."""
+    """One answer per trial.
+
+    A trial without a question is unscored. If the judge returns the wrong number of answers, all trials are.
+    """
     asked = [trial.item for trial in trials if trial.item is not None]
     answers = list(await judge.judge(explanation, asked)) if asked else []
     if len(answers) != len(asked):
@@ -112,7 +120,7 @@ async def _ask(judge: Judge, explanation: str, trials: Sequence[Trial]) -> list[
 
 
 def _sound(answer: Answer) -> Answer:
-    """The answer, or an unscored one with a reason if it has no usable value."""
+    """The answer; or an unscored answer with a reason, if it has no usable value."""
     if answer.match is None and answer.reason is None and answer.confidence is None:
         return replace(answer, reason="the judge gave neither a match nor a confidence")
     numbers = (answer.confidence, answer.probability)

@@ -1,1 +1,1 @@
-"""Working beside eai-delphi: its own parts, and its files."""
+"""Interoperation with eai-delphi: its explainer, judge and scorers as plug-ins, and its files."""

@@ -1,12 +1,14 @@
-"""Explainer, judge and scorers of eai-delphi (extra ``delphi``) as parts of a run: its prompts, its parsing, its marks.
+"""The explainer, judge and scorers of eai-delphi (extra ``delphi``) as plug-ins, with its prompts, parsers and marks.
 
-``delphi-default`` explains as its default explainer does. ``delphi-detection`` and ``delphi-fuzz`` are its scorers on our
-windows: they choose what is marked, shuffle, ask and read replies themselves, and every text that they show becomes a
-judgement; what they do not read is unscored, with the reply as the reason. They ask through the judge ``delphi``, which by
-itself asks our scorers' questions with its prompts. What is wrong with them is kept (``tests/delphi/test_parity.py`` lists
-it); only what would touch other features is not: every feature has a scorer of its own, so order changes nothing.
+``delphi-default`` is its default explainer. ``delphi-detection`` and ``delphi-fuzz`` are its scorers on our windows: the
+library places the marks, shuffles the texts, writes the prompts and parses the replies. Every text shown becomes a
+judgement; a text without a parsed answer is unscored, with the reply as the reason. Both scorers need the judge ``delphi``,
+which holds the client. With our own scorers, this judge answers their questions with the prompts of the library.
 
-Imports the library when a part is made. Knows no files.
+Known errors of the library are reproduced (``tests/delphi/test_parity.py`` lists them), unless they would make one feature
+depend on another: each feature has its own scorer object, so the order of features has no influence.
+
+Imports the library when a plug-in is created. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from evalkit.records import (
 
 __all__ = ["DelphiDetectionScorer", "DelphiExplainer", "DelphiFuzzScorer", "DelphiJudge"]
 
-_UNREAD = "Explanation could not be parsed."  # what its explainer says instead of failing
-_SEED = 42  # of its shuffles
+_UNREAD = "Explanation could not be parsed."  # its explainer returns this text instead of raising
+_SEED = 42  # its default seed for shuffles
 
 
 def _client_of(client: Client | None, part: str) -> Client:
@@ -48,9 +50,12 @@ def _client_of(client: Client | None, part: str) -> Client:
 
 
 class DelphiExplainer:
-    """Its default explainer, shown all windows of the explain pool.
+    """The default explainer of the library, with all active windows of the explain pool.
 
-    ``activations``, ``cot`` and ``threshold`` are its own options. ``seed`` goes to the client, mixed with the request.
+    ``activations``, ``cot``, ``threshold``: options of the library's explainer.
+    ``max_tokens``: limit for a reply.
+    ``seed``: hashed with each request into the seed that is sent to the client.
+
     Raises MissingExtra.
     """
 
@@ -78,7 +83,7 @@ class DelphiExplainer:
         if found == _UNREAD or not found.strip():
             raise ClientError(
                 f"explanation of {examples.source} feature {feature}",
-                expected="a reply with [EXPLANATION]: and a phrase",
+                expected="a reply with [EXPLANATION]: followed by a phrase",
                 seen=repr(str(asking.outcomes[-1])[:80]),
                 fix="use a model that follows instructions",
             )
@@ -86,11 +91,14 @@ class DelphiExplainer:
 
 
 class DelphiJudge:
-    """Asks with its prompts, ``batch_size`` texts each, and reads replies as it does.
+    """Judges with the prompts and the parser of the library.
 
-    ``log_prob``: also P(match), from the log-probabilities of the reply's tokens. A last, shorter batch is asked for as
-    many answers as it has texts, which its own scorers get wrong. Marks are written as they are, nothing is escaped.
-    Raises BadConfig, MissingExtra.
+    ``batch_size``: texts per request.
+    ``log_prob``: whether to compute P(match) from the log-probabilities of the reply's tokens.
+    ``max_tokens``, ``seed``: as in ``DelphiExplainer``.
+
+    If the last batch is shorter, its prompt requests as many answers as it has texts; the library's own scorers do not.
+    Marks are written without any escaping, as in the library. Raises BadConfig, MissingExtra.
     """
 
     name = "delphi"
@@ -114,7 +122,11 @@ class DelphiJudge:
         self.version = library_version()
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """As many answers as items, in their order. Raises what the client raises but for refusals and overflows."""
+        """One answer per item, in their order.
+
+        Raises the client's errors, except that a rejected or too long request makes its items unscored. If every request
+        is rejected, raises RequestRefused.
+        """
         answers = [Answer(None, reason="not asked")] * len(items)
         outcomes: list[str | EvalkitError] = []
 
@@ -137,17 +149,21 @@ class DelphiJudge:
         return answers
 
     def scorer(self, make: Any, n_shown: int, repeat: int = 0, **options: Any) -> tuple[Any, Asking]:
-        """One of its scorers that asks our client, and what keeps the replies."""
+        """A scorer of the library that uses our client, and the object that records the replies."""
         asking = Asking(self.client, self.seed, self._max_tokens)
         return make(asking, n_examples_shown=n_shown, log_prob=self.log_prob, seed=_SEED + repeat, **options), asking
 
 
 class _DelphiScorer:
-    """What its two scorers share here. ``batch_size`` texts a prompt; ``log_prob``, ``max_tokens`` as the judge has."""
+    """The base of the library's two scorers.
+
+    ``batch_size``, ``log_prob``, ``max_tokens``: options of the judge ``delphi`` that the scorer uses.
+    ``options``: options of the library's scorer.
+    """
 
     name: str
     _class: str
-    own_judge = "delphi"  # an instance adds its options
+    own_judge = "delphi"  # instances add their options
 
     def __init__(
         self, batch_size: int = 5, log_prob: bool = False, max_tokens: int = MAX_TOKENS, **options: Any
@@ -161,10 +177,13 @@ class _DelphiScorer:
         self.version = library_version()
 
     async def score(self, explanation: Explanation, examples: ScoreExamples, judge: Judge) -> Score:
-        """A judgement for every text that it shows. Raises BadConfig for another judge than its own, ClientError."""
+        """One judgement per text shown. Raises BadConfig for a judge other than ``own_judge``, and ClientError."""
         if not isinstance(judge, DelphiJudge):
             raise BadConfig(
-                f"scorer {self.name!r}", expected="its own judge", seen=judge.name, fix="leave it to choose its judge"
+                f"scorer {self.name!r}",
+                expected="its own judge, 'delphi'",
+                seen=repr(judge.name),
+                fix="pass that judge, or let the run create it",
             )
         test = examples.test
         scorer, asking = judge.scorer(self._make, judge.batch_size, examples.repeat, **self._options)
@@ -186,7 +205,7 @@ class _DelphiScorer:
 
 
 class DelphiDetectionScorer(_DelphiScorer):
-    """Its detection: windows where the feature fires, and windows where it does not, without marks."""
+    """The library's detection: active and inactive windows, without marks."""
 
     name = "delphi-detection"
     _class = "DetectionScorer"
@@ -196,9 +215,9 @@ class DelphiDetectionScorer(_DelphiScorer):
 
 
 class DelphiFuzzScorer(_DelphiScorer):
-    """Its fuzzing: true marks on windows where the feature fires; false ones on windows where it does not.
+    """The library's fuzzing: true marks on active windows, false marks on inactive windows.
 
-    ``fuzz_type`` "active" puts the false ones on the same windows as the true ones.
+    ``fuzz_type``: "default", or "active" to put the false marks on the same windows as the true marks.
     """
 
     name = "delphi-fuzz"
@@ -213,7 +232,10 @@ class DelphiFuzzScorer(_DelphiScorer):
 
 
 def _check_answered(outcomes: Sequence[str | EvalkitError]) -> None:
-    """Raises what is not about single texts: any other error, and the refusal of whatever was asked."""
+    """Raise errors that do not concern single texts.
+
+    These are all errors but rejected and too long requests; and the rejection, if every request was rejected.
+    """
     errors = [one for one in outcomes if isinstance(one, EvalkitError)]
     for error in errors:
         if not isinstance(error, RequestRefused | ContextOverflow):
@@ -223,7 +245,7 @@ def _check_answered(outcomes: Sequence[str | EvalkitError]) -> None:
 
 
 def _sample(item: JudgeItem) -> Any:
-    """A text with its marks, as its scorers hold one; the label is not known here and never shown."""
+    """A text with its marks as a sample of the library. The label is unknown here and never shown; it is set to False."""
     kinds = library("scorers.classifier.sample")
     text, position = "", 0
     for start, end in item.marks or ():
@@ -236,12 +258,12 @@ def _sample(item: JudgeItem) -> Any:
 def _read(
     output: Any, outcome: str | EvalkitError, size: int, n_shown: int
 ) -> tuple[bool | None, float | None, float | None, str | None]:
-    """Match, confidence, probability, and why there is none."""
+    """Match, confidence, probability, and the reason if there is no match decision."""
     if output.prediction is None:
         if isinstance(outcome, EvalkitError):
             return None, None, None, str(outcome)
-        where = "" if size == n_shown else f", of a last batch with {size} texts"
-        return None, None, None, f"eai-delphi read no list of {n_shown} answers{where}: {outcome[:80]!r}"
+        where = "" if size == n_shown else f", although the last batch has only {size} texts"
+        return None, None, None, f"eai-delphi requires a list of {n_shown} answers{where}: {outcome[:80]!r}"
     match = bool(output.prediction)
     probability = None if output.probability is None else float(output.probability)
     return match, float(match) if probability is None else probability, probability, None

@@ -1,13 +1,15 @@
-"""A run's explanations and scores as files of eai-delphi, and its files of scores as a table.
+"""Exports explanations and scores of a run to files of eai-delphi, and reads score files of eai-delphi into a table.
 
-Layout: ``explanations/MODULE_latentN.txt`` holds an explanation as a JSON string; ``scores/SCORER/MODULE_latentN.txt`` a
-JSON list with an object for every text shown: ``str_tokens``, ``activations``, ``distance`` (the quantile of an activating
-one, -1 for others), ``activating``, ``prediction``, ``probability``, ``correct`` (these three null where there is none).
-Names of modules hold no "/": they have "--" for it. Beside these ``evalkit.json`` says which module is which dictionary,
-and which number which feature, for features that are no numbers have one by their place in the run.
+``explanations/MODULE_latentN.txt``: an explanation as a JSON string.
+``scores/SCORER/MODULE_latentN.txt``: a JSON list with one object per text shown. Keys: ``str_tokens``, ``activations``,
+``distance`` (quantile of an activating text, -1 for others), ``activating``; and ``prediction``, ``probability`` and
+``correct``, which may be null.
+``evalkit.json``: the dictionary of each module, and the feature of each number N. Features whose ids are not numbers are
+numbered by their position in the run.
 
-What the format has no place for stays behind: other explainers and judges, controls, repeats, reasons, and tests that are
-not of one text each. Reads a run's records and examples; knows no judge; imports nothing of the library.
+Module names have "--" in place of "/". The format has no place for further explainers and judges, controls, repeats,
+reasons, and tests whose questions are not single texts; these are not exported. Reads the records and examples of a run;
+does not know judges and does not import the library.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalkit.errors import BadConfig, BadFile, MissingFile
+from evalkit.errors import BadConfig, BadFile, MissingFile, json_problem
 from evalkit.records import BASELINE, Example, FeatureExamples, FeatureId
 from evalkit.util.atomic_files import write_bytes
 
@@ -34,13 +36,18 @@ _LOG = logging.getLogger(__name__)
 CARD = "evalkit.json"
 SCORERS = {"detection": "detection", "fuzzing": "fuzz", "delphi-detection": "detection", "delphi-fuzz": "fuzz"}
 _NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
-_LARGEST = 64_000_000  # bytes of a file of scores
+_LARGEST = 64_000_000  # bytes; larger files of scores are rejected
 _KEYS = frozenset({"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"})
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: the choice that was made, and how many files. ``modules``: dictionary by module."""
+    """A summary of an export.
+
+    ``explainer``, ``judge``: the recorded names that were exported.
+    ``modules``: the dictionary of each module.
+    ``n_explanations``, ``n_scores``: the number of files written.
+    """
 
     explainer: str
     judge: str
@@ -52,17 +59,19 @@ class Exported:
 def export_delphi(
     run: Path, out: Path, *, explainer: str | None = None, judge: str | None = None, controls: bool = False
 ) -> Exported:
-    """Write the explanations of one explainer and the scores that one judge gave them.
+    """Write the explanations of one explainer, and the scores that one judge gave them, below the folder ``out``.
 
-    ``explainer`` and ``judge`` as recorded, or as they were named; they may be left out where the run has one (the judge of
-    the control "lexical" aside). ``controls``: dictionaries that are controls too. Raises MissingFile, BadFile, BadConfig
-    (which to take), StorageError.
+    ``explainer``, ``judge``: a recorded name, with or without the client; may be omitted if the run has only one. The judge
+    of the control "lexical" does not count.
+    ``controls``: whether to export dictionaries that are controls.
+
+    Raises MissingFile, BadFile, StorageError, and BadConfig if several explainers or judges could be meant.
     """
     from evalkit.collect.stage import read_examples
     from evalkit.store.run_store import RunStore
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadConfig(str(out), expected="an empty folder, or none", seen="something else", fix="name another --out")
+        raise BadConfig(str(out), expected="a new or empty folder", seen="existing files", fix="choose another --out")
     with RunStore.open(run) as store:
         frames = store.frames()
         examples = read_examples(store, int(store.identity().get("seed", 0)))
@@ -83,19 +92,23 @@ def export_delphi(
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Dictionary by module, and by dictionary the number of every feature."""
+    """Where features are exported.
+
+    ``modules``: the dictionary of each module.
+    ``numbers``: per dictionary, the number of each feature.
+    """
 
     modules: Mapping[str, str]
     numbers: Mapping[str, Mapping[FeatureId, int]]
 
     def file(self, source: str, feature: FeatureId) -> str | None:
-        """The name of a feature's file; None for what is not exported."""
+        """The file name of a feature; None if the feature is not exported."""
         module = next((module for module, name in self.modules.items() if name == source), None)
         number = self.numbers.get(source, {}).get(feature)
         return None if module is None or number is None else f"{module}_latent{number}.txt"
 
     def card(self) -> dict[str, Any]:
-        """What says how to find features again."""
+        """The content of ``evalkit.json`` under "modules"."""
         return {
             module: {"source": name, "features": {str(n): feature for feature, n in self.numbers[name].items()}}
             for module, name in self.modules.items()
@@ -119,15 +132,15 @@ def _write_scores(
         source, feature, scorer = map(str, key)
         file = places.file(source, feature)
         if file is None or group["moments"].notna().any() or group["label"].all():
-            continue  # activations predicted, or texts of one kind: the format has other files for these
+            continue  # simulations, and tests with one label only: the format has other files for these
         folder = SCORERS.get(scorer.partition(":")[0], re.sub(r"[^\w.,=-]", "-", scorer))
         target = out / "scores" / folder / file
         if target.exists():
             raise BadConfig(
                 scorer,
-                expected=f"one scorer that becomes {folder}",
+                expected=f"at most one scorer for the folder {folder}",
                 seen="several",
-                fix="export a run with one of them",
+                fix="export a run with only one of these scorers",
             )
         lines = [*_lines(group, examples[source][feature])]
         write_bytes(target, json.dumps(lines, ensure_ascii=False).encode())
@@ -136,7 +149,10 @@ def _write_scores(
 
 
 def _choose(kind: str, recorded: pd.Series[Any], asked: str | None, spare: str | None = None) -> str:
-    """The recorded name that is meant. Raises BadConfig where several are, or none."""
+    """The recorded name that ``asked`` refers to. Raises BadConfig unless it is exactly one.
+
+    ``spare``: without ``asked``, this name is chosen only if there is no other.
+    """
     there = sorted(str(name) for name in recorded.unique())
     if asked is None:
         fitting = [name for name in there if name != spare] or there
@@ -147,15 +163,18 @@ def _choose(kind: str, recorded: pd.Series[Any], asked: str | None, spare: str |
     if len(fitting) != 1:
         raise BadConfig(
             kind,
-            expected=f"one {kind}, of {', '.join(there) or 'none'}: the format has room for no more",
+            expected=f"exactly one {kind}: the format has room for only one (recorded: {', '.join(there) or 'none'})",
             seen="several" if fitting else repr(asked) if asked else "none",
-            fix=f"name it with --{kind}" if there else "let `evalkit run` finish first",
+            fix=f"choose it with --{kind}" if there else "let `evalkit run` finish first",
         )
     return fitting[0]
 
 
 def _modules(sources: pd.DataFrame) -> dict[str, str]:
-    """Dictionary by module: its site, or where several share one, its whole name. Raises BadConfig where two become one."""
+    """The dictionary of each module. A module is named by the site, or by the whole name of the dictionary if sites repeat.
+
+    Raises BadConfig if two dictionaries get the same module name.
+    """
     sites = sources["site"].astype(str).str.replace("/", "--")
     names = sources["name"].astype(str)
     twice = sites.duplicated(keep=False)
@@ -165,20 +184,23 @@ def _modules(sources: pd.DataFrame) -> dict[str, str]:
     if same := next((module for module in modules if modules.count(module) > 1), None):
         both = [name for module, name in zip(modules, names, strict=True) if module == same]
         raise BadConfig(
-            "export", expected="a file name of its own for every dictionary", seen=", ".join(both), fix="rename one"
+            "export",
+            expected="a different module name for every dictionary",
+            seen=f"the same name for {', '.join(both)}",
+            fix="rename one of these dictionaries",
         )
     return dict(zip(modules, names, strict=True))
 
 
 def _numbers(features: Sequence[FeatureId]) -> dict[FeatureId, int]:
-    """The number of every feature: its own where all are numbers, else its place in the run."""
+    """The number of every feature: its id if all ids are numbers, else its position in the run."""
     if all(re.fullmatch(r"0|[1-9]\d{0,11}", feature, re.ASCII) for feature in features):
         return {feature: int(feature) for feature in features}
     return {feature: place for place, feature in enumerate(features)}
 
 
 def _lines(judgements: pd.DataFrame, examples: FeatureExamples) -> Iterator[dict[str, Any]]:
-    """An object for every judgement, in the order they were asked."""
+    """One object per judgement, in the order in which they were asked."""
     test = examples.score.test
     windows: dict[int, Example] = {e.window: e for e in (*test.positives, *test.decoys, *test.negatives)}
     for row in judgements.sort_values("item").to_dict("records"):
@@ -202,12 +224,14 @@ def _known(value: Any) -> Any:
 
 
 def read_scores(folder: str | Path) -> pd.DataFrame:
-    """Every text shown, from the files below ``scores/`` of a run of the library or of an export; also that folder itself.
+    """Every text shown, one per row, from score files of the library or of an export.
 
-    Columns: module, latent, scorer, item (place in its file), text, tokens, activations, label (activating), match (the
-    prediction, null where none was read), confidence and probability (null where there is none), distance (the quantile
-    of an activating text). Folders with scores of other kinds (simulation, embedding …) are left out, with a warning.
-    Raises MissingFile, BadFile (naming file and entry).
+    ``folder``: the folder that contains ``scores/``, or ``scores/`` itself.
+
+    Columns: module, latent, scorer, item (position in its file), text, tokens, activations, label (activating), match (the
+    prediction; null if none was parsed), confidence and probability (may be null), distance (the quantile of an activating
+    text). Folders with scores of other kinds (simulation, embedding …) are skipped, with a warning. Raises MissingFile, or
+    BadFile with the file and the entry.
     """
     import pandas as pd
 
@@ -229,10 +253,10 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
             str(folder),
             expected="a folder with scores/SCORER/MODULE_latentN.txt",
             seen="no such file" if Path(folder).exists() else "no such folder",
-            fix="name the folder of a run of eai-delphi, or what `evalkit export --format delphi` wrote",
+            fix="give the folder of a run of eai-delphi, or the output of `evalkit export --format delphi`",
         )
     for name in sorted(others):
-        _LOG.warning("%s: scores/%s is left out: its entries are not texts with predictions", folder, name)
+        _LOG.warning("%s: scores/%s is skipped: its entries are not texts with predictions", folder, name)
     columns = [
         *("module", "latent", "scorer", "item", "text", "tokens", "activations", "label", "match"),
         *("confidence", "probability", "distance"),
@@ -248,18 +272,18 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
 def _entries(path: Path) -> list[Any]:
     try:
         if path.stat().st_size > _LARGEST or not path.is_file():
-            raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
+            raise ValueError(f"{path.stat().st_size} bytes, too large" if path.is_file() else "not a regular file")
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise _bad(str(path), "a JSON list of what was shown", str(error)[:200]) from error
+        raise _bad(str(path), "a JSON list with one object per text shown", json_problem(error)[:200]) from error
     return found if isinstance(found, list) else [found]
 
 
 def _row(path: Path, item: int, entry: Any) -> dict[str, Any]:
     place = f"{path} entry {item}"
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
-        missing = sorted(_KEYS - entry.keys()) if isinstance(entry, dict) else [type(entry).__name__]
-        raise _bad(place, f"an object with {', '.join(sorted(_KEYS))}", f"no {missing[0]}")
+        seen = f"no {min(_KEYS - entry.keys())}" if isinstance(entry, dict) else f"JSON of type {type(entry).__name__}"
+        raise _bad(place, f"an object with {', '.join(sorted(_KEYS))}", seen)
     tokens, values, label = entry["str_tokens"], entry["activations"], entry["activating"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise _bad(place, "str_tokens, a list of strings", repr(tokens)[:60])
@@ -291,4 +315,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _bad(place: str, expected: str, seen: str) -> BadFile:
-    return BadFile(place, expected=expected, seen=seen, fix="write that file again, or leave it out of the folder")
+    return BadFile(place, expected=expected, seen=seen, fix="write the file again, or remove it from the folder")

@@ -1,8 +1,8 @@
-"""The door to eai-delphi (formerly sae-auto-interp): its modules, our clients and examples under its contracts.
+"""Access to eai-delphi (formerly sae-auto-interp): its modules, and adapters for our clients and examples.
 
-The library is an extra, imported late. Its package of clients imports vLLM when it is imported at all, whether or not it
-is used; here it is opened without that, and asks for the engine only when somebody does. Knows no prompts and no files;
-what asks and scores is in ``delphi_parts``.
+The library is an extra and is imported late. Its package of clients always imports vLLM; here it is replaced, so that vLLM
+is imported only when the client for it is used. Does not know prompts; reads and writes no files. The plug-ins that use
+this module are in ``components``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from evalkit.seeds import derive_request_seed
 
 __all__ = ["Asking", "library", "library_version", "record_of", "without_engine"]
 
-MAX_TOKENS = 500  # of a reply, as its own engine client has it
-_CLIENTS = {"Client": "client", "Offline": "offline", "OpenRouter": "openrouter"}  # what its package of clients exports
+MAX_TOKENS = 500  # limit for a reply; the default of the library's own engine client
+# the exports of the package ``delphi.clients``: name → module
+_CLIENTS = {"Client": "client", "Offline": "offline", "OpenRouter": "openrouter"}
 
 
 class _Candidate(NamedTuple):
-    """A possible token with its log-probability, under the names that the library reads."""
+    """A candidate token with its log-probability, with the field names that the library expects."""
 
     token: str
     logprob: float
@@ -42,7 +43,7 @@ class _Token(NamedTuple):
 
 
 def library(module: str) -> Any:
-    """A module of the library, such as ``scorers``. Raises MissingExtra, which names what is missing."""
+    """A module of the library, such as ``scorers``. Raises MissingExtra with the name of the missing package."""
     library_version()
     without_engine()
     try:
@@ -52,7 +53,7 @@ def library(module: str) -> Any:
 
 
 def library_version() -> str:
-    """The version of the library. Raises MissingExtra."""
+    """The installed version of the library. Raises MissingExtra if it is not installed."""
     try:
         return importlib.metadata.version("eai-delphi")
     except importlib.metadata.PackageNotFoundError as error:
@@ -65,10 +66,11 @@ def _missing(what: str) -> MissingExtra:
 
 
 def without_engine() -> None:
-    """Let the library's modules be imported where there is no vLLM, and without starting to import it where there is.
+    """Make the library importable without vLLM, and avoid the slow import of vLLM if it is installed.
 
-    Puts a package of the same folder and names in the place of ``delphi.clients``, whose own beginning imports them all.
-    Its log, which would repeat for every unread reply what our records say, is left to its critical messages.
+    Replaces the package ``delphi.clients``, whose ``__init__`` imports all clients, by a package with the same folder and
+    names that imports each client on first use. Also silences the library's log below critical messages, because it would
+    repeat every unreadable reply, which our records contain already.
     """
     if "delphi.clients" in sys.modules or importlib.util.find_spec("delphi") is None:
         return
@@ -89,10 +91,14 @@ def _client_class(name: str) -> Any:
 
 
 class Asking:
-    """One of our clients under the library's contract. ``outcomes``: every reply, or the error instead of it, in order.
+    """Adapts one of our clients to the client interface of the library.
 
-    The library's temperature is not passed on: that is the client's own, as everywhere here. ``seed`` is mixed with the
-    request. A reply is what the model answers, without what it thought aloud before.
+    ``outcomes``: per request, in order, the reply or the error.
+    ``seed``: hashed with each request into the seed that is sent to the client.
+    ``max_tokens``: limit for a reply, unless the library sets its own.
+
+    The library's temperature is ignored; the client's own applies, as everywhere in evalkit. Replies are passed on without
+    the reasoning of the model.
     """
 
     def __init__(self, client: Client, seed: int = 0, max_tokens: int = MAX_TOKENS) -> None:
@@ -101,7 +107,7 @@ class Asking:
         self._client, self._seed, self._max_tokens = client, seed, max_tokens
 
     async def generate(self, prompt: Sequence[dict[str, Any]], **options: Any) -> Any:
-        """The library's own ``Response``. Raises what the client raises."""
+        """The reply as the library's ``Response``. Raises the client's errors."""
         messages = [Message(message["role"], message["content"]) for message in prompt]
         place = len(self.outcomes)
         self.outcomes.append("")
@@ -133,10 +139,13 @@ def record_of(
     silent: Sequence[Example] = (),
     explanation: str = "",
 ) -> Any:
-    """The library's ``LatentRecord`` of our examples, in their order.
+    """The library's ``LatentRecord`` with our examples, in their order.
 
-    Activating ones carry their decile as quantile and their activations, also in tenths of ``peak``, rounded up, as its
-    own sampler makes them. Token ids, which only its embedding of texts reads, are not known and 0.
+    ``train``, ``test``: active windows; their decile becomes the quantile.
+    ``silent``: inactive windows.
+    ``peak``: the library's normalised activations are tenths of it, rounded up, as in the library's own sampler.
+
+    Token ids are unknown here and set to 0; the library uses them only to embed texts.
     """
     import torch
 

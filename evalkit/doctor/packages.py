@@ -1,6 +1,6 @@
-"""What evalkit and its extras require, and which of it is installed in another version.
+"""The requirements of evalkit and its extras, and which of them are installed in another version.
 
-Reads the metadata of installed distributions and imports none of them.
+Reads the metadata of installed distributions and imports none of them. Writes nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ __all__ = ["requirements", "too_old"]
 
 
 def requirements(extra: str) -> list[Requirement]:
-    """What an extra, or the core where it is empty, asks for on this platform; empty where that is not known.
+    """The requirements of an extra on this platform; of the core if ``extra`` is empty.
 
-    Raises MissingExtra where the parser of requirements, which the core brings with matplotlib, is not there.
+    The list is empty if evalkit is not installed. Raises MissingExtra if the package ``packaging``, which is installed with
+    matplotlib, is missing.
     """
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError as error:
         raise MissingExtra(
-            "packaging", expected="the package that matplotlib brings", seen="none", fix="pip install packaging"
+            "packaging",
+            expected="the package 'packaging' to be installed, as matplotlib requires",
+            seen="no such package",
+            fix="pip install packaging",
         ) from error
     found = [Requirement(line) for line in required()]
 
@@ -37,10 +41,10 @@ def requirements(extra: str) -> list[Requirement]:
 
 
 def too_old(needed: Sequence[Requirement]) -> list[str]:
-    """A phrase for each that is installed in a version other than asked for."""
+    """A phrase for each package that is installed in a version that does not satisfy the requirement."""
     there = [(one, version) for one in needed if (version := installed_version(one.name)) is not None]
     return [
-        f"{one.name} is {version}, needed is {one.specifier}"
+        f"{one.name} {version} is installed, {one.specifier} is required"
         for one, version in there
         if not one.specifier.contains(version, prereleases=True)
     ]

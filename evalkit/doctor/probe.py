@@ -1,6 +1,6 @@
-"""Asks a client one tiny question, to see whether its model answers.
+"""Sends one short request through a client, to check whether its model answers.
 
-Makes the client as a run would, except that it gives up soon, and closes it afterwards. Records nothing.
+Creates the client as a run does, but with few retries, and closes it afterwards. Records nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ __all__ = ["Reply", "probe"]
 _QUESTION = "Reply with the word yes."
 _MAX_TOKENS = 8
 _ATTEMPTS = 2
-_LONGEST_S = 900.0  # an engine may have to load a large model first
+_LONGEST_S = 900.0  # seconds; an engine may have to load a large model first
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer. ``model``: the client's name. ``seconds``: to the answer, with the start of an engine."""
+    """A reply.
+
+    ``model``: the name of the client.
+    ``seconds``: the time to the reply, including the start of an engine.
+    """
 
     model: str
     seconds: float
@@ -36,9 +40,9 @@ class Reply:
 
 
 def probe(spec: str, base_url: str | None = None, options: Sequence[str] = ()) -> Reply:
-    """The answer of the client ``NAME:VALUE`` with ``key=value`` options.
+    """The reply of the client ``NAME:VALUE``, created with ``key=value`` options.
 
-    Raises PluginError, BadConfig, MissingExtra, whatever asking it raises, and TimeoutError.
+    Raises PluginError, BadConfig, MissingExtra, TimeoutError, and the errors of the client.
     """
     client = _make(spec, base_url, options)
     started = time.monotonic()
@@ -56,7 +60,7 @@ def _make(spec: str, base_url: str | None, options: Sequence[str]) -> Client:
     part = client_part(RunConfig(model="-", dictionaries=("-",), client=spec, client_options=given))
     assert part is not None  # a spec was given
     hasty = {}
-    with contextlib.suppress(TypeError, ValueError):  # what has no signature
+    with contextlib.suppress(TypeError, ValueError):  # a factory without a signature
         if "max_attempts" in inspect.signature(registry.load_class("clients", part.name)).parameters:
             hasty["max_attempts"] = _ATTEMPTS
     client: Client = registry.create("clients", part.name, **{**hasty, **part.options})

@@ -1,1 +1,1 @@
-"""Judges: each decides how well an explanation matches a text, without access to the label. One file each."""
+"""Judges, one file each. A judge decides how well an explanation matches a text, without access to the label."""

@@ -3,7 +3,7 @@
 The prefix goes through the model once, and its keys and values are reused for every text. A text is padded on the right to
 a length that depends only on its own length, and batches consist of whole blocks of rows. Kernel shapes, and therefore the
 exact bits of a result, depend only on the prefix and the text. Because the model is causal, padding does not affect the
-tokens before it. Does not know explanations or judges. Reads model files only.
+tokens before it. Reads model files, writes nothing; does not know explanations or judges.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from scorers.judges.minilm import no_bars
 
 __all__ = ["CausalModel"]
 
-_LENGTH_STEP = 8  # tokens; lengths are rounded up to a multiple
+_LENGTH_STEP = 8  # tokens; lengths are rounded up to a multiple of this
 _ROW_BLOCK = 8  # rows; measured: batches of any number of whole blocks give the same bits on a CPU
 
 
 class CausalModel:
-    """The loaded model: a folder, a ``.gguf`` file or a hub id.
+    """A loaded model.
 
-    ``dtype``: "bfloat16" or "float32"; ``batch_size``: rows, rounded up to whole blocks of 8. Raises MissingFile, BadFile,
-    BadConfig.
+    ``model``: a folder, a ``.gguf`` file or a hub id.
+    ``dtype``: "bfloat16" or "float32".
+    ``device``: "auto", "cpu" or "cuda".
+    ``revision``: commit, branch or tag on the hub.
+    ``batch_size``: rows, rounded up to whole blocks of 8.
+
+    Raises MissingFile, BadFile, BadConfig.
     """
 
     def __init__(
@@ -73,8 +78,8 @@ class CausalModel:
     ) -> list[NDArray[np.float32]]:
         """The natural log-probability of every token of each text, given the prefix and the text's tokens before it.
 
-        ``prefix`` and each text have at least one token and together at most ``longest``. Returns one array (token,) per
-        text. ``done`` is called with the number of rows of every finished batch.
+        ``prefix`` and each text need at least one token each and at most ``longest`` together. Returns one array (token,)
+        per text. ``done`` is called with the number of rows of every finished batch.
         """
         found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
         with self._torch.inference_mode():
@@ -89,7 +94,7 @@ class CausalModel:
         return found
 
     def _by_length(self, texts: Sequence[tuple[int, ...]], before: int) -> dict[int, list[int]]:
-        """Indices of the texts by the length that they are padded to."""
+        """Indices of the texts, by the length to which they are padded."""
         found: dict[int, list[int]] = {}
         for index, text in enumerate(texts):
             length = -(-len(text) // _LENGTH_STEP) * _LENGTH_STEP
@@ -98,12 +103,12 @@ class CausalModel:
         return found
 
     def _cache(self, ids: tuple[int, ...]) -> Any:
-        """Keys and values of these tokens; None if there are no tokens or the model's cache cannot be shared by rows."""
+        """Keys and values of these tokens; None if there are no tokens or the cache cannot be copied to all rows."""
         if not ids:
             return None
         tokens = self._torch.tensor([ids], device=self.device)
         cache = self._model(input_ids=tokens, use_cache=True).past_key_values
-        layers = getattr(cache, "layers", None)  # models with other layers than attention cache other things
+        layers = getattr(cache, "layers", None)  # other kinds of layers than attention cache other data
         shared = layers and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
         return cache if shared else None
 
@@ -115,10 +120,10 @@ class CausalModel:
         # on a GPU the choice of kernel may depend on the number of rows, so batches are always full there
         block = _ROW_BLOCK if self.device == "cpu" else self._rows
         padded = [*texts, *[texts[0]] * (-len(texts) % block)]
-        before = prefix if cache is None else prefix[-1:]  # its last token predicts the first of the text
+        before = prefix if cache is None else prefix[-1:]  # the last token of the prefix predicts the first of the text
         rows = [(*before, *text[:-1], *[0] * (length - len(text))) for text in padded]
         if cache is not None:
-            cache = copy.deepcopy(cache)  # the forward writes into it
+            cache = copy.deepcopy(cache)  # because the forward pass writes into it
             cache.batch_repeat_interleave(len(padded))
         ids = torch.tensor(rows, device=self.device)  # (B, T)
         logits = self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits  # (B, T, V)
@@ -150,7 +155,7 @@ def _load(model: str, dtype: Any, revision: str | None) -> tuple[Any, Any]:
     kind = BadFile if there else MissingFile
     raise kind(
         f"subject model {model}",
-        expected="a causal language model in a local folder, or a model hub that can be reached",
+        expected="a causal language model in a local folder or on a hub that can be reached",
         seen=str(failure).strip().splitlines()[0][:200],
         fix="name the model that the run was collected with",
     ) from failure

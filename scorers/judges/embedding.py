@@ -1,9 +1,9 @@
-"""The judge that compares embeddings: how similar is the explanation to the best three-word piece of the window?
+"""The judge that compares embeddings: how similar is the explanation to the most similar three-word piece of the window?
 
-Confidence is the highest cosine similarity between the explanation and a piece of the window; with marks, a piece that
-overlaps a mark. Optionally the whole window is the only piece. Confidence is not a probability, so scorers fit its match
-cut-off. The judge embeds each distinct text once and caches it as float16; texts requested while a batch is being embedded
-are collected into the next batch. Reads the model folder; does not know labels.
+Confidence is the highest cosine similarity between the explanation and a piece of the window. With marks, only pieces that
+overlap a mark count. Optionally the whole window is the only piece. Confidence is not a probability, so scorers fit its
+match cut-off. The judge embeds each distinct text once and caches its vector as float16; texts requested while a batch is
+being embedded are collected into the next batch. Reads the model folder; does not know labels.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from scorers.picking import why_no_pick
 __all__ = ["EmbeddingJudge"]
 
 Pieces: TypeAlias = Literal["best", "whole"]
-_DEFAULT_NAMES = ("minilm", "model", "all-MiniLM-L6-v2")  # folder when pulled, folder in the package, name on the hub
+# names of the default model: the pulled folder, the folder in the package, and the name on the hub
+_DEFAULT_NAMES = ("minilm", "model", "all-MiniLM-L6-v2")
 _CHUNK = 1 << 14  # texts tokenized at a time
-_SHARPNESS = 4  # exponent: cosines differ by little, whereas features fire strongly on few tokens
+_SHARPNESS = 4  # exponent: cosines differ little between tokens, whereas features fire strongly on few tokens
 
 
 class EmbeddingJudge:
-    """Embeds with all-MiniLM-L6-v2.
+    """Compares embeddings of all-MiniLM-L6-v2.
 
-    ``model``: the folder of the model; by default ``scorers.judges.minilm.find_model`` looks for it.
+    ``model``: the folder of the model; by default, ``scorers.judges.minilm.find_model`` searches for it.
     ``dtype``: "bfloat16" or "float32".
     ``batch_size``: rows; affects speed, never a result.
     ``device``: "auto", "cpu" or "cuda".
@@ -73,7 +74,7 @@ class EmbeddingJudge:
 
     @property
     def variant(self) -> str | None:
-        """The name of the model for the judge's records, or None for all-MiniLM-L6-v2."""
+        """The name of the model in the judge's records; None for all-MiniLM-L6-v2."""
         name = Path(self.model).name
         return None if name in _DEFAULT_NAMES else name
 
@@ -90,12 +91,12 @@ class EmbeddingJudge:
         ]
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """The text of each group that is least similar to the others on average. Compares whole texts, without marks."""
+        """The text of each group with the lowest mean similarity to the others. Compares whole texts; ignores marks."""
         await self._embed(item.text for group in groups if why_no_pick(group) is None for item in group)
         return [self._pick(group) for group in groups]
 
     async def simulate(self, explanation: str, windows: Sequence[Sequence[str]]) -> Sequence[Simulation]:
-        """For every token the fourth power of the similarity of its word or punctuation; 0 for a token in neither."""
+        """Per token, the fourth power of the similarity of its word or punctuation; 0 for tokens outside of both."""
         if not explanation.strip():
             return [Simulation(None, "the explanation is empty") for _ in windows]
         found = [units("".join(window)) for window in windows]
@@ -109,14 +110,14 @@ class EmbeddingJudge:
     async def prepare(
         self, items: Sequence[JudgeItem], explanations: Sequence[str] = (), progress: Progress | None = None
     ) -> None:
-        """Embed everything these questions will need, in large batches; ``judge`` then only compares."""
+        """Embed all texts that these questions need, in large batches, so that ``judge`` only has to compare vectors."""
         needed = dict.fromkeys(explanation for explanation in explanations if explanation.strip())
         for item in items:
             needed.update(dict.fromkeys(self._candidates(item)))
         await self._embed(needed, progress)
 
     def _candidates(self, item: JudgeItem) -> list[str]:
-        """The texts that are compared with the explanation; none if the item cannot be answered."""
+        """The texts that are compared with the explanation; empty if the item cannot be answered."""
         if not item.text:
             return []
         if self.pieces == "best":
@@ -126,7 +127,7 @@ class EmbeddingJudge:
     def _why_none(self, item: JudgeItem) -> str:
         if not item.text:
             return "the text is empty"
-        return "nothing is marked" if self.pieces == "best" else "a window taken whole says nothing about marks"
+        return "nothing is marked" if self.pieces == "best" else "marks are not supported with pieces=whole"
 
     async def _embed(self, texts: Iterable[str], progress: Progress | None = None) -> None:
         missing = list(dict.fromkeys(text for text in texts if text not in self._row_of))
@@ -135,7 +136,7 @@ class EmbeddingJudge:
             await asyncio.to_thread(self._embed_missing, missing, progress)
 
     def _embed_missing(self, texts: Sequence[str], progress: Progress | None) -> None:
-        """Add rows for these and all other waiting texts to the cache. Texts of equal token ids share a row."""
+        """Embed these texts and all others that wait, and cache their vectors. Texts with equal token ids share a row."""
         with self._lock:
             texts = self._missing(texts)
             if not texts:
@@ -157,7 +158,7 @@ class EmbeddingJudge:
             first_row = len(self._row_of_ids)
             self._store(first_row, vectors)
             self._row_of_ids.update(zip(new, range(first_row, first_row + len(new)), strict=True))
-            # last: a text with a row has its vector in place, so readers need no lock
+            # must be last: readers hold no lock, so a text may get its row only after the vector is stored
             self._row_of.update((text, self._row_of_ids[ids]) for text, ids in ids_of.items())
 
     def _missing(self, texts: Sequence[str]) -> list[str]:
@@ -178,7 +179,7 @@ class EmbeddingJudge:
         self._vectors[first_row:needed] = vectors
 
     def _best(self, explanation: str, candidates: Sequence[Sequence[str]]) -> NDArray[np.float32]:
-        """The highest cosine similarity of each list of pieces, each list independent of the others."""
+        """For each list of pieces, the highest cosine similarity of the explanation with one of them."""
         if not candidates:
             return np.empty(0, dtype=np.float32)
         vectors = self._vectors

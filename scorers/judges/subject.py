@@ -1,18 +1,19 @@
 """The judge that uses the subject model itself: how much more probable does the explanation make the window?
 
-The model answers no questions. It reads pairs of a description and a text (``prompts/subject_v1.toml``), then the
-explanation and the window, and the judge uses the probability of the window's tokens. Confidence, in nats per token of the
-window:
+The model is not prompted with a question. It reads pairs of a description and a text (``prompts/subject_v1.toml``), then
+the explanation and the window, and the judge uses the probabilities of the window's tokens. Confidence, in nats per token
+of the window:
 
     mean over its tokens of  log p(token | pairs, explanation, tokens before)  −  log p(token | pairs, "", tokens before)
 
 The second term, with the same pairs and an empty description, removes the base rate of the window. With
-``direction="explanation"`` the judge uses the probability of the explanation, after the same pairs with each text first:
+``direction="explanation"``, the judge uses the probabilities of the explanation's tokens, after the same pairs with each
+text first:
 
     mean over its tokens of  log p(token | pairs, window, tokens before)  −  log p(token | pairs, "", tokens before)
 
-Confidence is not a probability, so scorers fit its match cut-off. The term with the empty description is cached in the
-judge. Does not know labels; windows are shown without marks.
+Confidence is not a probability, so scorers fit its match cut-off. The judge caches the term with the empty description.
+Reads the model and the prompt file; does not know labels. Windows are shown without marks.
 """
 
 from __future__ import annotations
@@ -48,24 +49,25 @@ def _pairs() -> list[dict[str, str]]:
 
 
 def before_text(explanation: str) -> str:
-    """The prompt before the window: the pairs, each text after its description, then the explanation."""
+    """The prompt that precedes the window: the pairs with the description first, then the explanation."""
     pairs = [f"Description: {quoted(pair['description'])}\nText:{pair['text']}\n\n" for pair in _pairs()]
     return "".join([*pairs, f"Description: {quoted(explanation)}\nText:"])
 
 
 def before_explanation() -> str:
-    """The prompt before window and explanation: the pairs, each description after its text."""
+    """The prompt that precedes window and explanation: the pairs with the text first."""
     pairs = [f"Text: {quoted(pair['text'])}\nDescription: {quoted(pair['description'])}\n\n" for pair in _pairs()]
     return "".join([*pairs, "Text:"])
 
 
 class SubjectJudge:
-    """Computes confidences with the subject model.
+    """Measures how much an explanation changes the subject model's log-probabilities.
 
     ``model``: a folder, a ``.gguf`` file, the name of a pulled model or a hub id.
     ``direction``: whose probability is used, that of the window's "text" or that of the "explanation".
     ``dtype``: "bfloat16" or "float32".
     ``device``: "auto", "cpu" or "cuda".
+    ``revision``: commit, branch or tag on the hub.
     ``batch_size``: rows; affects speed, never a result.
 
     Raises BadConfig, MissingFile.
@@ -111,7 +113,7 @@ class SubjectJudge:
     async def prepare(
         self, items: Sequence[JudgeItem], explanations: Sequence[str] = (), progress: Progress | None = None
     ) -> None:
-        """Compute and cache the term with the empty description for every window, in large batches."""
+        """Compute the term with the empty description for every window, in large batches, and cache it."""
         texts = list(dict.fromkeys(item.text for item in items if item.text and item.marks is None))
         if self.direction == "text" and texts:
             await self._at_work(self._add_neutral, texts, progress)
@@ -149,7 +151,10 @@ class SubjectJudge:
     def _means(
         self, prompt: str, rows: Sequence[tuple[Ids, Ids]], advance: Callable[[int], None] = lambda rows: None
     ) -> list[float | None]:
-        """Mean log-probability of the tokens of each row's second part, given the prompt and the row's first part."""
+        """Per row, the mean log-probability of the tokens of its second part, given the prompt and its first part.
+
+        None for a row that does not fit the model's context.
+        """
         prefix, longest = self._model.prefix_ids(prompt), self._model.longest
         whole = [(*first, *second) for first, second in rows]
         fit = [index for index, ids in enumerate(whole) if longest is None or len(prefix) + len(ids) <= longest]
@@ -178,7 +183,7 @@ def _answer(item: JudgeItem, gain: float | None) -> Answer:
     if not item.text:
         return Answer(None, reason="the text is empty")
     if item.marks is not None:
-        return Answer(None, reason="the subject model cannot be asked about marks")
+        return Answer(None, reason="the judge 'subject' does not support marks")
     if gain is None:
         return Answer(None, reason="explanation and text do not fit the subject model's context")
     return Answer(None, confidence=gain)

@@ -1,4 +1,4 @@
-"""Splits a window into words and punctuation and maps their values to its tokens, for judges that work on words.
+"""Splits a window into words and punctuation, and maps their values to tokens. For judges that work on words.
 
 Pure functions of text.
 """
@@ -24,7 +24,11 @@ def units(text: str) -> tuple[tuple[str, Span], ...]:
 
 
 def spread(tokens: Sequence[str], spans: Sequence[Span], values: Sequence[float]) -> tuple[float, ...]:
-    """For every token the largest value among the spans that it overlaps in the joined tokens; 0 if there is none.
+    """Per token, the largest value of the spans that overlap it; 0 if no span does.
+
+    ``tokens``: the texts of the tokens.
+    ``spans``: character ranges of the concatenated tokens.
+    ``values``: one value per span.
 
     An empty token (a later byte of a character) takes the value of the span that contains its position.
     """

@@ -174,7 +174,9 @@ def test_the_explainer_shows_our_windows_and_reads_its_phrase(installed: Path) -
 def test_a_reply_without_an_explanation_is_a_failure(installed: Path) -> None:
     """The library would call it "Explanation could not be parsed." and score that."""
     explainer = create("explainers", "delphi-default")
-    with pytest.raises(ClientError, match=r"expected a reply with \[EXPLANATION\]: and a phrase; seen 'No idea'"):
+    with pytest.raises(
+        ClientError, match=r"expected a reply with \[EXPLANATION\]: followed by a phrase; seen 'No idea'"
+    ):
         asyncio.run(explainer.explain("7", explain_examples(), Client(lambda question: "No idea")))
     with pytest.raises(BadConfig, match="explainer 'delphi-default': expected a client"):
         asyncio.run(explainer.explain("7", explain_examples(), None))
@@ -238,10 +240,11 @@ def test_what_is_not_read_is_unscored_with_the_reason(installed: Path) -> None:
     made = examples(random_test(11, seed=3))
     found = score(Client(lambda question: next(replies)), "delphi-detection", made)
     reasons = [one.reason for one in found.judgements]
-    assert reasons[:5] == ["eai-delphi read no list of 5 answers: 'no list'"] * 5
+    assert reasons[:5] == ["eai-delphi requires a list of 5 answers: 'no list'"] * 5
     assert all(str(reason).startswith("prompt: expected prompt and reply within") for reason in reasons[5:10])
     assert reasons[10:20] == [None] * 10
-    assert reasons[20:] == ["eai-delphi read no list of 5 answers, of a last batch with 2 texts: '[1, 1]'"] * 2
+    last = "eai-delphi requires a list of 5 answers, although the last batch has only 2 texts: '[1, 1]'"
+    assert reasons[20:] == [last] * 2
     assert [one.match for one in found.judgements] == [None] * 10 + [True] * 10 + [None] * 2
 
 
@@ -323,7 +326,7 @@ def test_records_name_the_model_and_the_judge(installed: Path) -> None:
     for name in ("delphi-detection:max_tokens=20", "delphi-fuzz:max_tokens=20"):
         score(client, name, examples(random_test(5, seed=1)))
         assert client.options[-1]["max_tokens"] == 20
-    with pytest.raises(BadConfig, match="scorer 'delphi-detection': expected its own judge; seen oracle"):
+    with pytest.raises(BadConfig, match="scorer 'delphi-detection': expected its own judge, 'delphi'; seen 'oracle'"):
         oracle = type("Oracle", (), {"name": "oracle"})()
         asyncio.run(tests[0].scorer.score(EXPLANATION, examples(random_test(5, seed=1)), oracle))
     with pytest.raises(BadConfig, match="batch_size of judge 'delphi': expected at least 1; seen 0"):

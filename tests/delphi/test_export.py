@@ -186,8 +186,8 @@ def test_modules_are_told_by_the_name_of_the_dictionary(tmp_path: Path) -> None:
             explain(explainer, "model/layers.2.mlp/sae", "5")
         assert str(caught.value) == (
             "explainer 'delphi' for model/layers.2.mlp/sae: expected a module of "
-            f"{folder}: h.2--mlp, layers.1, layers.10; seen none that is a part of the dictionary's name; "
-            "fix: name it: --explainer delphi:FOLDER,module=MODULE"
+            f"{folder}: h.2--mlp, layers.1, layers.10; seen none that is part of the dictionary's name; "
+            "fix: name the module: --explainer delphi:FOLDER,module=MODULE"
         )
     part = parse_part("explainers", f"delphi:{folder},module=h.2/mlp")
     explainer = create("explainers", "delphi", **part.options)
@@ -208,15 +208,15 @@ def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> Non
     made = create("explainers", "delphi", path=str(folder))
     asyncio.run(made.prepare([sae, null, "m/layers.20/sae/width-64"]))
     assert [made.explains(name) for name in (sae, null, "m/layers.20/sae/width-64")] == [True, False, False]
-    with pytest.raises(BadConfig, match=r"expected one dictionary for every module; seen 2: .*source=NAME"):
+    with pytest.raises(BadConfig, match=r"expected exactly one dictionary per module; seen 2: .*source=NAME"):
         asyncio.run(made.prepare([sae, other]))
-    with pytest.raises(BadConfig, match="none that is a part of the dictionary's name"):
+    with pytest.raises(BadConfig, match="none that is part of the dictionary's name"):
         asyncio.run(made.prepare(["m/layers.20/sae/width-64", null]))
     told = create("explainers", "delphi", path=str(folder), source="*/width-128")
     asyncio.run(told.prepare([sae, other]))
     assert [told.explains(name) for name in (sae, other)] == [False, True]
     named = create("explainers", "delphi", path=str(folder), module="layers.15")
-    with pytest.raises(BadConfig, match="expected one dictionary for every module"):
+    with pytest.raises(BadConfig, match="expected exactly one dictionary per module"):
         asyncio.run(named.prepare([sae, "m/layers.20/sae/width-64"]))
     with pytest.raises(BadFile, match="expected a phrase of at most"):
         explain(made, sae, "6")
@@ -228,8 +228,8 @@ def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> Non
         ('"Explanation could not be parsed."', UnknownFeature, "seen 'Explanation could not be parsed.'"),
         ('"No explanation found"', UnknownFeature, "seen 'No explanation found'"),
         ('""', UnknownFeature, "seen ''"),
-        ("words without quotes", BadFile, "expected an explanation as a JSON string; seen Expecting value"),
-        ('{"explanation": "a"}', BadFile, "seen a dict"),
+        ("words without quotes", BadFile, "expected an explanation as a JSON string; seen invalid JSON (line 1)"),
+        ('{"explanation": "a"}', BadFile, "seen JSON of type dict"),
         ("[" * 100_000, BadFile, "expected an explanation as a JSON string"),
         ('"' + "a" * 1_000_001 + '"', BadFile, "seen 1000003 bytes"),
     ],
@@ -243,7 +243,7 @@ def test_what_is_no_explanation_is_refused(tmp_path: Path, text: str, kind: type
 
 def test_one_explainer_and_one_judge_are_chosen(judged: Path, tmp_path: Path) -> None:
     """The lexical control does not count; of two others one must be named."""
-    with pytest.raises(BadConfig, match=r"explainer: expected one explainer, of words: .* seen 'none such'"):
+    with pytest.raises(BadConfig, match=r"expected exactly one explainer: .* \(recorded: words\); seen 'none such'"):
         export_delphi(judged, tmp_path / "out", explainer="none such")
     run = shutil.copytree(judged, tmp_path / "run")
     judge(run, "lexical")
@@ -252,8 +252,8 @@ def test_one_explainer_and_one_judge_are_chosen(judged: Path, tmp_path: Path) ->
     with pytest.raises(BadConfig) as caught:
         export_delphi(run, tmp_path / "none")
     assert str(caught.value) == (
-        "judge: expected one judge, of lexical, other@model, short@model: the format has room for no more; seen several; "
-        "fix: name it with --judge"
+        "judge: expected exactly one judge: the format has room for only one (recorded: lexical, other@model, "
+        "short@model); seen several; fix: choose it with --judge"
     )
     assert not (tmp_path / "none").exists()
     assert export_delphi(run, tmp_path / "other", judge="other").judge == "other@model"
@@ -270,7 +270,7 @@ def test_the_command(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     code, said, _ = call(judged, "--format", "delphi", "--out", out)
     assert code == 0 and re.fullmatch(rf"{out}/explanations\t\d+\n{out}/scores\t\d+\n", said)
     code, said, error = call(judged, "--format", "delphi", "--out", out)
-    assert (code, said) == (2, "") and error.startswith(f"error: {out}: expected an empty folder, or none")
+    assert (code, said) == (2, "") and error.startswith(f"error: {out}: expected a new or empty folder")
     code, _, error = call(judged, "--format", "csv", "--out", tmp_path / "csv")
     assert code == 2 and error == "error: --format: expected delphi; seen 'csv'; fix: use --format delphi\n"
     code, _, error = call(tmp_path, "--format", "delphi", "--out", tmp_path / "csv")
@@ -317,10 +317,10 @@ def test_files_of_other_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         found = read_scores(tmp_path)
     assert found["scorer"].tolist() == ["fuzz"] and found["text"].tolist() == ["a b"]
-    assert f"{tmp_path}: scores/simulation is left out: its entries are not texts with predictions" in caplog.messages
+    assert f"{tmp_path}: scores/simulation is skipped: its entries are not texts with predictions" in caplog.messages
     for text in ("[{", "[" * 100_000):
         write(tmp_path / "scores" / "fuzz", **{"layers.1_latent5": text})
-        with pytest.raises(BadFile, match="expected a JSON list of what was shown"):
+        with pytest.raises(BadFile, match="expected a JSON list with one object per text shown"):
             read_scores(tmp_path)
     for empty in (tmp_path / "none", tmp_path / "scores" / "fuzz"):
         with pytest.raises(MissingFile, match=r"expected a folder with scores/SCORER/MODULE_latentN\.txt"):

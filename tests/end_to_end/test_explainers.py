@@ -75,7 +75,7 @@ def test_the_ensemble_s_note_tells_scores(options: dict[str, object], tmp_path: 
         run(config, tmp_path, stages=("collect", "explain"))
     with RunStore.open(tmp_path) as store:
         found = store.explanations(store.source_names()[0], "ensemble@stand-in").values()
-    pattern = r"candidate \d of 4; balanced accuracy on 5 active and 5 inactive windows held back: (.*)"
+    pattern = r"candidate \d of 4; balanced accuracy on 5 active and 5 inactive held-out windows: (.*)"
     scores = [[float(x) for x in re.fullmatch(pattern, one.note)[1].split(", ")] for one in found]  # type: ignore[index]
     assert len(scores) == N_FEATURES and all(max(each) >= 0.9 for each in scores)  # features are words
 

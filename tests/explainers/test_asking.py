@@ -105,7 +105,7 @@ def test_where_the_context_is_short_the_weakest_examples_go(explainer: type, goo
     kept = [one for one in positives if f"<<word{one.window}>>" in content]
     assert 3 <= len(kept) < 11
     assert {one.peak for one in kept} == set(sorted((one.peak for one in positives), reverse=True)[: len(kept)])
-    assert found.note.startswith(f"the context held {len(kept)} of 11 examples: the weakest were left out")
+    assert found.note.startswith(f"only {len(kept)} of 11 examples fit the context; the weakest were left out")
     client.limit -= 300
     with pytest.raises(ContextOverflow, match="use fewer examples"):
         explain(explainer(), client, examples)

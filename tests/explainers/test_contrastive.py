@@ -46,14 +46,14 @@ def test_both_kinds_give_way_to_a_short_context_in_proportion() -> None:
     active, silent = shown(client, "active"), shown(client, "silent")
     assert 2 <= len(active) < 20 and active == list(range(0, 2 * len(active), 2))  # the strongest of those chosen
     assert len(silent) == -(-len(active) // 2)
-    assert found.note == f"the context held {len(active)} of 20 examples: the weakest were left out"
+    assert found.note == f"only {len(active)} of 20 examples fit the context; the weakest were left out"
 
 
 def test_without_inactive_windows_it_says_so() -> None:
     client = Scripted(REPLY)
     alone = ExplainExamples("source", "7", 0.0, 50.0, POSITIVES)
     assert asyncio.run(ContrastiveExplainer().explain("7", alone, client)).note == (
-        "there were no inactive windows to show beside"
+        "there were no inactive windows to show"
     )
     assert "Not active:" not in client.requests[0][0][-1].content
 

@@ -107,7 +107,7 @@ def test_where_the_context_is_short_the_weakest_examples_go_and_it_says_so() -> 
     peaks = sorted((positives[i].peak for i in range(11)), reverse=True)
     assert 3 <= len(kept) < 11 and kept == sorted(kept)
     assert sorted((positives[i].peak for i in kept), reverse=True) == peaks[: len(kept)]
-    assert explanation.note == f"the context held {len(kept)} of 11 examples: the weakest were left out"
+    assert explanation.note == f"only {len(kept)} of 11 examples fit the context; the weakest were left out"
     client.limit = overhead - 100
     with pytest.raises(ContextOverflow, match="use fewer examples"):
         asyncio.run(DefaultExplainer().explain("7", examples, client))

@@ -81,7 +81,7 @@ def test_the_best_candidate_is_kept_and_the_note_says_every_score() -> None:
     assert (found.text, found.explainer, found.version) == ("a whale", "ensemble", "1-default-1")
     assert 0.3 < model.score("sea") < 1.0 and model.score("again") == 0.5 and model.score("whale") == 1.0
     assert found.note == (
-        "candidate 3 of 4; balanced accuracy on 10 active and 10 inactive windows held back: "
+        "candidate 3 of 4; balanced accuracy on 10 active and 10 inactive held-out windows: "
         f"{model.score('sea'):.2f}, 0.50, 1.00, no candidate"
     )
 
@@ -168,14 +168,14 @@ def test_few_windows_hold_back_fewer() -> None:
     for positives, negatives, held in ((8, 40, 2), (40, 3, 2), (39, 40, 9), (4, 1, 1)):
         model = Model("a whale", "the sea")
         found = explain(model, replace(BOTH, positives=POSITIVES[:positives], negatives=NEGATIVES[:negatives]))
-        assert f"on {held} active and {held} inactive windows held back" in found.note
+        assert f"on {held} active and {held} inactive held-out windows" in found.note
 
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "reason"),
     [
-        (POSITIVES, (), "no inactive windows to hold candidates against"),
-        (POSITIVES[:3], NEGATIVES, "3 active windows only to hold candidates against"),
+        (POSITIVES, (), "no inactive windows"),
+        (POSITIVES[:3], NEGATIVES, "only 3 active windows"),
     ],
 )
 def test_where_nothing_can_be_held_back_the_first_stays_and_it_says_so(
@@ -236,7 +236,7 @@ def test_what_is_not_read_is_neither_right_nor_wrong() -> None:
     model = Moody("a mumbled whale", "a forbidden whale", "half a whale", "the sea")
     found = explain(model)
     assert found.text == "half a whale"
-    assert found.note.endswith(f"held back: not read, not read, 1.00 (of 10 read), {model.score('sea'):.2f}")
+    assert found.note.endswith(f"held-out windows: no score, no score, 1.00 (10 verdicts), {model.score('sea'):.2f}")
     assert explain(Moody("a mumbled whale", "a forbidden whale")).text == "a mumbled whale"  # none was read: the first
 
 

@@ -57,7 +57,7 @@ def test_a_feature_without_one_fails_alone(dump: Path) -> None:
     explainer = NeuronpediaExplainer(str(dump))
     with pytest.raises(UnknownFeature, match=f"^{SAE} feature 9: expected an explanation in the export; seen none;"):
         explain(explainer, "9")
-    with pytest.raises(UnknownFeature, match=r"by gpt-5; seen those by gpt-4o-mini \(oai_token-act-pair\);"):
+    with pytest.raises(UnknownFeature, match=r"by gpt-5; seen explanations by gpt-4o-mini \(oai_token-act-pair\);"):
         explain(NeuronpediaExplainer(str(dump), by="gpt-5"))
     assert explain(explainer).text == "mentions of captains"
 
@@ -82,7 +82,8 @@ def prepare(explainer: NeuronpediaExplainer, *sources: str) -> None:
 
 def test_of_several_dictionaries_one_has_to_be_named(dump: Path) -> None:
     prepare(NeuronpediaExplainer(str(dump)), SAE, PLANTED)  # controls are never meant
-    with pytest.raises(BadConfig, match=f"expected one dictionary that it explains; seen 2: {SAE}, {OTHER}; fix: say"):
+    message = f"expected exactly one dictionary that the export explains; seen 2: {SAE}, {OTHER}; fix: name"
+    with pytest.raises(BadConfig, match=message):
         prepare(NeuronpediaExplainer(str(dump)), SAE, OTHER, PLANTED)
     with pytest.raises(BadConfig, match=f"seen none in {PLANTED}"):
         prepare(NeuronpediaExplainer(str(dump)), PLANTED)
@@ -104,7 +105,7 @@ def test_what_is_missing_or_damaged_is_found_before_the_first_feature(dump: Path
     with pytest.raises(BadFile, match=r"batch-0.jsonl.gz line 1: expected a description; seen int"):
         prepare(NeuronpediaExplainer(str(dump)), SAE)
     for sources in (None, lambda: [], lambda: [object]):
-        with pytest.raises(BadConfig, match="expected the folder of an export, or a run of an export; seen neither"):
+        with pytest.raises(BadConfig, match="expected a run on an export, or the folder of an export; seen neither"):
             prepare(NeuronpediaExplainer(sources=sources), SAE)
 
 
@@ -162,9 +163,9 @@ def test_of_several_sources_only_the_one_named_is_explained(tmp_path: Path) -> N
     def describe(explainer: str) -> None:
         run(RunConfig.create(**options, explainers=(explainer,)), tmp_path / "run", stages=("explain",))
 
-    with pytest.raises(BadConfig, match="expected one dictionary that it explains; seen 2: gemma"):
+    with pytest.raises(BadConfig, match="expected exactly one dictionary that the export explains; seen 2: gemma"):
         describe(f"neuronpedia:{export}")
-    with pytest.raises(BadConfig, match="expected one dictionary that it explains; seen none in gemma"):
+    with pytest.raises(BadConfig, match="expected exactly one dictionary that the export explains; seen none in gemma"):
         describe(f"neuronpedia:{export},source=*/20-absent")
     assert records(tmp_path / "run") == {}
     for _ in range(2):  # the second time only the one that failed is tried

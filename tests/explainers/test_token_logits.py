@@ -63,7 +63,7 @@ def test_an_unreadable_reply_is_asked_for_once_more_and_then_fails() -> None:
 def test_without_a_client_or_without_promoted_tokens() -> None:
     with pytest.raises(BadConfig, match="explainer 'token-logits': expected a client"):
         asyncio.run(TokenLogitsExplainer().explain("7", BAKING, None))
-    message = "source feature 7: expected tokens that its direction promotes; seen none: no direction in the residual"
+    message = "source feature 7: expected tokens that the feature's direction promotes; seen none: it has no direction"
     for explainer in (TokenLogitsExplainer(), PromotedExplainer()):
         with pytest.raises(InputError, match=message):
             asyncio.run(explainer.explain("7", EXAMPLES, Scripted(GOOD)))

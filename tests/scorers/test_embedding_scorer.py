@@ -123,10 +123,10 @@ def test_a_window_taken_whole_says_nothing_about_marks(minilm: Path) -> None:
     items = [JudgeItem("a whale", ((0, 1),)), JudgeItem("a whale"), JudgeItem(""), JudgeItem("a whale", ())]
     answers = asyncio.run(judge.judge("whales", items))
     assert [answer.reason for answer in answers] == [
-        "a window taken whole says nothing about marks",
+        "marks are not supported with pieces=whole",
         None,
         "the text is empty",
-        "a window taken whole says nothing about marks",
+        "marks are not supported with pieces=whole",
     ]
     best = asyncio.run(EmbeddingJudge(minilm).judge("whales", [JudgeItem("a whale")]))
     assert [answers[1]] == best  # of two words there is one piece: the whole

@@ -327,7 +327,7 @@ def test_the_wrong_number_of_picks_is_unscored_not_raised(delta: int) -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(
-        BadConfig, match="expected at least 3: of two texts, neither is the odd one; seen 2; fix: use 5"
+        BadConfig, match="expected at least 3, because of two texts neither is the odd one out; seen 2; fix: use 5"
     ):
         create("scorers", "intruder", n_texts=2)
     with pytest.raises(BadConfig, match="n_groups of scorer 'intruder': expected at least 1; seen 0; fix: use 20"):
@@ -449,7 +449,7 @@ def test_what_the_model_refuses_or_cannot_read_is_unscored_and_an_unreachable_on
 
 def test_groups_too_small_to_ask_about() -> None:
     picks, client = asked_llm(finds, [GROUPS[0][:2], GROUPS[1], []])
-    assert [pick.reason for pick in picks] == ["fewer than 3 texts: none is the odd one", None, picks[0].reason]
+    assert [pick.reason for pick in picks] == ["fewer than 3 texts, so none is the odd one out", None, picks[0].reason]
     assert len(client.requests) == 1 and asked_llm(finds, [])[0] == []
 
 
@@ -513,7 +513,7 @@ def test_the_embedding_judge_on_odd_groups(minilm: Path) -> None:
     sea = [JudgeItem(text) for text in TOPICS["sea"]]
     picks = asyncio.run(EmbeddingJudge(minilm).pick([sea[:2], [*sea, JudgeItem("")], [sea[0]] * 3, []]))
     assert [pick.reason for pick in picks[:2]] == [
-        "fewer than 3 texts: none is the odd one",
+        "fewer than 3 texts, so none is the odd one out",
         "a text of the group is empty",
     ]
     assert picks[2] == Pick(0) and picks[3].index is None

@@ -1,1 +1,1 @@
-"""The judge that asks a language model."""
+"""The judge that queries a language model."""

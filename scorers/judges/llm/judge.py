@@ -1,10 +1,11 @@
-"""The judge that asks a language model: for a list of 0 and 1 about k texts, or for yes or no, with P(yes), about one.
+"""The judge that queries a language model: for one list of 0 and 1 about several texts, or for yes or no about one text.
 
-Prompts are the versioned files ``prompts/list_v*.toml`` and ``prompts/single_v*.toml``; explanation and texts enter them as
-JSON strings, so no text can end its own quotes. The part that all requests share comes first and the texts last, so that
-prefix caches can be used. Replies are constrained if the client supports it. A reply that cannot be parsed is requested
-once more; if that fails too, its items are unscored, with the reason. A list that does not fit the context is split in two.
-Does not know labels; the caller provides the client.
+The answer about one text comes with P(yes). Prompts are the versioned files ``prompts/list_v*.toml`` and
+``prompts/single_v*.toml``. The explanation and the texts enter them as JSON strings, so no text can end its own quotes.
+The part that all requests share comes first and the texts come last, so that prefix caches can be used. Replies are
+constrained if the client supports it. If a reply cannot be parsed, the request is retried once; if that fails too, its
+items are unscored, with the reason. A list that does not fit the context is split in two. Does not know labels; the caller
+provides the client.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ __all__ = ["LlmJudge", "list_prompt", "list_schema", "single_prompt"]
 
 Mode: TypeAlias = Literal["list", "single"]
 CHOICES = ("yes", "no")
-_LOGPROBS = 10  # candidates of the first token; "yes" and "no" with their spellings fit easily
+_LOGPROBS = 10  # candidates of the first token: enough for "yes" and "no" in all their spellings
 _TOKENS_PER_ANSWER, _TOKENS_AROUND = 4, 16
-# of records; prompt 1 was "list-1" until its replies got a reader that reads more of them
+# versions in records; list prompt 1 was "list-1" before its parser accepted more forms of replies
 _VERSIONS = {("list", 1): "list-1.2", ("list", 2): "list-2", ("single", 1): "single-1", ("single", 2): "single-2"}
-# what the files of the first prompts leave to the code
+# parts of the first prompts that are not in their files
 _FIRST = {
     "list": {"closing": "Reply with a list of {answers}.", "comma": ", "},
     "single": {"closing": "Reply with yes or no."},
@@ -48,12 +49,12 @@ def _prompt(mode: Mode, version: int, marked: bool) -> dict[str, Any]:
 
 
 class LlmJudge:
-    """Asks ``client``.
+    """Queries ``client``.
 
     ``mode``: "list" (``batch_size`` texts per request) or "single" (one text, with P(yes) if the client returns
     log-probabilities).
     ``thinking_tokens``: additional tokens for models that reason before they answer; P(yes) is then not available.
-    ``seed``: sent to the client, mixed with the request.
+    ``seed``: hashed with each request into the seed that is sent to the client.
     ``prompt_version``: 1 reproduces records made with the first prompts, which cost twice the tokens.
 
     Raises BadConfig.
@@ -91,7 +92,7 @@ class LlmJudge:
         self.version = f"{_VERSIONS[mode, prompt_version]}/{PICK_VERSION}/{SIMULATE_VERSION}"
 
     async def judge(self, explanation: str, items: Sequence[JudgeItem]) -> Sequence[Answer]:
-        """One answer per item, in their order. Raises ClientError if the model cannot be reached or refuses them all."""
+        """One answer per item, in their order. Raises ClientError if the model is unreachable or rejects every request."""
         size = self.batch_size if self.mode == "list" else 1
         batches = []
         for marked in (False, True):  # the two kinds of question have different prompts
@@ -101,7 +102,7 @@ class LlmJudge:
         outcomes = await asyncio.gather(*asked)
         refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
         if refusals and len(refusals) == len(outcomes):
-            raise refusals[0]  # every request was refused, so the cause is not a single text
+            raise refusals[0]  # every request was rejected, so no single text is the cause
         answers = [Answer(None, reason="not asked")] * len(items)
         for batch, outcome in zip(batches, outcomes, strict=True):
             for index, answer in zip(batch, _settled(outcome, len(batch)), strict=True):
@@ -109,17 +110,17 @@ class LlmJudge:
         return answers
 
     async def pick(self, groups: Sequence[Sequence[JudgeItem]]) -> Sequence[Pick]:
-        """The odd text of each group, see ``scorers.judges.llm.pick``. Raises as ``judge`` does."""
+        """The odd text of each group; see ``scorers.judges.llm.pick``. Raises the same errors as ``judge``."""
         return await pick_groups(self.client, groups, seed_of=self._seed, thinking_tokens=self.thinking_tokens)
 
     async def simulate(self, explanation: str, windows: Sequence[Sequence[str]]) -> Sequence[Simulation]:
-        """The predicted level of every token of each window, see ``scorers.judges.llm.simulate``. Raises as ``judge``."""
+        """The predicted level of every token of each window; see ``scorers.judges.llm.simulate``. Raises as ``judge``."""
         return await simulate_windows(
             self.client, explanation, windows, seed_of=self._seed, thinking_tokens=self.thinking_tokens
         )
 
     async def _answer(self, explanation: str, batch: Sequence[JudgeItem]) -> list[Answer] | RequestRefused:
-        """One answer per item, or the refusal if the model rejects the request."""
+        """One answer per item, or the error if the server rejects the request."""
         ask = self._ask_list if self.mode == "list" else self._ask_single
         try:
             return await ask(explanation, batch)
@@ -158,7 +159,7 @@ class LlmJudge:
             response = await self.client.generate(
                 messages,
                 choices=CHOICES,
-                logprobs=0 if self.thinking_tokens else _LOGPROBS,  # the first token is a thought, not the answer
+                logprobs=0 if self.thinking_tokens else _LOGPROBS,  # the first token would be a thought, not the answer
                 seed=self._seed(messages),
                 max_tokens=self.thinking_tokens + _TOKENS_PER_ANSWER if self.thinking_tokens else 1,
             )
@@ -175,19 +176,22 @@ class LlmJudge:
         return [Answer(None, reason=reason)]
 
     def _again(self, messages: Sequence[Message], response: Response, wanted: str) -> list[Message]:
-        """The same question with the instruction repeated. Omits the bad reply: it may be long and does not help."""
+        """The same question with the instruction repeated.
+
+        Prompt 2 omits the unreadable reply, which may be long and does not help.
+        """
         if self.prompt_version == 1:
             again = f"That could not be read. Reply with {wanted}, and nothing else."
             return [*messages, Message("assistant", response.text), Message("user", again)]
         return [*messages[:-1], Message("user", f"{messages[-1].content}\nReply with {wanted}, and nothing else.")]
 
     def _seed(self, messages: Sequence[Message]) -> int:
-        """A 31-bit seed from the judge's seed and the request, so that requests are sampled independently."""
+        """A 31-bit hash of the judge's seed and the request, so that different requests are sampled independently."""
         return derive_request_seed(self.seed, *(message.content for message in messages))
 
 
 def _settled(outcome: list[Answer] | RequestRefused, count: int) -> list[Answer]:
-    """The answers, or ``count`` unscored ones with the reason for the refusal."""
+    """The answers, or ``count`` unscored answers with the error as their reason."""
     return [Answer(None, reason=str(outcome))] * count if isinstance(outcome, RequestRefused) else outcome
 
 
@@ -197,7 +201,7 @@ def list_schema(count: int) -> dict[str, Any]:
 
 
 def list_prompt(explanation: str, items: Sequence[JudgeItem], version: int = 2) -> list[Message]:
-    """The chat messages that ask for one list of answers. The items are all marked or all not."""
+    """The chat messages that request one list of answers. Either all items have marks, or none."""
     prompt = _prompt("list", version, bool(items) and items[0].marks is not None)
     messages = [Message("system", prompt["system"].strip())]
     for shot in prompt["shots"]:
@@ -228,5 +232,5 @@ def _single_question(description: str, text: str, closing: str) -> str:
 
 
 def _shown(item: JudgeItem) -> str:
-    """The text as shown: escaped if marked, so that a << of the corpus is not read as a mark; otherwise unchanged."""
+    """The text as the model sees it. A marked text is escaped, so that a << of the corpus does not read as a mark."""
     return item.text if item.marks is None else render(item.text, item.marks)

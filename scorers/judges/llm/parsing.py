@@ -1,8 +1,8 @@
-"""Parses the answers in a language model's reply: returns exactly as many as requested, or a reason why it cannot.
+"""Parses a language model's reply: returns exactly the requested number of answers, or raises with the reason.
 
-A reply is accepted only if it is unambiguous: a list of 0 and 1, possibly repeated, in prose that neither denies it nor
-calls it an example; or, without brackets and prose, the answers alone or numbered from 1. Pure functions, linear in the
-length of the reply. Does not know prompts.
+A reply is accepted only if it is unambiguous. It may be a list of 0 and 1, possibly repeated, in prose that neither denies
+it nor calls it an example. Or it may be, without brackets and prose, the answers alone or numbered from 1. Pure functions,
+linear in the length of the reply. Does not know prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "takes_back",
 ]
 
-_LONGEST = 20_000  # characters after all thought; the answers take some hundreds
+_LONGEST = 20_000  # characters after the reasoning; the answers need a few hundred
 
 _YES = re.compile(r"1(?:\.0*)?(?:e[+-]?0+)?|true|yes", re.IGNORECASE | re.ASCII)
 _NO = re.compile(r"-?0(?:\.0*)?(?:e[+-]?\d+)?|false|no", re.IGNORECASE | re.ASCII)
@@ -35,8 +35,8 @@ _FULL_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("�
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 
 _LIST = re.compile(r"\[([^\[\]]*)\]")
-_LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # text allowed around a list of one
-_LEAD_IN = 200  # characters before a list that may say what it is
+_LABELS = re.compile(r"""(?:[\s`{}"':=.,;*]|json|answers?)*""", re.IGNORECASE)  # allowed around a list of one answer
+_LEAD_IN = 200  # how many characters before a list are searched for words that introduce it
 _GIVES_NEXT = re.compile(
     r"""[\s"'`>*•-]*|.*(?:[:=>→–—\-*{$]|\]\s*,?|\b(?:is|are|answers?))["'`\s]*""", re.IGNORECASE | re.DOTALL
 )
@@ -67,31 +67,31 @@ class Unparsable(ValueError):
 
 
 def parse_list(text: str, count: int) -> tuple[bool, ...]:
-    """The ``count`` answers of a reply that has exactly that many and whose lists are all the same.
+    """The answers of a reply. Raises Unparsable, and nothing else, unless there are ``count`` and all its lists agree.
 
-    An answer is a number equal to 0 or 1, or true, false, yes or no, bare or quoted. Prose around a list is tolerated, but
-    not around a list of one, which might be a mere reference such as "[1]". Raises only Unparsable.
+    An answer is a number equal to 0 or 1, or true, false, yes or no, with or without quotes. Prose around a list is
+    accepted, but not around a list of one answer, because "[1]" might be a reference to a text.
     """
     reply = answer_after_thought(_visible(text)).strip()
     if len(reply) > _LONGEST:
-        raise Unparsable(f"a reply of {len(reply)} characters: {_short(text)}")
+        raise Unparsable(f"the reply is too long, {len(reply)} characters: {_short(text)}")
     if opens_thought(reply):
-        raise Unparsable(f"the reply ends within a thought: {_short(text)}")
+        raise Unparsable(f"the reply ends during the model's reasoning: {_short(text)}")
     if "[" in reply or "]" in reply:
         answers = _in_brackets(reply, text)
         if count == 1 and not _LABELS.fullmatch(_LIST.sub("", reply)):
-            raise Unparsable(f"the reply is more than a list of one answer: {_short(text)}")
+            raise Unparsable(f"the reply contains more than a list of one answer: {_short(text)}")
     else:
         answers = _numbered(reply) or _bare(reply)
-        if not answers or count == 1:  # a number alone may be that of a text
-            raise Unparsable(f"the reply holds no single list: {_short(text)}")
+        if not answers or count == 1:  # a single number may be the number of a text
+            raise Unparsable(f"the reply contains no readable list: {_short(text)}")
     if len(answers) != count:
         raise Unparsable(f"{len(answers)} answers instead of {count}: {_short(text)}")
     return tuple(answers)
 
 
 def _visible(text: str) -> str:
-    """The reply without invisible characters and surrounding space, with ASCII digits and brackets."""
+    """The reply without invisible characters and surrounding space, and with digits and brackets in ASCII."""
     if text.isascii():
         return text.strip()
     seen = _INVISIBLE.sub("", text).translate(_FULL_WIDTH).strip()
@@ -99,9 +99,9 @@ def _visible(text: str) -> str:
 
 
 def _in_brackets(reply: str, text: str) -> list[bool]:
-    """The answers of the reply's list, which may be repeated. Brackets that contain no answer count as prose."""
+    """The answers in the reply's list, which may be repeated. Brackets without any answer count as prose."""
     if re.sub(r"[^\[\]]+", "", reply).replace("[]", ""):
-        raise Unparsable(f"the reply holds no single list: {_short(text)}")
+        raise Unparsable(f"the reply contains no readable list: {_short(text)}")
     only: list[bool] | None = None
     reason = ""
     for found in _LIST.finditer(reply):
@@ -113,27 +113,27 @@ def _in_brackets(reply: str, text: str) -> list[bool]:
             if answers:
                 raise Unparsable(reason)
         elif is_spoken_of(reply, *found.span()):
-            raise Unparsable(f"the reply speaks about a list: {_short(text)}")
+            raise Unparsable(f"the reply discusses a list instead of giving one: {_short(text)}")
         elif only is not None and answers != only:
-            raise Unparsable(f"the reply holds lists that differ: {_short(text)}")
+            raise Unparsable(f"the reply contains lists that differ: {_short(text)}")
         else:
             only = answers
     if only is None:
         raise Unparsable(reason)
     if takes_back(reply, reply.rindex("]") + 1):
-        raise Unparsable(f"the reply takes its list back: {_short(text)}")
+        raise Unparsable(f"the reply retracts its list: {_short(text)}")
     return only
 
 
 def takes_back(reply: str, end: int) -> bool:
-    """Whether the text after a reply's last list, which ends at ``end``, calls the list wrong or a guess."""
+    """Whether the text after the last list of a reply, which ends at ``end``, retracts the list."""
     return _TAKES_BACK.search(reply, end) is not None
 
 
 def is_spoken_of(reply: str, start: int, end: int) -> bool:
-    """Whether the words around a list do more than introduce it: call it an example or a format, deny it, question it.
+    """Whether the words around the list ``reply[start:end]`` do more than introduce it.
 
-    The list is ``reply[start:end]``.
+    For example, they may call the list an example or a format, deny it or question it.
     """
     before = re.sub(r"```\w*\s*$", "", reply[max(0, start - _LEAD_IN) : start])
     line = before.rpartition("\n")[2]
@@ -145,9 +145,9 @@ def is_spoken_of(reply: str, start: int, end: int) -> bool:
 
 
 def _elements(inside: str) -> list[str]:
-    """The elements of a list, separated by commas, else by semicolons, else, if it starts with an answer, by spaces.
+    """The elements of a list. One trailing separator is allowed.
 
-    One trailing separator is allowed.
+    The separator is the comma if the list contains one, else the semicolon, else, after an initial answer, the space.
     """
     for separator in ",;":
         if separator in inside:
@@ -167,7 +167,7 @@ def _answer(element: str) -> bool | None:
 
 
 def _numbered(reply: str) -> list[bool]:
-    """The answers of a reply such as "1. 0" and "2. yes" on lines, or {"1": 0, "2": 1}; none if anything else is in it."""
+    """The answers of a reply such as lines "1. 0" and "2. yes", or {"1": 0, "2": 1}. Empty if it contains anything else."""
     plain = _HEADING.sub("", re.sub(r"[*`\"'“”‘’]", "", reply), count=1).strip()
     if plain.startswith("{") and plain.endswith("}"):
         plain = plain[1:-1]
@@ -183,7 +183,7 @@ def _numbered(reply: str) -> list[bool]:
 
 
 def _bare(reply: str) -> list[bool]:
-    """The answers of a reply such as "1, 0, 1" or "1 0 1", or one a line; none if anything else is in it."""
+    """The answers of a reply such as "1, 0, 1", "1 0 1" or one answer per line. Empty if it contains anything else."""
     plain = _HEADING.sub("", re.sub(r"[*`]", "", reply), count=1).strip()
     if plain.startswith("(") and plain.endswith(")"):
         plain = plain[1:-1]
@@ -208,9 +208,10 @@ def parse_yes_no(text: str) -> bool:
 
 
 def gives_yes_or_no(candidates: Mapping[str, float], reply: str) -> bool:
-    """Whether P(yes) can be computed from the first token: the reply starts with an answer, or most probability does.
+    """Whether P(yes) can be computed from the first token: it is yes or no, in the reply or with probability ≥ 0.5.
 
-    For constrained replies the probabilities may be those before the constraint, so a low mass alone is no objection.
+    Servers may return probabilities from before the constraint. A low probability of both words is therefore acceptable if
+    the reply is an answer.
     """
     begun = reply.strip().lower()
     return _yes_no_mass(candidates, "yes") + _yes_no_mass(candidates, "no") >= 0.5 or (
@@ -219,7 +220,7 @@ def gives_yes_or_no(candidates: Mapping[str, float], reply: str) -> bool:
 
 
 def _yes_no_mass(candidates: Mapping[str, float], word: str) -> float:
-    """Probability of all spellings of ``word`` among the candidates (natural-log probabilities)."""
+    """The probability of all spellings of ``word`` among the candidates, whose values are natural-log probabilities."""
     return sum(
         math.exp(min(logprob, 0.0))
         for token, logprob in candidates.items()
@@ -228,9 +229,9 @@ def _yes_no_mass(candidates: Mapping[str, float], word: str) -> float:
 
 
 def probability_of_yes(candidates: Mapping[str, float]) -> float | None:
-    """P(yes) relative to no, from natural-log probabilities of the first token; None if neither is a candidate.
+    """P(yes) / (P(yes) + P(no)), from natural-log probabilities of the first token; None if neither is a candidate.
 
-    Spellings that differ in case or surrounding space count together.
+    Spellings that differ in case or surrounding space are added up.
     """
     yes, no = _yes_no_mass(candidates, "yes"), _yes_no_mass(candidates, "no")
     return yes / (yes + no) if yes + no > 0 else None

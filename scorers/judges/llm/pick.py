@@ -1,8 +1,8 @@
-"""Asks a language model which text of a group does not belong with the others, one request per group.
+"""Queries a language model for the text of a group that does not belong with the others, one request per group.
 
 The prompt is the versioned file ``prompts/pick_v1.toml``; texts enter it as JSON strings, so none can end its own quotes.
-The reply is constrained to the numbers of the texts if the client supports it. A reply that cannot be parsed is requested
-once more; if that fails too, the group has no pick but a reason. Shows no marks and does not know the odd text.
+The reply is constrained to the numbers of the texts if the client supports it. If a reply cannot be parsed, the request is
+retried once; if that fails too, the group has a reason instead of a pick. Shows no marks; does not know the odd text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scorers.picking import why_no_pick
 
 __all__ = ["PICK_VERSION", "parse_pick", "pick_groups", "pick_prompt"]
 
-PICK_VERSION = "pick-1"  # of records: that of the prompt file, and of how replies are read
+PICK_VERSION = "pick-1"  # in records: the version of the prompt file and of the parser
 _ANSWER_TOKENS = 4
 _REPLY = re.compile(r"[\s\"'`*(\[]*(?:[Tt]ext\s+)?([0-9]{1,4})[\s\"'`*)\].]*")
 
@@ -43,7 +43,7 @@ async def pick_groups(
 ) -> list[Pick]:
     """One pick per group, in their order. ``seed_of`` returns the seed of a request.
 
-    Raises ClientError if the model cannot be reached or refuses every request.
+    Raises ClientError if the model cannot be reached or rejects every request.
     """
 
     async def ask(group: Sequence[JudgeItem]) -> Pick | RequestRefused:
@@ -59,7 +59,7 @@ async def pick_groups(
     outcomes = await asyncio.gather(*(ask(group) for group in groups))
     refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
     if refusals and len(refusals) == len(outcomes):
-        raise refusals[0]  # every request was refused, so the cause is not a single text
+        raise refusals[0]  # every request was rejected, so no single text is the cause
     return [outcome if isinstance(outcome, Pick) else Pick(None, reason=str(outcome)) for outcome in outcomes]
 
 
@@ -103,12 +103,15 @@ def _question(texts: Sequence[str]) -> str:
 
 
 def parse_pick(text: str, count: int) -> int:
-    """The index, from 0, of the text that a reply names by a number from 1 to ``count`` alone. Raises Unparsable."""
+    """The index, from 0, of the text that the reply names.
+
+    Raises Unparsable if the reply is anything but one number from 1 to ``count``.
+    """
     shown = repr(text if len(text) <= 80 else text[:77] + "…")
     found = _REPLY.fullmatch(text)
     if found is None:
         raise Unparsable(f"the reply is not one number: {shown}")
     number = int(found[1])
     if not 1 <= number <= count:
-        raise Unparsable(f"the reply is no number from 1 to {count}: {shown}")
+        raise Unparsable(f"the reply is not a number from 1 to {count}: {shown}")
     return number - 1

@@ -1,10 +1,10 @@
-"""Asks a language model to simulate a feature: a level from 0 to 9 for every token of one window.
+"""Queries a language model to simulate a feature: a level from 0 to 9 for every token of one window.
 
 The prompt is the versioned file ``prompts/simulate_v1.toml``; explanation and tokens enter it as JSON, so no text can end
 its own quotes. Everything before the window's tokens is the same for all windows of an explanation, so that prefix caches
 can be used. Replies are constrained if the client supports it. If it returns log-probabilities, a token's prediction is
-the expected level Σ p(k)·k over the candidate digits, else the digit in the reply. A reply that cannot be parsed is
-requested once more; if that fails too, the window has no simulation but a reason. Does not know true activations.
+the expected level Σ p(k)·k over the candidate digits, else the digit in the reply. If a reply cannot be parsed, the request
+is retried once; if that fails too, the window has a reason instead of a simulation. Does not know true activations.
 
 Source of the expected level: Bills et al. 2023, "Language models can explain neurons in language models" (OpenAI).
 """
@@ -37,9 +37,9 @@ __all__ = [
     "simulate_windows",
 ]
 
-LEVELS = range(10)  # single digits: each is one token of any tokenizer, so its probability can be read off
-SIMULATE_VERSION = "simulate-1"  # of records: that of the prompt file, and of how replies are read
-_LOGPROBS = 5  # candidates per token: every server returns this many, and recordings store all of them
+LEVELS = range(10)  # single digits: each is one token in every tokenizer, so its probability is known
+SIMULATE_VERSION = "simulate-1"  # in records: the version of the prompt file and of the parser
+_LOGPROBS = 5  # candidates per token: all servers return at least 5, and more would enlarge the recorded calls
 _TOKENS_PER_LEVEL, _TOKENS_AROUND = 4, 16
 _LEVEL = re.compile(r"""(["']?)([0-9])(?:\.0)?\1""")
 
@@ -62,12 +62,12 @@ async def simulate_windows(
     ``seed_of``: returns the seed of a request.
     ``thinking_tokens``: as in ``LlmJudge``; log-probabilities are then not used.
 
-    Raises RequestRefused if every request is refused, and other ClientErrors.
+    Raises RequestRefused if every request is rejected, and other ClientErrors.
     """
     outcomes = await asyncio.gather(*(_ask(client, explanation, one, seed_of, thinking_tokens) for one in windows))
     refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefused)]
     if refusals and len(refusals) == len(outcomes):
-        raise refusals[0]  # every request was refused, so the cause is not a single text
+        raise refusals[0]  # every request was rejected, so no single text is the cause
     return [Simulation(None, str(one)) if isinstance(one, RequestRefused) else one for one in outcomes]
 
 
@@ -90,7 +90,7 @@ async def _ask(
             )
             try:
                 if response.in_thought:
-                    raise Unparsable(f"the reply ends within a thought: {response.answer[:77]!r}")
+                    raise Unparsable(f"the reply ends during the model's reasoning: {response.answer[:77]!r}")
                 return Simulation(_values(response, parse_levels(response.answer, len(tokens))))
             except Unparsable as error:
                 reason = str(error)
@@ -108,7 +108,7 @@ def simulate_schema(count: int) -> dict[str, Any]:
 
 
 def simulate_prompt(explanation: str, tokens: Sequence[str]) -> list[Message]:
-    """The chat messages that ask for the levels of one window's tokens."""
+    """The chat messages that request the levels of one window's tokens."""
     prompt = _prompt()
     messages = [Message("system", prompt["system"].strip())]
     for shot in prompt["shots"]:
@@ -133,25 +133,25 @@ def _again(messages: Sequence[Message], response: Response, count: int) -> list[
 
 
 def parse_levels(text: str, count: int) -> tuple[int, ...]:
-    """The ``count`` levels of a reply with exactly one list of them, with or without prose. Raises Unparsable."""
+    """The levels of a reply with exactly one list of ``count`` levels, with or without prose. Raises Unparsable."""
     shown = repr(text if len(text) <= 80 else text[:77] + "…")
     if text.count("[") != 1 or text.count("]") != 1 or text.index("[") > text.index("]"):
-        raise Unparsable(f"the reply holds no single list: {shown}")
+        raise Unparsable(f"the reply does not contain exactly one list: {shown}")
     if is_spoken_of(text, text.index("["), text.index("]") + 1) or takes_back(text, text.index("]")):
-        raise Unparsable(f"the reply speaks about a list: {shown}")
+        raise Unparsable(f"the reply discusses a list instead of giving one: {shown}")
     inside = text[text.index("[") + 1 : text.index("]")].strip()
     elements = [element.strip(" \t\r\n") for element in inside.split(",")] if inside else []
     found = [_LEVEL.fullmatch(element) for element in elements]
     for element, level in zip(elements, found, strict=True):
         if level is None:
-            raise Unparsable(f"{element[:20]!r} is no digit from 0 to 9: {shown}")
+            raise Unparsable(f"{element[:20]!r} is not a digit from 0 to 9: {shown}")
     if len(found) != count:
         raise Unparsable(f"{len(found)} levels instead of {count}: {shown}")
     return tuple(int(level[2]) for level in found if level is not None)
 
 
 def _values(response: Response, levels: Sequence[int]) -> tuple[float, ...]:
-    """Expected levels where the reply has log-probabilities for them, else the levels themselves."""
+    """The expected levels if the reply has log-probabilities of the digits, else the levels themselves."""
     steps = locate(response.logprobs, levels)
     if steps is None:
         return tuple(float(level) for level in levels)
@@ -160,13 +160,13 @@ def _values(response: Response, levels: Sequence[int]) -> tuple[float, ...]:
 
 
 def locate(logprobs: Sequence[Mapping[str, float]], levels: Sequence[int]) -> list[int] | None:
-    """The index of the generated token of each level; None unless this is unique and each level is a token of its own.
+    """The index of the generated token of each level; None if this is ambiguous or a level is not a token of its own.
 
-    A client returns the candidates of every token but not which one was sampled. The parsed list is therefore spelled
-    again from the candidates: it may start at any token, and white space may occur anywhere.
+    A client returns the candidates of every token, but not which candidate was sampled. The list is therefore searched for
+    as a sequence of candidates. It may start at any token, and white space may occur anywhere.
     """
     target = "[" + ",".join(map(str, levels)) + "]"
-    paths: dict[int, tuple[int, tuple[int | None, ...]]] = {}  # by characters spelled: ways, the levels' tokens in one
+    paths: dict[int, tuple[int, tuple[int | None, ...]]] = {}  # by length spelled: ways, token indices
     complete: list[tuple[int, tuple[int | None, ...]]] = []
     for step, candidates in enumerate(logprobs):
         longer: dict[int, tuple[int, tuple[int | None, ...]]] = {}
@@ -188,7 +188,7 @@ def locate(logprobs: Sequence[Mapping[str, float]], levels: Sequence[int]) -> li
 
 
 def _spell(target: str, start: int, piece: str) -> int | None:
-    """The position in ``target`` after spelling ``piece`` from ``start`` on, or None if it does not fit."""
+    """The position in ``target`` after ``piece`` is spelled at ``start``, or None if it does not fit there."""
     if start == 0:
         opening = piece.rfind("[")
         if opening < 0:
@@ -201,9 +201,10 @@ def _spell(target: str, start: int, piece: str) -> int | None:
 
 
 def expected_level(candidates: Mapping[str, float]) -> float | None:
-    """Σ p(k)·k over the digits among the candidates (natural-log probabilities), or None if there are no digits.
+    """Σ p(k)·k over the candidates that are digits; None if there are none.
 
-    Probabilities are scaled to sum to one over the digits; spellings with white space count.
+    The candidates have natural-log probabilities. Probabilities are scaled to sum to one over the digits; a digit with
+    surrounding white space counts as that digit.
     """
     mass = dict.fromkeys(LEVELS, 0.0)
     for candidate, logprob in candidates.items():
@@ -215,5 +216,5 @@ def expected_level(candidates: Mapping[str, float]) -> float | None:
 
 
 def _bare(token: str) -> str:
-    """A token's text without white space, however the tokenizer writes white space."""
+    """A token's text without white space, in whatever form the tokenizer writes white space."""
     return "".join(token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", " ").split())

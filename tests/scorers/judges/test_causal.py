@@ -111,5 +111,5 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingFile, match="or a model hub that can be reached"):
+    with pytest.raises(MissingFile, match="or on a hub that can be reached"):
         CausalModel("nobody/no-such-model")

@@ -257,7 +257,7 @@ def test_ties_go_to_the_first_and_small_groups_to_a_reason() -> None:
     picks = asyncio.run(
         LexicalJudge().pick([[JudgeItem("a"), JudgeItem("b")], [], [JudgeItem("")] * 3, [JudgeItem("a")] * 3])
     )
-    reasons = ["fewer than 3 texts: none is the odd one"] * 2 + ["a text of the group is empty", None]
+    reasons = ["fewer than 3 texts, so none is the odd one out"] * 2 + ["a text of the group is empty", None]
     assert [pick.reason for pick in picks] == reasons
 
 

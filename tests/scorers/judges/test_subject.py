@@ -141,7 +141,7 @@ def test_odd_items(subject_model: Path) -> None:
     assert [answer.reason for answer in answers] == [
         "the text is empty",
         None,
-        "the subject model cannot be asked about marks",
+        "the judge 'subject' does not support marks",
         "explanation and text do not fit the subject model's context",
     ]
     assert answers[1].confidence is not None and judged(judge, "whales", []) == []

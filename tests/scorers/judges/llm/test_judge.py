@@ -94,7 +94,7 @@ def test_marked_and_unmarked_items_keep_their_places() -> None:
 def test_one_re_ask_then_unscored() -> None:
     answers, client = judge_all(lambda m, s: "I cannot say.", batch_size=5)
     assert [answer.match for answer in answers] == [None] * 12
-    assert {answer.reason for answer in answers} == {"the reply holds no single list: 'I cannot say.'"}
+    assert {answer.reason for answer in answers} == {"the reply contains no readable list: 'I cannot say.'"}
     assert len(client.requests) == 6  # three batches, each asked twice
     first, again = client.requests[0]["messages"], client.requests[1]["messages"]
     demand = "Reply with a JSON list of exactly 5 numbers, each 0 or 1, and nothing else."

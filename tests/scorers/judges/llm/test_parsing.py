@@ -115,14 +115,14 @@ def test_reasons_are_exact() -> None:
     for text, count, reason in [
         ("[1]", 2, "1 answers instead of 2: '[1]'"),
         ("[maybe, 0]", 2, "'maybe' is neither 0 nor 1: '[maybe, 0]'"),
-        ("I cannot say.", 2, "the reply holds no single list: 'I cannot say.'"),
-        ("[1, 0", 2, "the reply holds no single list: '[1, 0'"),
-        ("[1, 0] [0, 1]", 2, "the reply holds lists that differ: '[1, 0] [0, 1]'"),
-        ("For example [1, 0]", 2, "the reply speaks about a list: 'For example [1, 0]'"),
-        ("<think>[1, 0]", 2, "the reply ends within a thought: '<think>[1, 0]'"),
-        ("see [1]", 1, "the reply speaks about a list: 'see [1]'"),
-        ("Answer 3: [1]", 1, "the reply is more than a list of one answer: 'Answer 3: [1]'"),
-        ("x" * 200_000, 1, f"a reply of 200000 characters: '{'x' * 77}…'"),
+        ("I cannot say.", 2, "the reply contains no readable list: 'I cannot say.'"),
+        ("[1, 0", 2, "the reply contains no readable list: '[1, 0'"),
+        ("[1, 0] [0, 1]", 2, "the reply contains lists that differ: '[1, 0] [0, 1]'"),
+        ("For example [1, 0]", 2, "the reply discusses a list instead of giving one: 'For example [1, 0]'"),
+        ("<think>[1, 0]", 2, "the reply ends during the model's reasoning: '<think>[1, 0]'"),
+        ("see [1]", 1, "the reply discusses a list instead of giving one: 'see [1]'"),
+        ("Answer 3: [1]", 1, "the reply contains more than a list of one answer: 'Answer 3: [1]'"),
+        ("x" * 200_000, 1, f"the reply is too long, 200000 characters: '{'x' * 77}…'"),
     ]:
         with pytest.raises(Unparsable) as error:
             parse_list(text, count)

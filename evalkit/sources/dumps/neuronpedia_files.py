@@ -67,7 +67,7 @@ def _parsed(place: str, line: bytes) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise bad_line(place, "a JSON object", str(error)[:100]) from error
+        raise bad_line(place, "a JSON object", "invalid JSON") from error
     if not isinstance(record, dict):
         raise bad_line(place, "a JSON object", f"a {type(record).__name__}")
     return record

@@ -247,7 +247,9 @@ def test_errors():
     codes = random_codes(model, 40, 1)
     with pytest.raises(RqaeError) as error:
         fit_vmf(model, [codes[:1], codes], kappa_above=9999.0)
-    assert "feature 1: expected a layer in which its tokens agree; seen kappa of " in str(error.value)
+    assert "feature 1: expected at least one layer in which its tokens agree; seen a largest kappa of " in str(
+        error.value
+    )
     with pytest.raises(RqaeError, match=r"codes of feature 1: expected one token or more, of 4 quantizers.*\[3, 2\]"):
         fit_vmf(model, [codes, codes[:3, :2]])
     with pytest.raises(RqaeError, match="codes of feature 0: expected one token or more"):

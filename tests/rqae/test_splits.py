@@ -246,5 +246,5 @@ def test_errors():
         similarity_by_depth(MODEL, codes.repeat(1, 2))
     with pytest.raises(RqaeError, match="codes of tokens: expected at least 10 quantizers, like the features; seen 9"):
         SplitTree.build(MODEL, named(MODEL, codes), 0.5, tokens=codes[:, :9])
-    with pytest.raises(RqaeError, match=r"active_above: expected one number, or 10; seen shape \[9\]"):
+    with pytest.raises(RqaeError, match=r"active_above: expected one number, or 10 numbers; seen shape \[9\]"):
         SplitTree.build(MODEL, named(MODEL, codes), 0.5, tokens=codes, active_above=torch.ones(9))

@@ -31,7 +31,7 @@ _DOWNLOAD = "download the checkpoint again, or save it with RQAE.save_pretrained
 
 
 def read_config(folder: Path) -> RqaeConfig:
-    """The config of a checkpoint folder. Raises RqaeError; unknown keys are ignored, as in the original implementation."""
+    """Read the config of a checkpoint folder. Ignores unknown keys, like the original implementation. Raises RqaeError."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise RqaeError(
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> RqaeConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise RqaeError(str(path), expected="JSON", seen=str(error)[:120], fix=_DOWNLOAD) from error
+        raise RqaeError(str(path), expected="a JSON object", seen="invalid JSON", fix=_DOWNLOAD) from error
     names = [field.name for field in fields(RqaeConfig)]
     if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
         seen = f"no {', '.join(missing)}" if isinstance(values, dict) else type(values).__name__
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> RqaeConfig:
 
 
 def expected_shapes(config: RqaeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of a checkpoint with its shape."""
+    """The name and shape of every tensor in a checkpoint."""
     count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
     yield "codebook", (count, config.num_codes, width)
     yield "codebook_counts", (count, config.num_codes)
@@ -76,7 +76,7 @@ def _check(path: Path, file: Any, config: RqaeConfig) -> None:
                 f"{path}: tensor {name!r}",
                 expected=f"shape {list(shape)}",
                 seen=f"shape {seen}",
-                fix=f"make {CONFIG_FILE} and {WEIGHTS_FILE} come from the same checkpoint",
+                fix=f"use {CONFIG_FILE} and {WEIGHTS_FILE} from the same checkpoint",
             )
         if dtype not in _FLOATS:
             raise RqaeError(
@@ -88,7 +88,7 @@ def _check(path: Path, file: Any, config: RqaeConfig) -> None:
             f"{path}: tensor {min(present)!r}",
             expected=f"only the tensors of {config.num_quantizers} quantizers",
             seen=f"{len(present)} more",
-            fix=f"make num_quantizers in {CONFIG_FILE} match the weights",
+            fix=f"correct num_quantizers in {CONFIG_FILE} to match the weights",
         )
 
 
@@ -100,9 +100,9 @@ def _read(file: Any, path: Path, name: str) -> Tensor:
 
 
 def read_checkpoint(folder: Path) -> tuple[RqaeConfig, dict[str, Tensor]]:
-    """The config, and float32 tensors codebook, codebook_counts and, stacked over quantizers, w_in, b_in, w_out, b_out.
+    """Read the config and the tensors: codebook, codebook_counts and, stacked over quantizers, w_in, b_in, w_out, b_out.
 
-    Raises RqaeError naming the file and the tensor for anything missing, of another shape, or not finite.
+    Tensors are float32. Raises RqaeError naming the file and the tensor if one is missing, not finite, or of another shape.
     """
     config = read_config(folder)
     path = folder / WEIGHTS_FILE
@@ -121,7 +121,7 @@ def read_checkpoint(folder: Path) -> tuple[RqaeConfig, dict[str, Tensor]]:
 
 
 def write_checkpoint(folder: Path, config: RqaeConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Write the folder, each file atomically. ``dtype`` (None: float32) is that of every tensor."""
+    """Write the folder, each file atomically. ``dtype``: of every tensor; None: float32."""
     dtype = dtype or torch.float32
     flat = {name: tensors[name].to(dtype) for name in ("codebook", "codebook_counts")}
     for name, suffix in STACKED.items():

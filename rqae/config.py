@@ -50,7 +50,7 @@ class RqaeConfig:
                     f"RQAE config key {name!r}",
                     expected=f"an integer from 1 to {limit}",
                     seen=repr(value)[:80],
-                    fix="correct config.json, or take the one that came with the weights",
+                    fix="correct config.json, or use the one that came with the weights",
                 )
         if not isinstance(self.quantization_method, str):
             raise RqaeError(

@@ -1,6 +1,6 @@
 """The only error of the RQAE package. Its message says what was expected, what was seen, and how to fix it.
 
-The evaluation harness converts it into an error of its own; this package does not import the harness.
+The evaluation harness converts it into its own errors; this package does not import the harness.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sets of RQAE features: codes with a label and an origin each, made from tokens, from vectors or at random.
+"""Sets of RQAE features, each with codes, a label and an origin. They are made from tokens, from vectors or at random.
 
 Reads and writes one safetensors file per set, atomically, with the labels in the header. Nothing is unpickled; shapes,
 ranges and the version are checked. Uses no language model and no text: the caller passes the gain of the final norm.
@@ -38,14 +38,14 @@ _AGAIN = "save the set again with FeatureSet.save"
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """F features.
+    """A set of F features.
 
     codes: (F, k) int64 on the CPU, of the first k quantizers; each is the lowest index of its direction.
     labels: one per feature.
     origins: one of ORIGINS per feature.
-    positions: (F,) int64 or None; the row of the token that a feature was taken from, -1 for a feature without one.
+    positions: (F,) int64 or None; the row of the token that a feature was taken from, -1 for a feature without a token.
 
-    Raises RqaeError for codes outside the codebook of ``config`` or of another form, and for lists of another length.
+    Raises RqaeError for codes outside the codebook of ``config``, a wrong shape or dtype, and lists of another length.
     """
 
     config: RqaeConfig
@@ -83,7 +83,7 @@ class FeatureSet:
                 "feature positions",
                 expected=f"shape [{count}], int64, -1 or more",
                 seen=f"shape {list(given.shape)}, {given.dtype}, {given.flatten()[:3].tolist()}",
-                fix="give one row number per feature, -1 for none",
+                fix="give one row number per feature, -1 for a feature without a token",
             )
 
     def __len__(self) -> int:
@@ -157,9 +157,9 @@ class FeatureSet:
         if len({(each.config, each.depth) for each in sets}) != 1:
             raise RqaeError(
                 "feature sets to join",
-                expected="one or more, of one config and depth",
+                expected="one or more sets with the same config and depth",
                 seen=f"{len(sets)} of depths {[each.depth for each in sets]}",
-                fix="cut them with prefix",
+                fix="use sets of one RQAE, and cut them to one depth with prefix",
             )
         positions = None
         if any(each.positions is not None for each in sets):
@@ -181,7 +181,7 @@ class FeatureSet:
         return cls(model.config, codes.cpu(), tuple(names), (origin,) * len(codes), positions)
 
     def prefix(self, depth: int) -> FeatureSet:
-        """The ancestors A_depth: each feature cut after its first ``depth`` quantizers. Raises RqaeError."""
+        """The ancestors A_depth: each feature cut to its first ``depth`` quantizers. Raises RqaeError."""
         if not 0 < depth <= self.depth:
             raise RqaeError(
                 "depth", expected=f"1 to {self.depth}", seen=str(depth), fix="use at most the depth of the codes"
@@ -215,14 +215,14 @@ class FeatureSet:
         except OSError as error:
             raise RqaeError(
                 str(path),
-                expected="to be able to write it",
+                expected="a file that can be written",
                 seen=error.strerror or str(error),
                 fix="free space or choose another folder",
             ) from error
 
     @classmethod
     def load(cls, path: str | Path, config: RqaeConfig | None = None) -> FeatureSet:
-        """Read a set; if ``config`` is given, it must match. Raises RqaeError naming the file and the fault."""
+        """Read a set; ``config``, if given, must match. Raises RqaeError naming the file and the problem."""
         path = Path(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -237,7 +237,10 @@ class FeatureSet:
             found = cls(made_for, codes, tuple(labels), tuple(origins), positions)
         if config is not None and config != found.config:
             raise RqaeError(
-                str(path), expected=f"features of {config}", seen=str(found.config), fix="use the RQAE it was made with"
+                str(path),
+                expected=f"features of {config}",
+                seen=str(found.config),
+                fix="use the RQAE they were made with",
             )
         return found
 
@@ -264,7 +267,7 @@ def _check_strings(name: str, values: Sequence[str], count: int, allowed: Sequen
     if len(values) != count or not all(isinstance(each, str) and (not allowed or each in allowed) for each in values):
         raise RqaeError(
             f"feature {name}",
-            expected=f"{count} strings" + (f" out of {', '.join(allowed)}" if allowed else ""),
+            expected=f"{count} strings" + (f", each one of {', '.join(allowed)}" if allowed else ""),
             seen=f"{len(values)}: {', '.join(map(repr, values[:3]))}"[:80],
             fix=f"give {name} in the order of the codes",
         )
@@ -272,7 +275,7 @@ def _check_strings(name: str, values: Sequence[str], count: int, allowed: Sequen
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file's path to errors about a set that was read from it."""
+    """Add the file's path to errors about the set read from it."""
     try:
         yield
     except RqaeError as error:
@@ -280,14 +283,14 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _about(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """The header's JSON object, its keys and their types checked."""
+    """Read the header's JSON object; check its keys and their types."""
     text = (metadata or {}).get(_HEADER)
     if text is None:
-        raise RqaeError(str(path), expected=f"a feature set ({_HEADER!r} in its header)", seen="none", fix=_AGAIN)
+        raise RqaeError(str(path), expected=f"a feature set, with {_HEADER!r} in its header", seen="none", fix=_AGAIN)
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RqaeError(f"{path}: header", expected="JSON", seen=str(error)[:120], fix=_AGAIN) from error
+        raise RqaeError(f"{path}: header", expected="a JSON object", seen="invalid JSON", fix=_AGAIN) from error
     version = about.get("version") if isinstance(about, dict) else None
     if type(version) is int and version > _VERSION:
         raise RqaeError(f"{path}: version", expected=str(_VERSION), seen=str(version)[:20], fix="update the package")
@@ -313,7 +316,7 @@ def _check_tensors(path: Path, file: Any) -> None:
     names = set(file.keys())
     if not {"codes"} <= names <= set(_DTYPES):
         raise RqaeError(
-            f"{path}: tensors", expected="codes, perhaps positions", seen=str(sorted(names))[:80], fix=_AGAIN
+            f"{path}: tensors", expected="codes and optionally positions", seen=str(sorted(names))[:80], fix=_AGAIN
         )
     for name in sorted(names):
         dtype = file.get_slice(name).get_dtype()

@@ -29,7 +29,7 @@ def layer_weights(model: RQAE) -> Tensor:
 
 
 def scaled_vectors(model: RQAE, codes: Tensor) -> Tensor:
-    """u(c), codes (N, k) of the first k quantizers → (N, k · c) float32. Zero vectors have cosine 0 with everything."""
+    """u(c): codes (N, k) of the first k quantizers → (N, k · c) float32. Zero vectors have cosine 0 with everything."""
     vectors = normalised(model.vectors(codes))  # (N, k, c)
     return (vectors * layer_weights(model)[: codes.shape[-1], None].sqrt()).flatten(1)
 
@@ -63,7 +63,7 @@ def intensity(model: RQAE, tokens: Tensor, features: Tensor, depths: Sequence[in
 
 
 def intensity_literal(model: RQAE, tokens: Tensor, features: Tensor, depth: int) -> Tensor:
-    """Intensity by its definition, one feature at a time: (N, k) and (F, k) codes → (N, F). The reference for tests."""
+    """Intensity as defined, one feature at a time: (N, k) and (F, k) codes → (N, F). The reference for tests."""
     weights = layer_weights(model)[:depth]
     columns = []
     for feature in features:
@@ -78,7 +78,7 @@ def intensity_literal(model: RQAE, tokens: Tensor, features: Tensor, depth: int)
 
 
 def random_codes(model: RQAE, count: int, seed: int) -> Tensor:
-    """Codes drawn uniformly from each quantizer's distinct codes, a control for token features: (count, n_q) int64."""
+    """A control for token features: codes drawn uniformly from each quantizer's distinct codes, (count, n_q) int64."""
     usable = model.codebook.norm(dim=-1)[0] > 0
     choices = torch.tensor(sorted(set(model.canonical[usable].tolist())))
     drawn = derived_generator(seed, "random codes").integers(len(choices), size=(count, model.config.num_quantizers))

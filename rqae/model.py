@@ -50,7 +50,7 @@ class RQAE(nn.Module):
         codebook: Tensor | None = None,
         codebook_counts: Tensor | None = None,
     ) -> None:
-        """Raises RqaeError naming the tensor whose shape is wrong. A grid method needs no ``codebook``."""
+        """Grid methods need no ``codebook``. Raises RqaeError naming a tensor with a wrong shape, or a wrong codebook."""
         super().__init__()
         self.config = config
         count, width, dim = config.num_quantizers, config.codebook_dim, config.dim
@@ -70,7 +70,7 @@ class RQAE(nn.Module):
                     f"tensor {name!r}",
                     expected=f"shape {list(shapes[name])}",
                     seen=f"shape {list(tensor.shape)}",
-                    fix="make the tensors match the config",
+                    fix="use tensors that match the config",
                 )
             self.register_buffer(name, tensor.detach().to(torch.float32))
         self.register_buffer("canonical", canonical_indices(config))
@@ -101,7 +101,7 @@ class RQAE(nn.Module):
                 "RQAE input",
                 expected=f"last dimension {self.config.dim}",
                 seen=f"shape {list(x.shape)}",
-                fix="encode hidden states of the model that this RQAE was trained on",
+                fix="encode hidden states of the model this RQAE was trained on",
             )
         rows = x.detach().reshape(-1, self.config.dim).to(self.w_in.device)
         return self.encoder().encode(rows, depth, dtype).reshape(*x.shape[:-1], depth)
@@ -109,7 +109,7 @@ class RQAE(nn.Module):
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
         """Reconstruction from the first ``depth`` codes (None: all given), codes (…, k) → (…, d) float32.
 
-        Raises RqaeError for codes outside the codebook or more of them than quantizers.
+        Raises RqaeError for codes outside the codebook, or for more codes per token than quantizers.
         """
         depth = self._depth(codes.shape[-1] if depth is None else depth)
         if codes.shape[-1] < depth:
@@ -122,9 +122,9 @@ class RQAE(nn.Module):
         if not all(0 <= layer < limit for layer in layers) or len(set(layers)) < len(layers):
             raise RqaeError(
                 "RQAE layers",
-                expected=f"different ones from 0 to {limit - 1}",
+                expected=f"distinct layers from 0 to {limit - 1}",
                 seen=str(list(layers)),
-                fix="encode deeper",
+                fix="remove duplicates, or encode deeper",
             )
         chosen = torch.tensor(layers, dtype=torch.int64, device=codes.device)
         vectors = self.vectors(codes[..., :limit])[..., chosen, :].flatten(-2)
@@ -132,7 +132,7 @@ class RQAE(nn.Module):
         return vectors @ weight + self.b_out[chosen].sum(dim=0)
 
     def reconstructions(self, codes: Tensor, depths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield (depth, reconstruction) for ``depths`` in ascending order, at the cost of the deepest.
+        """Yield (depth, reconstruction) for ``depths`` in ascending order, for the cost of the deepest one.
 
         The same tensor is reused for every depth: copy it to keep it. Raises RqaeError.
         """
@@ -183,7 +183,7 @@ class RQAE(nn.Module):
 
 
 def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
-    """The codebook to compute with: the exact grid, or the learned codes normalised."""
+    """The codebook for computations: the exact grid, or the normalised learned codes. Raises RqaeError."""
     if config.is_grid:
         rounded = config.quantization_method == "round_fsq"
         grid = grid_codebook(config.codebook_size, config.codebook_dim, rounded=rounded).expand(
@@ -198,7 +198,7 @@ def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
                 "tensor 'codebook'",
                 expected=f"the {config.quantization_method} grid of {config.codebook_size} levels",
                 seen="other values",
-                fix="name another quantization_method for a learned codebook",
+                fix="set another quantization_method for a learned codebook",
             )
         return grid if given is None or given.shape == grid.shape else given
     if given is None or not bool(given.float().norm(dim=-1).gt(0).all()):
@@ -206,7 +206,7 @@ def _codebook(config: RqaeConfig, given: Tensor | None) -> Tensor:
             "tensor 'codebook'",
             expected="a learned codebook without zero vectors",
             seen="none" if given is None else "a zero vector",
-            fix="give the codebook of the checkpoint",
+            fix="pass the codebook of the checkpoint",
         )
     return normalised(given.float())
 

@@ -1,4 +1,4 @@
-"""The interface through which long computations report progress; by default they report nothing."""
+"""The interface through which long computations report their progress. The default implementation reports nothing."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _TILE = 1 << 16  # intensities computed at a time
 
 
 def similarity_by_depth(model: RQAE, codes: Tensor, depths: Sequence[int] | None = None) -> Tensor:
-    """Intensity of every feature's prefix with every other's: (F, k) codes → (D, F, F) float32, for ``depths`` (all)."""
+    """Intensity of every pair of features at each depth: (F, k) codes → (D, F, F) float32. ``depths``: None for all."""
     check_codes(model.config, codes, "codes of features")
     return intensity(model, codes, codes, range(1, codes.shape[1] + 1) if depths is None else depths)
 
@@ -40,7 +40,7 @@ def similarity_by_depth(model: RQAE, codes: Tensor, depths: Sequence[int] | None
 def m_split(model: RQAE, codes: Tensor, depth: int, threshold: float) -> Tensor:
     """Which pairs still count as one feature at m = ``depth``: (F, k) codes → (F, F) bool, true on the diagonal.
 
-    Looks at this depth only, so a pair that parted earlier can be m-split again. Raises RqaeError.
+    Considers this depth only, so a pair that parted earlier can be m-split again. Raises RqaeError.
     """
     check_codes(model.config, codes, "codes of features")
     if not 0 < depth <= codes.shape[1]:
@@ -55,7 +55,7 @@ def parting_depth(model: RQAE, codes: Tensor, threshold: float) -> Tensor:
     """The number of leading quantizers through which each pair is together: (F, k) codes → (F, F) int32 in [0, k].
 
     A value m means that the prefixes have intensity θ or more at depths 1 to m, and less at m + 1; k means that they never
-    part. One pass over the depths, in tiles. Memory: two (F, F) arrays of 4 bytes. Raises RqaeError.
+    part. Makes one pass over the depths, in tiles. Memory: two (F, F) arrays of 4-byte numbers. Raises RqaeError.
     """
     return _parting(model, codes, threshold)[0]
 
@@ -71,7 +71,7 @@ def _totals(model: RQAE) -> Tensor:
 
 
 def _by_depth(model: RQAE, left: Tensor, right: Tensor, depths: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Each of the ascending depths with the intensities there, of scaled rows (A, k·c) with (B, k·c) → (A, B)."""
+    """Yield each depth (ascending) with the intensities (A, B) of scaled rows (A, k·c) with scaled rows (B, k·c)."""
     width, totals = model.config.codebook_dim, _totals(model).tolist()
     running = left.new_zeros(len(left), len(right))
     done = 0
@@ -83,7 +83,7 @@ def _by_depth(model: RQAE, left: Tensor, right: Tensor, depths: Sequence[int]) -
 
 
 def _parting(model: RQAE, codes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The parting depth of each pair, and its intensity at the depth after it (at k where it never parts), (F, F)."""
+    """The parting depth of each pair, and its intensity at the next depth (at k if it never parts), both (F, F)."""
     check_codes(model.config, codes, "codes of features")
     _check_threshold(threshold)
     rows, count, deepest = _scaled(model, codes), len(codes), codes.shape[1]
@@ -106,13 +106,13 @@ def _parting(model: RQAE, codes: Tensor, threshold: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, slots=True)
 class SplitNode:
-    """A group of features that are together through ``depth`` quantizers. A leaf is one feature, at the full depth.
+    """A group of features that are together for the first ``depth`` quantizers. A leaf is one feature, at full depth.
 
     features: indices of the features in the set.
     parent, children: indices of nodes; the root has no parent.
     parts_at: the depth at which it parts from its siblings; None for the root and for features that never part.
-    intensity: there, the largest intensity between one of its features and one of a sibling.
-    tokens: how many tokens are active on it; None if not counted.
+    intensity: the largest intensity at that depth between one of its features and one of a sibling; None for the root.
+    tokens: the number of tokens that are active on it; None if not counted.
     """
 
     features: tuple[int, ...]
@@ -130,8 +130,8 @@ class SplitTree:
 
     nodes: the root first, every node before its children.
     labels: names of the features.
-    threshold: θ.
-    depth: of the codes.
+    threshold: θ, the intensity below which features part.
+    depth: number of quantizers in the codes.
     """
 
     nodes: tuple[SplitNode, ...]
@@ -164,7 +164,7 @@ class SplitTree:
             if tokens.shape[1] < features.depth:
                 raise RqaeError(
                     "codes of tokens",
-                    expected=f"{features.depth} quantizers or more, as the features",
+                    expected=f"at least {features.depth} quantizers, like the features",
                     seen=str(tokens.shape[1]),
                     fix="encode deeper, or cut the features with prefix",
                 )
@@ -186,7 +186,7 @@ class SplitTree:
     def draw(self) -> str:
         """The tree as text, one line per node. Control characters in labels are escaped."""
         lines = []
-        waiting = [(0, "", "")]  # node, what stands before it, what stands before its children
+        waiting = [(0, "", "")]  # node, the text before it, the text before its children
         while waiting:
             place, before, below = waiting.pop()
             node = self.nodes[place]
@@ -212,7 +212,7 @@ def _tree(shared: Tensor, there: Tensor, deepest: int) -> list[SplitNode]:
     """Merge features from the deepest parting depth upwards; number the nodes from the root down."""
     merged: list[tuple[list[int], int, list[int]]] = [([place], deepest, []) for place in range(len(shared))]
     above = list(range(len(shared)))  # a forest over features: each points towards its set's representative
-    top = list(range(len(shared)))  # of a representative: its set's place in merged
+    top = list(range(len(shared)))  # for each representative: the index of its set in ``merged``
 
     def find(feature: int) -> int:
         while above[feature] != feature:
@@ -249,7 +249,7 @@ def _tree(shared: Tensor, there: Tensor, deepest: int) -> list[SplitNode]:
 
 
 def _spanning(shared: Tensor) -> list[tuple[int, int, int]]:
-    """A spanning tree of the features with the largest parting depths (Prim): F - 1 of (depth, feature, feature)."""
+    """A maximum spanning tree of the features by parting depth (Prim): F - 1 edges (depth, feature, feature)."""
     count = len(shared)
     best, link = shared[0].clone(), torch.zeros(count, dtype=torch.int64)
     best[0] = -1
@@ -267,7 +267,7 @@ def _spanning(shared: Tensor) -> list[tuple[int, int, int]]:
 def _active_tokens(
     model: RQAE, tokens: Tensor, codes: Tensor, nodes: Sequence[SplitNode], limits: Sequence[float]
 ) -> list[int]:
-    """For each node, how many tokens reach the limit of its depth on one of its features."""
+    """For each node, the number of tokens that reach the limit of its depth on at least one of its features."""
     at_depth: dict[int, list[tuple[int, Tensor]]] = {}
     for place, node in enumerate(nodes):
         at_depth.setdefault(node.depth, []).append((place, torch.tensor(node.features, device=codes.device)))
@@ -291,7 +291,7 @@ def _limits(value: float | Tensor, depth: int) -> list[float]:
     if tuple(value.shape) != (depth,):
         raise RqaeError(
             "active_above",
-            expected=f"one number, or {depth}",
+            expected=f"one number, or {depth} numbers",
             seen=f"shape {list(value.shape)}",
             fix="give one number, or one per depth",
         )

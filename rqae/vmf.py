@@ -1,4 +1,4 @@
-"""Features of several tokens: a von Mises–Fisher distribution of the code vectors in every layer, and a token's relevance.
+"""Features made of several tokens: a von Mises–Fisher distribution of code vectors per layer, and a token's relevance.
 
 In layer i the tokens' code vectors are points on the unit sphere of R^c. Their distribution has a mean direction μ_i and a
 concentration κ_i, found by maximum likelihood; layers in which the tokens agree (κ_i is large) carry the feature. With few
@@ -62,15 +62,15 @@ class VmfFeatures:
             raise RqaeError(
                 "von Mises–Fisher features",
                 expected=f"finite means, kappa from 0 to {MAX_KAPPA:g}",
-                seen="others",
+                seen="other values",
                 fix="make them with fit_vmf",
             )
         if not bool(self.layers.any(dim=1).all()):
             row = int((~self.layers.any(dim=1)).nonzero()[0])
             raise RqaeError(
                 f"feature {row}",
-                expected="a layer in which its tokens agree",
-                seen=f"kappa of {float(self.kappa[row].max()):.3g} at most",
+                expected="at least one layer in which its tokens agree",
+                seen=f"a largest kappa of {float(self.kappa[row].max()):.3g}",
                 fix="lower kappa_above, use top_layers, or drop the feature",
             )
 
@@ -78,9 +78,9 @@ class VmfFeatures:
         return len(self.mean)
 
     def nearest_codes(self, model: RQAE, labels: Sequence[str] | None = None) -> FeatureSet:
-        """The features as codes, for intensities: in every layer, selected or not, the code with the largest cosine to μ_i.
+        """The features as codes, for intensities: in every layer the code with the largest cosine to μ_i.
 
-        Shape (F, k), origin "tokens". Layers in which the tokens disagree then count as much as the others.
+        Shape (F, k), origin "tokens". All layers are included, so layers in which the tokens disagree count in full.
         """
         chosen = [
             choose_codes(self.mean[:, layer], normalised(model.codebook[layer].double()), model.canonical)
@@ -112,16 +112,16 @@ def fit_vmf(
         if not len(group) or group.shape[1] != groups[0].shape[1]:
             raise RqaeError(
                 f"codes of feature {number}",
-                expected=f"one token or more, of {groups[0].shape[1]} quantizers like the first feature's",
+                expected=f"at least one token, with {groups[0].shape[1]} quantizers like the first feature",
                 seen=f"shape {list(group.shape)}",
-                fix="encode all tokens at one depth, drop features without tokens",
+                fix="encode all tokens at one depth, and drop features without tokens",
             )
     if not groups or (kappa_above is not None and top_layers is not None):
         raise RqaeError(
             "fit_vmf",
-            expected="at least one feature, and either kappa_above or top_layers",
+            expected="at least one feature, and at most one of kappa_above and top_layers",
             seen=f"{len(groups)} features, kappa_above {kappa_above}, top_layers {top_layers}",
-            fix="leave one of them out",
+            fix="leave out kappa_above or top_layers",
         )
     means = torch.stack([normalised(model.vectors(group).double()).mean(dim=0) for group in groups])  # (F, k, c)
     lengths = means.norm(dim=-1)
@@ -139,11 +139,11 @@ def fit_vmf(
 def relevance(model: RQAE, tokens: Tensor, features: VmfFeatures, density: Literal["peak", "raw"] = "peak") -> Tensor:
     """Relevance of features on tokens, (N, k or more) codes → (N, F) float32: Σ L_i p_i(C_{c_i}) / Σ L_i over its layers.
 
-    ``density`` "peak" divides each layer's density by its maximum: p_i = exp(κ_i (μ_i · v − 1)), so that relevance lies
-    in [0, 1], is 1 for a token that is at every mean, and a layer counts by its weight L_i. "raw" is the density itself,
-    per unit of area; at its maximum it grows like κ_i^{(c-1)/2}, so the sharpest layers decide alone. Of features of one
-    token each, "peak" is the weighted share of layers with the same code. A code vector of zero has cosine 0 with every
-    mean. Memory: two float32 (N, F). Raises RqaeError for codes of fewer layers than the features'.
+    ``density`` "peak" divides each layer's density by its maximum: p_i = exp(κ_i (μ_i · v − 1)). Then relevance lies in
+    [0, 1], is 1 for a token at every mean, and each layer counts by its weight L_i. "raw" is the density itself, per unit
+    of area. Its maximum grows like κ_i^{(c-1)/2}, so the sharpest layers dominate. For features of a single token, "peak"
+    is the weighted share of layers with the same code. A code vector of zero has cosine 0 with every mean. Memory: two
+    float32 (N, F). Raises RqaeError for codes of fewer layers than the features.
     """
     check_codes(model.config, tokens, "codes of tokens")
     depth = features.kappa.shape[1]
@@ -177,7 +177,8 @@ def relevance(model: RQAE, tokens: Tensor, features: VmfFeatures, density: Liter
 def log_density(mean: Tensor, kappa: Tensor, vectors: Tensor) -> Tensor:
     """Log density, per unit of area, at unit vectors: mean (…, c), kappa (…), vectors (…, c) → (…) float64, broadcast.
 
-    Safe for every κ ≥ 0; κ = 0 is the uniform density. In one dimension the sphere is two points, and this a probability.
+    Accurate for every κ ≥ 0; κ = 0 is the uniform density. In one dimension the sphere is two points, and the result is the
+    log of a probability.
     """
     width = mean.shape[-1]
     log_area = math.log(2) + width / 2 * math.log(math.pi) - math.lgamma(width / 2)
@@ -194,9 +195,10 @@ def mean_resultant(kappa: Tensor, width: int) -> Tensor:
 
 
 def concentration(resultant: Tensor, width: int) -> Tensor:
-    """κ with A_width(κ) = ``resultant``, the length in [0, 1] of the mean of unit vectors: the maximum-likelihood estimate.
+    """The maximum-likelihood κ: A_width(κ) = ``resultant``, the length in [0, 1] of the mean of unit vectors.
 
-    0 for 0; MAX_KAPPA where it would be more, so also for 1. Newton's method from R(c − R²)/(1 − R²) of Banerjee et al.
+    0 for 0; at most MAX_KAPPA, which is the result for 1. Newton's method, started from R(c − R²)/(1 − R²) of Banerjee et
+    al.
     """
     length = resultant.double().clamp(0, 1)
     if width == 1:
@@ -214,7 +216,7 @@ def concentration(resultant: Tensor, width: int) -> Tensor:
 def _log_scaled_0f1(b: float, kappa: Tensor) -> Tensor:
     """log(e^{-κ} ₀F₁(; b; κ²/4)), float64: with b = v + 1 it is log of e^{-κ} I_v(κ) Γ(b) (2/κ)^v, and 0 at κ = 0.
 
-    Up to _SERIES_UP_TO the power series, whose terms are all positive; beyond, the expansion of I_v at infinity.
+    Up to _SERIES_UP_TO it sums the power series, whose terms are all positive; above, the expansion of I_v at infinity.
     """
     small, large = kappa.clamp(max=_SERIES_UP_TO), kappa.clamp(min=_SERIES_UP_TO)
     term = (-small).exp()
@@ -236,7 +238,7 @@ def _largest(kappa: Tensor, count: int) -> Tensor:
     """A mask of the ``count`` largest values of each row; the first of equals."""
     if not 0 < count <= kappa.shape[1]:
         raise RqaeError(
-            "top_layers", expected=f"1 to {kappa.shape[1]}", seen=str(count), fix="use at most the layers there are"
+            "top_layers", expected=f"1 to {kappa.shape[1]}", seen=str(count), fix="use at most the number of layers"
         )
     chosen = kappa.argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.zeros_like(kappa, dtype=torch.bool).scatter(1, chosen, True)

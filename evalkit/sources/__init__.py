@@ -15,7 +15,7 @@ __all__ = ["BUNDLED", "load_source", "open_dictionaries", "open_dictionary"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the module behind a public name on first use: it needs torch, which readers of results do without."""
+    """Import ``opening`` on first use of a public name: it needs torch, and code that only reads results does not."""
     if name in __all__:
         return getattr(importlib.import_module("evalkit.sources.opening"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Controls that run through the same pipeline as a dictionary, so that a number can be held against them.
+"""Control sources: baselines that run through the same pipeline as a dictionary, for comparison with its scores.
 
-*Random directions* read the hidden state but mean nothing; *planted* features fire on one token string each and must be
-found; *permuted* activations are real ones given to the wrong tokens. Knows no corpus and no judge; reads and writes
-nothing.
+*Random directions* are meaningless projections of the hidden state. *Planted* features each fire on one token string, so
+the pipeline must recover them. *Permuted* activations are real activations assigned to the wrong tokens. Knows no corpus
+and no judge; reads and writes no files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def _columns(known: Sequence[FeatureId], features: Sequence[FeatureId], name: st
 
 @dataclass(frozen=True)
 class RandomDirectionsSource:
-    """Isotropic Gaussian directions of the raw hidden state; active where the projection is in its top ``density``."""
+    """Projections of the raw hidden state on random (isotropic Gaussian) directions.
+
+    Each feature is active on the share ``density`` of tokens with the largest projections.
+    """
 
     site: Site
     d_model: int
@@ -59,7 +62,7 @@ class RandomDirectionsSource:
         return [str(index) for index in range(self.n_features)]
 
     def directions(self, features: Sequence[FeatureId]) -> Float[Tensor, "feature d_model"]:
-        """Unit vectors. Raises UnknownFeature."""
+        """The unit vector of each feature. Raises UnknownFeature."""
         return self._basis()[:, _columns(self.features(), features, self.name)].T
 
     def _basis(self) -> Float[Tensor, "d_model feature"]:
@@ -80,14 +83,14 @@ class RandomDirectionsSource:
         return replace(self, thresholds=dict(thresholds))
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The projection on the span of its directions."""
+        """The projection of the state on the span of all directions."""
         basis: Tensor = torch.linalg.qr(self._basis().to(hidden.device)).Q
         return (hidden.float() @ basis) @ basis.T
 
 
 @dataclass(frozen=True)
 class _TokenControl:
-    """What the controls that read tokens share: they have no dictionary and reconstruct nothing."""
+    """Base of the controls that read tokens instead of hidden states. They reconstruct nothing."""
 
     site: Site
 
@@ -98,13 +101,13 @@ class _TokenControl:
         return 0.0
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Nothing: zeros."""
+        """All zeros."""
         return torch.zeros_like(hidden)
 
 
 @dataclass(frozen=True)
 class PlantedSource(_TokenControl):
-    """Feature f fires, with activation 1, exactly on the tokens of ``token_groups[f]`` (the ids of one string)."""
+    """Feature f has activation 1 on the tokens in ``token_groups[f]`` (all ids of one string) and 0 elsewhere."""
 
     token_groups: Mapping[FeatureId, tuple[int, ...]]
 
@@ -122,7 +125,7 @@ class PlantedSource(_TokenControl):
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
     ) -> Float[Tensor, "batch pos feature"]:
-        raise TypeError("a planted source reads tokens: call token_activations")
+        raise TypeError("a planted source reads tokens, not hidden states: call token_activations")
 
     def token_activations(self, batch: TokenBatch, features: Sequence[FeatureId]) -> Float[Tensor, "batch pos feature"]:
         _columns(self.features(), features, self.name)
@@ -132,10 +135,10 @@ class PlantedSource(_TokenControl):
 
 @dataclass(frozen=True)
 class PermutedSource(_TokenControl):
-    """Real activations on the wrong tokens: every token gets those of a calibration token drawn by hash.
+    """Real activations on the wrong tokens: each token gets the activations of a calibration token drawn by hash.
 
-    ``values`` (token, feature) are the reference source's activations on the calibration tokens, already 0 where not
-    active. The draw is one per token for all features, so what fires together still does.
+    ``values`` (token, feature): the reference source's activations on the calibration tokens, 0 where not active. One
+    draw per token serves all features, so features that fire together still do.
     """
 
     values: Float[Tensor, "token feature"]
@@ -157,7 +160,7 @@ class PermutedSource(_TokenControl):
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
     ) -> Float[Tensor, "batch pos feature"]:
-        raise TypeError("a permuted source reads positions: call token_activations")
+        raise TypeError("a permuted source reads token positions, not hidden states: call token_activations")
 
     def token_activations(self, batch: TokenBatch, features: Sequence[FeatureId]) -> Float[Tensor, "batch pos feature"]:
         columns = _columns(self.ids, features, self.name)

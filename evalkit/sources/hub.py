@@ -1,9 +1,9 @@
 """Finds dictionaries in repositories of the model hub: ``owner/name/layer_12/width_16k/*`` → local folders.
 
-Asks the hub for a repository's list of files, matches it (globs; ``l0_80`` is the folder with the nearest average L0) and
-downloads what a dictionary needs into huggingface_hub's cache. Without the hub it uses what that cache has. A folder tree
-in the hub's layout, ``$EVALKIT_HUB/owner/name/…``, stands for the hub: nothing is copied, and nothing outside it is read.
-Knows no format.
+Fetches a repository's file list from the hub, matches the path against it (globs; ``l0_80`` picks the folder with the
+nearest average L0) and downloads the files that a dictionary needs into huggingface_hub's cache. If the hub cannot be
+reached, it searches that cache instead. If ``EVALKIT_HUB`` is set, the folder tree ``$EVALKIT_HUB/owner/name/…`` replaces
+the hub: nothing is copied, and no file outside the tree is read. Knows no dictionary format.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["HUB", "Address", "fetch", "looks_like_address", "parse_address"]
 
 log = logging.getLogger(__name__)
 
-HUB = "hub:"  # before an address that is not to be looked for on disk
+HUB = "hub:"  # prefix of an address that must not be looked up on disk
 _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_PART})/({_PART})(?:/(.*))?")
-_ALIASES = (  # short names of families whose repositories are named by one pattern
+_ALIASES = (  # short names for families of repositories: the pattern of the short name, the repository's name
     (
         re.compile(r"gemma-scope:(2b|9b|27b)(?:-(pt|it))?(?:-(res|att|mlp|transcoders))?(?:/(.*))?"),
         "gemma-scope-{0}-{1}-{2}",
@@ -40,14 +40,14 @@ _ALIASES = (  # short names of families whose repositories are named by one patt
 _WEIGHTS = frozenset({".npz", ".safetensors", ".pt", ".pth", ".bin"})
 _CONFIGS = frozenset({".json", ".yaml", ".yml"})
 _UNNEEDED = re.compile(r"(?:.*/)?(?:checkpoints/.*|examples\.safetensors|optimi[sz]er.*|.*\.index\.json)")
-_MOST = 100  # dictionaries in one call: whole repositories have hundreds of gigabytes
+_MOST = 100  # weight files per call; a whole repository can hold hundreds of gigabytes
 _L0 = re.compile(r"average_l0_(\d+(?:\.\d+)?)")
 _WANTED_L0 = re.compile(r"(?:average_l0_~|l0_~?)(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A place in a repository: its id, and the parts of the path below it, which may be globs."""
+    """A path in a repository: the repository's id, and the parts of the path inside it, which may be globs."""
 
     repository: str
     parts: tuple[str, ...] = ()
@@ -57,9 +57,9 @@ class Address:
 
 
 def parse_address(text: str) -> Address | None:
-    """``owner/name``, ``owner/name/path``, ``hub:…`` or an alias such as ``gemma-scope:2b/layer_12``, else None.
+    """Parse ``owner/name``, ``owner/name/path``, ``hub:…`` or an alias such as ``gemma-scope:2b/layer_12``, else None.
 
-    Aliases: ``gemma-scope:{2b,9b,27b}[-it][-att|-mlp|-transcoders]`` (residual stream where nothing else is said),
+    Aliases: ``gemma-scope:{2b,9b,27b}[-it][-att|-mlp|-transcoders]`` (residual stream by default),
     ``gemma-scope-2:{270m,1b,4b,12b,27b}[-it]``.
     """
     bare = text.removeprefix(HUB)
@@ -72,29 +72,31 @@ def parse_address(text: str) -> Address | None:
 
 
 def looks_like_address(text: str) -> bool:
-    """Whether a text that names nothing on disk may be meant for the hub: not where its first part is a folder here."""
+    """Whether a path that does not exist on disk may be a hub address. It may not if its first part exists on disk."""
     address = parse_address(text)
     return address is not None and (":" in text.split("/")[0] or not Path(text.split("/")[0]).exists())
 
 
 def fetch(text: str, *, revision: str | None = None) -> list[Path]:
-    """The local folders (or files) that ``text`` names, downloaded where need be, sorted.
+    """The local folders (or files) that the address ``text`` matches, sorted; files are downloaded if necessary.
 
-    Raises BadConfig (no address; too many dictionaries), MissingFile (no such repository, nothing there that matches, hub
-    not reachable), BadFile (a link out of ``$EVALKIT_HUB``), StorageError (disk full).
+    Raises BadConfig (not an address; too many weight files), MissingFile (no such repository, no matching path, hub not
+    reachable), BadFile (a link that leads out of ``$EVALKIT_HUB``), StorageError (disk full or not writable).
     """
     address = parse_address(text)
     if address is None:
         raise BadConfig(
             text,
             expected="owner/name, owner/name/path, gemma-scope:2b/path or gemma-scope-2:1b/path",
-            seen="something else",
+            seen="none of these forms",
             fix="write for example google/gemma-scope-2b-pt-res/layer_12/width_16k/l0_80",
         )
     tree = os.environ.get("EVALKIT_HUB")
     repository = _Tree(Path(tree).expanduser()) if tree else _online(address.repository, revision)
     if tree and revision:
-        log.info("EVALKIT_HUB has no revisions: %s is what the folder has, not %s", address.repository, revision)
+        log.info(
+            "EVALKIT_HUB has no revisions: using its copy of %s, ignoring revision %s", address.repository, revision
+        )
     files = [file for file in repository.files(address.repository) if ".." not in file.split("/") and file[:1] != "/"]
     roots = _matched(address, files)
     needed = sorted(_needed(roots, files))
@@ -102,8 +104,8 @@ def fetch(text: str, *, revision: str | None = None) -> list[Path]:
     if len(weights) > _MOST:
         raise BadConfig(
             text,
-            expected=f"a path to at most {_MOST} files of weights",
-            seen=f"{len(weights)}, such as {weights[0]}",
+            expected=f"a path to at most {_MOST} weight files",
+            seen=f"{len(weights)} weight files, such as {weights[0]}",
             fix=f"name a folder, such as {address.repository}/{PurePosixPath(weights[0]).parent}, or use a narrower glob",
         )
     folder = repository.bring(address.repository, needed)
@@ -116,7 +118,7 @@ def _address(repository: str, path: str | None) -> Address | None:
 
 
 def _matched(address: Address, files: Sequence[str]) -> list[str]:
-    """What the address names among the files: folders with weights somewhere in them, or files of weights."""
+    """The paths in ``files`` that match the address: weight files, or folders with weight files at any depth below."""
     weights = [PurePosixPath(file).parts for file in files if _is_weights(file)]
     depth = len(address.parts)
     roots = {parts[:depth] for parts in weights if _fits(parts, address.parts)}
@@ -127,7 +129,7 @@ def _matched(address: Address, files: Sequence[str]) -> list[str]:
             str(address),
             expected="a path in that repository with a dictionary in it",
             seen=_seen(address, weights),
-            fix="check the path; globs such as layer_12/width_16k/* and the nearest L0 as l0_80 are understood",
+            fix="check the path; globs such as layer_12/width_16k/* work, and l0_80 picks the nearest average L0",
         )
     return sorted("/".join(root) for root in roots)
 
@@ -137,7 +139,7 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _nearest_l0(address: Address, weights: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """The folder ``average_l0_N`` nearest to the L0 that the last part names, one for every folder above; lower of two."""
+    """For each parent folder, the ``average_l0_N`` nearest to the L0 in the address's last part; the lower on a tie."""
     wanted = _WANTED_L0.fullmatch(address.parts[-1])
     if not wanted:
         return set()
@@ -151,7 +153,7 @@ def _nearest_l0(address: Address, weights: Sequence[tuple[str, ...]]) -> set[tup
         nearest = min(choices, key=lambda value: (abs(value - l0), value))
         roots.add((*folder, choices[nearest]))
         log.info(
-            "%s: the nearest average L0 to %g is %g, of %s",
+            "%s: the nearest average L0 to %g is %g; available: %s",
             "/".join((address.repository, *folder)),
             l0,
             nearest,
@@ -161,9 +163,9 @@ def _nearest_l0(address: Address, weights: Sequence[tuple[str, ...]]) -> set[tup
 
 
 def _seen(address: Address, weights: Sequence[tuple[str, ...]]) -> str:
-    """What there is where the address leaves what exists."""
+    """Describe the first part of the address that does not exist, and similar names in its place."""
     if not weights:
-        return "no file of weights at all"
+        return "no weight files in the repository"
     known = 0
     while known < len(address.parts) and any(_fits(parts, address.parts[: known + 1]) for parts in weights):
         known += 1
@@ -178,7 +180,7 @@ def _is_weights(file: str) -> bool:
 
 
 def _needed(roots: Iterable[str], files: Sequence[str]) -> Iterator[str]:
-    """Weights and configs at and below the roots, configs above them."""
+    """Weights and configs at and below the roots, and configs in the folders above them."""
     wanted = [PurePosixPath(root) for root in roots]
     inside = {*wanted, *(root.parent for root in wanted if root.suffix in _WEIGHTS)}
     above = {parent for root in wanted for parent in root.parents}
@@ -191,13 +193,13 @@ def _needed(roots: Iterable[str], files: Sequence[str]) -> Iterator[str]:
 
 
 class _Tree:
-    """A folder that stands for the hub."""
+    """A local folder tree that replaces the hub (``EVALKIT_HUB``)."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def files(self, repository: str) -> list[str]:
-        """Every file of the repository that lies in the tree. Raises MissingFile."""
+        """Every file of the repository, except links that lead out of the tree. Raises MissingFile."""
         folder = self._root / repository
         if not folder.is_dir() or not self._inside(folder):
             there = sorted(f"{path.parent.name}/{path.name}" for path in self._root.glob("*/*") if path.is_dir())
@@ -206,7 +208,7 @@ class _Tree:
                 repository,
                 expected=f"a folder of that name in {self._root} (EVALKIT_HUB)",
                 seen=", ".join(near) or ("an empty folder" if self._root.is_dir() else "no such folder"),
-                fix="check the name, or unset EVALKIT_HUB to ask the hub itself",
+                fix="check the name, or unset EVALKIT_HUB to use the hub itself",
             )
         found = []
         for above, folders, names in os.walk(folder, followlinks=False):
@@ -218,7 +220,7 @@ class _Tree:
         return found
 
     def bring(self, repository: str, files: Sequence[str]) -> Path:
-        """The repository's folder; the files are there. Raises BadFile for a link out of the tree beside one of them."""
+        """The repository's folder; nothing to download. Raises BadFile if a needed folder has a link out of the tree."""
         folder = self._root / repository
         for near in sorted({(folder / file).parent for file in files}):
             for path in sorted(near.iterdir()):
@@ -236,31 +238,31 @@ class _Tree:
 
 
 class _Cache:
-    """What huggingface_hub has downloaded before."""
+    """The local cache of huggingface_hub, used if the hub cannot be reached."""
 
     def __init__(self, revision: str | None) -> None:
         self._revision = revision
 
     def files(self, repository: str) -> list[str]:
-        """The files of the revision that are there. Raises MissingFile."""
+        """The cached files of the revision. Raises MissingFile."""
         folder = self.bring(repository, ())
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
     def bring(self, repository: str, files: Sequence[str]) -> Path:
-        """The folder of the revision. Raises MissingFile."""
+        """The cached folder of the revision; nothing is downloaded. Raises MissingFile."""
         del files
-        with _hub_errors(repository, "in the local cache, as the hub does not answer"):
+        with _hub_errors(repository, "in the local cache (the hub cannot be reached)"):
             return _snapshot(repository, self._revision, None, local_files_only=True)
 
 
 class _Hub:
-    """The hub itself, at the commit that its answer names, so that list and files belong together."""
+    """The hub itself. Files are downloaded at the commit that the file list came from, so that the two match."""
 
     def __init__(self, revision: str | None) -> None:
         self._revision = revision
 
     def files(self, repository: str) -> list[str]:
-        """The list of files. Raises MissingFile."""
+        """The file list of the revision. Raises MissingFile."""
         from huggingface_hub import HfApi
 
         with _hub_errors(repository, "on the hub"):
@@ -269,8 +271,8 @@ class _Hub:
             return sorted(file.rfilename for file in info.siblings or ())
 
     def bring(self, repository: str, files: Sequence[str]) -> Path:
-        """Download the files. Raises MissingFile, StorageError."""
-        log.info("%s: %d files are downloaded, or taken from the local cache", repository, len(files))
+        """Download the files that are not cached; returns the folder. Raises MissingFile, StorageError."""
+        log.info("%s: getting %d files from the hub or the local cache", repository, len(files))
         with _hub_errors(repository, "on the hub"):
             patterns = [glob.escape(file) for file in files]
             return _snapshot(repository, self._revision, patterns, endpoint=os.environ.get("HF_ENDPOINT"))
@@ -280,7 +282,7 @@ def _online(repository: str, revision: str | None) -> _Cache | _Hub:
     require("huggingface_hub", "model")
     if hub_reachable():
         return _Hub(revision)
-    log.info("the model hub does not answer; looking for %s in the local cache", repository)
+    log.info("the model hub cannot be reached; looking for %s in the local cache", repository)
     return _Cache(revision)
 
 
@@ -306,16 +308,16 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str] | None,
 
 @contextmanager
 def _hub_errors(repository: str, where: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises becomes one line."""
+    """Turn any error of huggingface_hub into StorageError or MissingFile."""
     try:
         yield
     except OSError as error:
-        if error.errno in (28, 122, 30, 13):  # full, over quota, read-only, not allowed
+        if error.errno in (28, 122, 30, 13):  # disk full, over quota, read-only, permission denied
             raise StorageError(
                 repository,
-                expected="to be able to write it into the local cache",
+                expected="a local cache that is writable and has room for it",
                 seen=error.strerror or str(error),
-                fix="free space, or name another folder with HF_HUB_CACHE",
+                fix="free space, or set HF_HUB_CACHE to another folder",
             ) from error
         raise _missing(repository, where, error) from error
     except Exception as error:  # huggingface_hub and its HTTP client raise a dozen kinds
@@ -326,7 +328,7 @@ def _missing(repository: str, where: str, error: Exception) -> MissingFile:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return MissingFile(
         repository,
-        expected=f"a repository of that name {where}",
+        expected=f"a repository with that name {where}",
         seen=f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:300],
-        fix="check the name, the revision and the network (HF_TOKEN for closed repositories), or name a local folder",
+        fix="check the name, revision and network (set HF_TOKEN for gated repositories), or give a local folder",
     )

@@ -1,8 +1,8 @@
-"""Opens dictionaries by path: finds them on disk, in the package or on the hub, and the reader of their format.
+"""Opens dictionaries by path: finds them on disk, in the package or on the hub, and picks the reader of their format.
 
-Knows no format itself. ``bundled:NAME`` is a dictionary in the package, ``saelens:RELEASE/ID`` one of the registry of
-sae-lens, ``owner/name/path`` one of the hub; globs give several. What is on disk comes before the hub. Reads nothing but
-what the readers read; downloads go through ``hub``.
+``bundled:NAME`` is a dictionary in the package, ``saelens:RELEASE/ID`` one in sae-lens's registry, ``owner/name/path`` one
+on the hub; a glob may match several. A path that exists on disk takes precedence over the hub. Knows no format itself: the
+readers read the files, and ``hub`` downloads them. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ BUNDLED = Path(__file__).parent.parent / "data" / "dictionaries"
 _EXPECTED = "a dictionary: a file, a folder, a glob of these, bundled:NAME, or OWNER/NAME/PATH on the hub"
 _BUNDLED, _REGISTERED = "bundled:", "saelens:"
 _WEIGHTS = frozenset({".npz", ".safetensors", ".pt", ".pth", ".bin"})
-_DEEPEST, _MOST = 6, 500  # folders that are looked through for dictionaries of several formats
+_DEEPEST, _MOST = 6, 500  # limits of the search for dictionaries: levels below the path, folders with weights
 
 
 def open_dictionary(path: str | Path, *, format: str | None = None, **options: Any) -> list[FeatureSource]:
     """Every feature source at ``path``, sorted.
 
-    ``path``: a file, a folder, a glob of these, ``bundled:NAME``, ``saelens:RELEASE/ID``, or a place on the hub
-    (``owner/name/path``, ``gemma-scope:2b/path``; with ``hub:`` before it even where the same path is on disk).
+    ``path``: a file, a folder, a glob of these, ``bundled:NAME``, ``saelens:RELEASE/ID``, or a hub address
+    (``owner/name/path``, ``gemma-scope:2b/path``; with the prefix ``hub:``, the disk is not searched).
+    ``format``: the name of a reader; None: the reader that recognises the files.
+    ``options``: ``revision`` of the hub repository; ``transform``, which replaces the input transform declared by an SAE;
+    and the reader's options (``site``, ``model``, ``name`` for all; ``depths``, ``density`` for an RQAE). Options that a
+    reader does not know are ignored.
 
-    Each reader takes of ``options`` what it knows (``depths`` and ``density`` for an RQAE; ``site``, ``model``, ``name``
-    for all); ``revision`` is the hub's, ``transform`` replaces the input transform that an SAE declares. Raises
-    MissingFile, BadFile, BadShape, BadConfig, StorageError.
+    Raises MissingFile, BadFile, BadShape, BadConfig, StorageError.
     """
     return open_dictionaries([(path, {**options, "format": format})])
 
 
 def open_dictionaries(wanted: Iterable[tuple[str | Path, Mapping[str, Any]]]) -> list[FeatureSource]:
-    """What ``open_dictionary`` gives for each path with its options, no two under one name.
+    """``open_dictionary`` for several paths, each with its options; every source gets a unique name.
 
-    Names that are the same get the shortest end of their folders that tells them apart: ``…/l0-9@trainer_1``. Raises as
-    ``open_dictionary``, and BadConfig for one dictionary twice.
+    Sources with equal names get a suffix: the shortest end of their folder paths that differs, as in
+    ``…/l0-9@trainer_1``. Raises the errors of ``open_dictionary``, and BadConfig if one dictionary is given twice.
     """
     opened: list[tuple[FeatureSource, Path]] = []
     for path, options in wanted:
@@ -55,20 +57,20 @@ def open_dictionaries(wanted: Iterable[tuple[str | Path, Mapping[str, Any]]]) ->
 
 
 def load_source(path: str | Path, **options: Any) -> FeatureSource:
-    """The one feature source at ``path``. Raises BadConfig when there are several."""
+    """The only feature source at ``path``. Raises BadConfig if there are several, and as ``open_dictionary``."""
     sources = open_dictionary(path, **options)
     if len(sources) != 1:
         raise BadConfig(
             str(path),
             expected="one dictionary",
             seen=f"{len(sources)}: {', '.join(source.name for source in sources[:4])}",
-            fix="name one folder, and for an RQAE one depth: depths=(64,)",
+            fix="give the path of one dictionary; for an RQAE also give one depth, such as depths=(64,)",
         )
     return sources[0]
 
 
 def _open(path: str, format: str | None, options: dict[str, Any]) -> list[tuple[FeatureSource, Path]]:
-    """The sources, each with the path that was opened for it."""
+    """The sources at a path, each with the file or folder it was read from."""
     transform = options.pop("transform", None)
     if transform is not None:
         from evalkit.sources.sae.source import with_transform
@@ -108,14 +110,14 @@ def _resolve(path: str, revision: str | None) -> Sequence[Path]:
         try:
             return sorted(fetch(path, revision=revision), key=_natural)
         except MissingFile as error:
-            seen = f"nothing on disk; on the hub: {error.seen}"
+            seen = f"no such path on disk; on the hub: {error.seen}"
             raise MissingFile(path, expected=f"{_EXPECTED}; {error.expected}", seen=seen, fix=error.fix) from error
     there = sorted(str(card.parent.relative_to(BUNDLED)) for card in BUNDLED.rglob("card.json"))
     raise MissingFile(
         path,
         expected=_EXPECTED,
-        seen="nothing there",
-        fix=f"check the path; bundled are {', '.join(there)}",
+        seen="no such path",
+        fix=f"check the path; bundled dictionaries: {', '.join(there)}",
     )
 
 
@@ -128,15 +130,16 @@ def _glob(pattern: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Numbers in names by their size: ``average_l0_9`` before ``average_l0_20``."""
+    """Sort key that orders numbers in names by value: ``average_l0_9`` before ``average_l0_20``."""
     parts = re.split(r"(\d+)", str(path))
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _reader(path: Path, format: str | None) -> tuple[SourceReader, list[Path]]:
-    """The reader for what is at ``path``, and what to give it: ``path``, or the folders below where it wants these.
+    """The reader for ``path``, and the paths to pass to it: ``path`` itself if the reader accepts it, else folders below.
 
-    Of several readers that know one folder the first wins. Raises BadFile (none knows it, or folders of several formats).
+    If several readers recognise a folder, the first one is used. Raises BadFile if no reader recognises anything, or if
+    the folders have several formats.
     """
     if format is not None:
         return registry.create("sources", format), [path]
@@ -159,14 +162,14 @@ def _reader(path: Path, format: str | None) -> tuple[SourceReader, list[Path]]:
             str(path),
             expected="dictionaries of one format",
             seen=" and ".join(f"{name} ({_within(path, places[0])})" for name, places in by_format.items()),
-            fix="open them one by one, or name the format",
+            fix="open each folder separately, or set the format",
         )
     (name, places), *_ = by_format.items()
     return readers[name], [path] if name in above else places
 
 
 def _leaves(path: Path) -> list[Path]:
-    """Folders with files of weights at and below ``path``; ``path`` itself where it is a file."""
+    """Folders with weight files at and below ``path``; ``path`` itself if it is a file."""
     if path.is_file():
         return [path]
     found: list[Path] = []
@@ -194,7 +197,7 @@ def _unknown(path: Path, formats: Sequence[str]) -> BadFile:
         str(path),
         expected=f"a dictionary in one of the formats {', '.join(formats)}",
         seen=", ".join(inside[:5]) or "an empty folder",
-        fix="point at the folder that holds the weights, or name the format",
+        fix="give the path of the folder that holds the weights, or set the format",
     )
 
 
@@ -212,7 +215,7 @@ def _told_apart(opened: Sequence[tuple[FeatureSource, Path]]) -> list[FeatureSou
 
 
 def _file(source: FeatureSource, path: Path) -> Path:
-    """The file that the source was read from where it says so, else what was opened."""
+    """The source's weights file if it is known, otherwise the path that was opened."""
     from evalkit.util.tensor_files import Stored
 
     encoder = getattr(getattr(source, "weights", None), "w_enc", None)
@@ -220,7 +223,7 @@ def _file(source: FeatureSource, path: Path) -> Path:
 
 
 def _ends(name: str, files: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders that differ, or of the files where the folders do not. Raises BadConfig."""
+    """The shortest distinct ends of the folders' paths, or of the files' paths if two share a folder. Raises BadConfig."""
     folders = [file.parent if file.is_file() else file for file in files]
     paths = [path.parts for path in (folders if len(set(folders)) == len(folders) else files)]
     if len(set(paths)) < len(paths):
@@ -228,7 +231,7 @@ def _ends(name: str, files: Sequence[Path]) -> list[str]:
             name,
             expected="different dictionaries",
             seen=f"{'/'.join(paths[0][1:])} more than once",
-            fix="name each dictionary once",
+            fix="give each dictionary once",
         )
     length = 1
     while len({path[-length:] for path in paths}) < len(paths):
@@ -243,7 +246,7 @@ def _renamed(source: FeatureSource, end: str) -> FeatureSource:
             return replace(source, **{field: f"{getattr(source, field) or source.name}@{end}"})  # type: ignore[type-var]
     raise BadConfig(
         source.name,
-        expected="dictionaries of different names",
-        seen="two of this name",
-        fix="open them in different runs, or with the option name=",
+        expected="dictionaries with different names",
+        seen="two with this name",
+        fix="give one of them another name with the option name=, or use separate runs",
     )

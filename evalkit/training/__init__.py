@@ -1,1 +1,1 @@
-"""Training of dictionaries for one site: an activation store, an SAE trainer, and cards with held-out measurements."""
+"""Training of SAEs and RQAEs for one site: hidden states, the SAE trainer, and cards with held-out measurements."""

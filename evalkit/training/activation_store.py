@@ -1,10 +1,10 @@
-"""A folder of hidden states of one site for training dictionaries: written in one pass, read in shuffled batches.
+"""Stores the hidden states of one site for training dictionaries: written in one pass, read in shuffled batches.
 
 Hidden states of token batches come from a callable, so this module needs neither the subject model nor the corpus.
-Writes ``hidden.bf16`` (rows of d_model bfloat16, in corpus order; exact when the model runs in bfloat16) and
-``store.json``. An interrupted build resumes after the last complete batch. Invalid tokens (BOS, padding, the first token of
-a context) are left out, and so are attention sinks in mid-context: rows longer than ten times the median, whose squares
-would outweigh all others. The record counts the sinks left out.
+Writes a folder with ``hidden.bf16`` (rows of d_model bfloat16, in corpus order; exact if the model runs in bfloat16) and
+``store.json``. An interrupted build resumes after the last batch on record. Leaves out invalid tokens (BOS, padding, the
+first token of a context) and attention sinks later in a context: rows with more than ten times the median norm, whose
+squares would outweigh all others. The record counts the sinks left out.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from evalkit.util.progress import SILENT
 __all__ = ["ActivationStore", "Hidden", "StoreRecord", "norm_limit", "valid_rows"]
 
 Hidden = Callable[[TokenBatch], Tensor]
-FLUSH_BATCHES = 50
+FLUSH_BATCHES = 50  # batches between two updates of the record; at most this many are computed again after a crash
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRecord:
-    """The contents of ``store.json``. ``corpus`` is free text that names the corpus; it is part of the identity."""
+    """The contents of ``store.json``. ``corpus``: free text that names the corpus, as part of the store's identity."""
 
     model: str
     site: str
@@ -55,7 +55,7 @@ class StoreRecord:
 class ActivationStore:
     """Hidden states on disk: ``len(store)`` rows of ``d_model``, opened with ``ActivationStore(folder)``.
 
-    Raises MissingFile or BadFile when the folder holds no complete store.
+    Raises MissingFile or BadFile if the folder does not hold a complete store.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class ActivationStore:
 
     @property
     def site(self) -> Site:
-        """Where the rows were read."""
+        """The site at which the rows were read."""
         return Site(self.record.model, self.record.site)
 
     def __len__(self) -> int:
@@ -99,11 +99,14 @@ class ActivationStore:
         return self._rows[indices].float()
 
     def sample(self, count: int, seed: int) -> Float[Tensor, "row d_model"]:
-        """A uniform sample without replacement (all rows, if there are fewer)."""
+        """A uniform sample of rows without replacement, in corpus order; all rows if there are fewer than ``count``."""
         return self.rows(_permutation(len(self), derive(seed, "store-sample"))[:count].sort().values)
 
     def batches(self, batch_size: int, *, seed: int, skip: int = 0) -> Iterator[Float[Tensor, "row d_model"]]:
-        """Endless full batches, every epoch in its own seeded order. ``skip`` leaves out the first batches."""
+        """Endless full batches, in a new seeded order each epoch. ``skip``: number of first batches to leave out.
+
+        Raises CorpusError if the store is smaller than a batch.
+        """
         per_epoch = len(self) // batch_size
         if per_epoch == 0:
             raise CorpusError(
@@ -120,7 +123,7 @@ class ActivationStore:
             epoch, first = epoch + 1, 0
 
     def chunks(self, size: int = 8192) -> Iterator[Float[Tensor, "row d_model"]]:
-        """Every row once, in corpus order."""
+        """All rows once, in corpus order, up to ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self._rows[start : start + size].float()
 
@@ -139,9 +142,10 @@ class ActivationStore:
     ) -> ActivationStore:
         """Collect the hidden states of up to ``max_tokens`` valid tokens, or open the store if it is complete.
 
-        ``hidden`` returns (batch, pos, d_model) for a token batch. ``corpus`` must yield the same batches every time, so
-        that an interrupted build can resume. Raises BadConfig if the folder holds another store, CorpusError if the
-        corpus has no valid token, BadShape if ``hidden`` returns another shape, StorageError on a full disk.
+        ``hidden`` returns (batch, pos, d_model) for a token batch. ``corpus`` must yield the same batches in every call, so
+        that an interrupted build can resume. Raises BadConfig if the folder holds another store, BadFile if its files are
+        damaged, CorpusError if the corpus has no valid token, BadShape if ``hidden`` returns another shape, StorageError
+        on a full disk.
         """
         wanted = StoreRecord(site.model, site.path, corpus_name, d_model, max_tokens)
         record = _resume_point(folder, wanted)
@@ -220,7 +224,7 @@ def _resume_point(folder: Path, wanted: StoreRecord) -> StoreRecord:
         raise BadConfig(
             str(folder),
             expected=f"a store of {wanted.model}/{wanted.site} over {wanted.corpus}, {wanted.max_tokens} tokens",
-            seen=f"one of {seen.model}/{seen.site} over {seen.corpus}, {seen.max_tokens} tokens",
+            seen=f"a store of {seen.model}/{seen.site} over {seen.corpus}, {seen.max_tokens} tokens",
             fix="choose another folder or delete this one",
         )
     return seen
@@ -237,8 +241,8 @@ def _read_record(folder: Path) -> StoreRecord:
     except (ValueError, TypeError) as error:
         raise BadFile(
             str(path),
-            expected="the record of a store",
-            seen="something else",
+            expected="the record of an activation store",
+            seen="other contents",
             fix="delete the folder and build it again",
         ) from error
 

@@ -1,7 +1,7 @@
-"""Hidden states computed during training and not stored: for corpora larger than the disk.
+"""Hidden states that are computed during training and not stored, for corpora whose states do not fit on disk.
 
-Hidden states come from a callable, context by context in a new order each epoch. Resumed training computes the states
-already used again; ``activation_store`` avoids that. Needs neither the subject model nor corpus files.
+They come from a callable, in batches of contexts, in a new order each epoch. Resumed training has to compute the states
+that were already used once more; ``activation_store`` avoids that. Needs neither the subject model nor corpus files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationStream"]
 
-_CONTEXTS = 16  # per forward
+_CONTEXTS = 16  # per forward pass
 
 
 class ActivationStream:
-    """Rows of the chosen contexts of a corpus, attention sinks left out. ``rows``, ``sinks``: of the first epoch so far."""
+    """Rows of the chosen contexts of a corpus, without attention sinks.
+
+    ``rows``, ``sinks``: rows used and sinks left out so far, in the first epoch.
+    """
 
     def __init__(self, corpus: Corpus, contexts: NDArray[np.int64], hidden: Hidden, site: Site, d_model: int) -> None:
         self.site, self.d_model = site, d_model
@@ -35,7 +38,7 @@ class ActivationStream:
         self._corpus, self._contexts, self._hidden = corpus, contexts, hidden
 
     def batches(self, batch_size: int, *, seed: int) -> Iterator[Float[Tensor, "row d_model"]]:
-        """Endless; the rows of some contexts at a time, in float32, whatever ``batch_size`` is."""
+        """Endless batches in float32, each the rows of a few contexts. ``batch_size`` is ignored."""
         epoch, limit = 0, None
         while True:
             order = np.random.default_rng(derive(seed, "stream", epoch)).permutation(self._contexts)

@@ -1,7 +1,7 @@
 """Training text for a dictionary: contexts of a corpus, their hidden states at one site, and the corpus's sources.
 
-Uses the corpus and the subject model, no dictionaries. Hidden states of full contexts are stored under a work folder, so
-that a second dictionary for the same site needs no forward pass; or they are streamed and not stored.
+Hidden states of full contexts are stored under a work folder, so that training a second dictionary for the same site needs
+no forward pass. Alternatively, they are streamed and not stored. Knows nothing of dictionaries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from evalkit.util.progress import SILENT
 
 __all__ = ["LossText", "TextSpec", "TrainingText", "corpus_parts", "full_contexts", "open_text"]
 
-_BATCH = 16  # contexts per forward
+_BATCH = 16  # contexts per forward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ class TextSpec:
     """Which text and hidden states to train on.
 
     held_out: text of other documents, for measurements.
-    max_tokens: limit of distinct training tokens; None: no limit.
-    stream: compute training states during training instead of storing them.
+    work: folder for tokenised text and stored hidden states.
+    max_tokens: limit on distinct training tokens; None: no limit.
+    stream: compute hidden states during training instead of storing them.
     """
 
     model: str
@@ -57,7 +58,7 @@ class TextSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossText:
-    """Where next-token losses on held-out text can be measured: the model, and contexts of the corpus."""
+    """The model and the held-out contexts on which next-token losses are measured."""
 
     model: str
     corpus: Corpus
@@ -68,7 +69,7 @@ class LossText:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingText:
-    """Hidden states for training and for measurements, and facts about the subject model."""
+    """Hidden states for training and for measurements, the subject model's facts, and the sources of the text."""
 
     train: ActivationStore | ActivationStream
     held_out: ActivationStore
@@ -78,7 +79,7 @@ class TrainingText:
 
 
 def open_text(spec: TextSpec, progress: Progress = SILENT) -> TrainingText:
-    """Collect the hidden states, or open them if they are stored. Raises EvalkitError."""
+    """Compute the hidden states, or open them if they are already stored. Raises EvalkitError."""
     model = find_model(spec.model)
     subject = Subject.load(model, sites=(spec.site,), dtype=spec.dtype, device=spec.device)
     site = Site(Path(spec.model).name, spec.site)
@@ -122,14 +123,14 @@ def _contexts(
 
 
 def full_contexts(corpus: Corpus, limit: int | None = None) -> NDArray[np.int64]:
-    """The first contexts that have no padding, at most ``limit``."""
+    """Indices of the contexts without padding; at most the first ``limit``."""
     return np.flatnonzero(corpus.lengths == corpus.context_length)[:limit]
 
 
 def _collect(
     spec: TextSpec, corpus: Corpus, subject: Subject, site: Site, source: str, folder: Path, progress: Progress
 ) -> ActivationStore:
-    """The hidden states of all full contexts, computed or opened below ``folder``."""
+    """The hidden states of all full contexts, stored below ``folder``; computed unless already stored."""
     contexts = full_contexts(corpus)
 
     def batches() -> Iterator[TokenBatch]:
@@ -149,7 +150,7 @@ def _collect(
 
 
 def corpus_parts(source: str) -> tuple[CorpusPart, ...]:
-    """Sources and licences of a jsonl corpus whose lines name them; otherwise the file itself, licence unknown."""
+    """The sources and licences named in the lines of a jsonl corpus; for others, the file itself, licence unknown."""
     path = Path(source)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):

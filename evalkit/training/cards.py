@@ -1,7 +1,7 @@
-"""Files of a trained dictionary: Gemma Scope's folder layout for an SAE, and a card with its measurements.
+"""Writes the files of a trained dictionary: an SAE in Gemma Scope's folder layout, and a card with its measurements.
 
-``inspect`` and the fit check compare a dictionary with its card, so the card has figures from held-out text only. Does no
-training. Writes ``layer_15/width_2k/average_l0_32/{params.npz,card.json}``, atomically.
+``inspect`` and the fit check compare a dictionary with its card, so the card's figures are measured on held-out text only.
+Does no training. Writes ``layer_15/width_2k/average_l0_32/{params.npz,card.json}``, each file atomically.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class CorpusPart:
 class Card:
     """How a dictionary was trained, and its measurements.
 
-    ``n_tokens`` counts repeats, ``n_distinct_tokens`` does not. ``fvu``, ``l0`` and ``alive_share`` are on
-    ``held_out_tokens`` tokens of documents that were never trained on. ``further`` holds fields that only some kinds have.
+    ``n_tokens``, ``n_distinct_tokens``: training tokens with and without repeats.
+    ``fvu``, ``l0``, ``alive_share``: measured on ``held_out_tokens`` tokens of documents that were not trained on.
+    ``further``: fields that only some kinds of dictionaries have.
     """
 
     model: str
@@ -62,13 +63,13 @@ class Card:
     further: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The card as JSON, figures rounded to four digits, ``further`` merged in."""
+        """The card as JSON: floats rounded to four decimal places, ``further`` merged in, None left out."""
         values = {key: _rounded(value) for key, value in asdict(self).items() if key != "further" and value is not None}
         return json.dumps({**values, **self.further}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sae_folder(root: Path, site: Site, width: int, l0: float) -> Path:
-    """Gemma Scope's folder for an SAE of this site, width and measured L0; width 2,048 is "2k", 3,000 is "3000"."""
+    """The folder in Gemma Scope's layout for this site, width and measured L0. Width 2,048 is "2k", 3,000 is "3000"."""
     layer = re.fullmatch(r"(?:.*\.)?layers\.(\d+)", site.path)
     first = f"layer_{layer[1]}" if layer else site.path
     size = f"{width // 1024}k" if width % 1024 == 0 else str(width)
@@ -76,9 +77,9 @@ def sae_folder(root: Path, site: Site, width: int, l0: float) -> Path:
 
 
 def write_sae(root: Path, weights: SaeWeights, card: Card) -> Path:
-    """Write an SAE and its card under ``root``; returns its folder. Matrices in float16, biases and threshold float32.
+    """Write an SAE and its card under ``root``; returns its folder. Matrices are float16, biases and threshold float32.
 
-    The same weights give the same bytes. Raises StorageError.
+    Equal weights give equal bytes. Raises StorageError.
     """
     threshold = weights.threshold if weights.threshold is not None else weights.b_enc.new_zeros(weights.width)
     matrices = {"W_enc": whole(weights.w_enc).half(), "W_dec": whole(weights.w_dec).half()}
@@ -96,7 +97,7 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
-    """A compressed .npz without time stamps."""
+    """A compressed .npz with a fixed time stamp, so that equal arrays give equal bytes."""
     whole = io.BytesIO()
     with ZipFile(whole, "w", ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():

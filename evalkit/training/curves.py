@@ -1,6 +1,6 @@
-"""The training history of an RQAE as JSON and as a figure, beside the weights.
+"""Writes the training history of an RQAE as JSON and as a figure, into the folder of the weights.
 
-Draws a ``TrainingReport``; measures nothing.
+Takes the numbers from a ``TrainingReport``; measures nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WINDOW = 25  # steps of the moving average
 
 
 def write_curves(folder: Path, report: TrainingReport, name: str) -> list[Path]:
-    """Write ``training.json``, ``training.png`` and ``training.svg`` into a folder; their paths. Raises StorageError."""
+    """Write ``training.json``, ``training.png`` and ``training.svg``; returns their paths. Raises StorageError."""
     history = {
         "units": "FVU of final-normed hidden states: batches while training, held-out rows",
         "batches": [[step, round(fvu, 6)] for step, fvu in report.losses],
@@ -36,7 +36,7 @@ def write_curves(folder: Path, report: TrainingReport, name: str) -> list[Path]:
 
 
 def training_figure(report: TrainingReport, name: str) -> Figure:
-    """Left: FVU of batches and of held-out rows over the steps. Right: held-out FVU by depth, at the start and the end."""
+    """Left: FVU of batches and of held-out rows by step. Right: held-out FVU by depth, at the start and at the end."""
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     for axes in (left, right):

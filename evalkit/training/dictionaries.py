@@ -1,6 +1,6 @@
 """Trains one dictionary and writes its folder: weights, a card with held-out measurements, and the training history.
 
-Takes hidden states from a ``TrainingText``; writes the folder last, atomically.
+Takes hidden states from a ``TrainingText``. Writes the files only when training and measurements are finished.
 """
 
 from __future__ import annotations
@@ -55,9 +55,14 @@ def train_sae_dictionary(
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Train an SAE and write it in Gemma Scope's layout below ``out``; returns its folder. Needs stored hidden states."""
+    """Train an SAE and write it in Gemma Scope's layout below ``out``; returns its folder.
+
+    Raises BadConfig if the hidden states are streamed, because SAE training needs stored ones.
+    """
     if not isinstance(text.train, ActivationStore):
-        raise BadConfig("hidden states", expected="a store", seen="a stream", fix="leave out --stream to train an SAE")
+        raise BadConfig(
+            "hidden states", expected="stored hidden states for an SAE", seen="a stream", fix="leave out --stream"
+        )
     weights, report = train_sae(text.train, config, held_out=text.held_out, checkpoint=checkpoint, progress=progress)
     site = text.train.site
     card = Card(
@@ -101,8 +106,9 @@ def train_rqae_dictionary(
 ) -> Path:
     """Train an RQAE on final-normed hidden states and write its checkpoint folder ``out``, in float16.
 
-    Beside the weights: ``card.json``, ``training.json`` and a plot of it. The card has FVU by depth and the share of codes
-    in use on all held-out rows and, if ``text.losses`` is set, the change of next-token loss with reconstructions.
+    Also writes ``card.json``, ``training.json`` and a plot of the training history. The card has the FVU by depth and the
+    share of codes in use, on all held-out rows. If ``text.losses`` is set, it also has the change in next-token loss when
+    reconstructions replace the hidden states.
     """
     started = time.monotonic()
     rows = (normalise(batch, text.info) for batch in text.train.batches(config.batch_tokens, seed=config.seed))
@@ -150,7 +156,10 @@ def train_rqae_dictionary(
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
-    """Move a finished folder into place. The old card is deleted first and the new one moved last, so no card is wrong."""
+    """Move a finished folder into place. The old card is deleted first and the new one moved last.
+
+    So a card never describes other weights, even if the process dies in between.
+    """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "card.json").unlink(missing_ok=True)
@@ -162,7 +171,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
 def _loss_change(
     model: RQAE, text: TrainingText, where: LossText, depths: Sequence[int], progress: Progress
 ) -> dict[str, Any]:
-    """Next-token loss with reconstructions in the place of the hidden states, minus without; nats a token, by depth."""
+    """Change in next-token loss when reconstructions replace the hidden states, by depth, in nats per token."""
     site = text.train.site.path
     language = LanguageModel.load(where.model, sites=(site,), dtype=where.dtype, device=where.device)
     model = model.to(language.subject.device)
@@ -188,5 +197,5 @@ def _loss_change(
 
 
 def _finite(value: float) -> float | None:
-    """Rounded; None for an SE that one document cannot have."""
+    """The rounded value; None if it is not finite, such as a standard error over a single document."""
     return round(value, 4) if math.isfinite(value) else None

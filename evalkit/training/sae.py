@@ -1,10 +1,10 @@
 """Trains a sparse autoencoder on an activation store: batch-top-k in training, JumpReLU on disk.
 
-The encoder keeps the batch's ``l0`` × rows largest pre-activations, found as a quantile that is estimated on the batch
-itself, so every step has the wanted L0 on average and nothing shrinks the activations. After training, one threshold per
-SAE, calibrated on training rows, gives the wanted L0 independently of a batch. This is a JumpReLU, as stored in Gemma
-Scope's layout. Input mean and scale are folded into the weights: raw residual in, raw residual out. Reads and writes
-no files except its own checkpoint.
+In training, the encoder keeps the ``l0`` × rows largest pre-activations of a batch. The cut-off is estimated from rows of
+that batch. So every step has the target L0 on average, and no penalty shrinks the activations. After training, one
+threshold for all latents, calibrated on training rows, gives the target L0 for any batch: a JumpReLU, which can be stored
+in Gemma Scope's layout. The mean and scale of the input are folded into the weights, so the SAE reads and reconstructs
+the raw hidden state. Reads and writes no files except its own checkpoint.
 Sources: BatchTopK, arXiv 2412.06410; auxiliary loss for dead latents, arXiv 2406.04093, appendix A.2.
 """
 
@@ -29,15 +29,15 @@ from evalkit.util.progress import SILENT
 
 __all__ = ["SaeTrainingConfig", "TrainingReport", "train_sae"]
 
-SAMPLE_ROWS = 65_536  # for the mean, the scale and the threshold
-QUANTILE_ROWS = 256  # rows of a batch that its cut-off is estimated from
+SAMPLE_ROWS = 65_536  # rows from which the mean, the scale and the threshold are estimated
+QUANTILE_ROWS = 256  # rows of a batch from which its cut-off is estimated
 
 
 @dataclass(frozen=True, slots=True)
 class SaeTrainingConfig:
     """Options of SAE training.
 
-    l0: wanted mean number of active latents per token.
+    l0: target mean number of active latents per token.
     tokens: training tokens, counting repeats.
     dead_after: tokens without firing after which a latent counts as dead.
     aux_latents, aux_weight: number of dead latents in the auxiliary loss, and its weight.
@@ -73,7 +73,7 @@ class SaeTrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """Results of training. ``fit`` is on the held-out rows; ``n_tokens`` counts repeats, ``n_distinct`` does not."""
+    """Results of training. ``fit``: on the held-out rows. ``n_tokens``, ``n_distinct``: tokens with and without repeats."""
 
     fit: SaeFit
     n_tokens: int
@@ -89,18 +89,18 @@ def train_sae(
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
 ) -> tuple[SaeWeights, TrainingReport]:
-    """Train one SAE; the weights are returned, and measured, as they will be stored (rounded to float16).
+    """Train one SAE. Its weights are rounded to float16, as they will be stored, before they are measured and returned.
 
-    With ``checkpoint`` (a file), interrupted training resumes from it and gives the same weights as an uninterrupted one.
+    With ``checkpoint`` (a file), interrupted training resumes from it and gives the same weights as without interruption.
     Raises CorpusError (a store smaller than a batch, a held-out store of another site), BadFile (a checkpoint of
-    another training).
+    another training run).
     """
     if held_out.site != store.site or held_out.d_model != store.d_model:
         raise CorpusError(
             str(held_out.folder),
-            expected=f"hidden states of {store.site}",
-            seen=str(held_out.site),
-            fix="collect it again",
+            expected=f"hidden states of {store.site} with d_model {store.d_model}",
+            seen=f"{held_out.site} with d_model {held_out.d_model}",
+            fix="collect the held-out states again",
         )
     started = time.monotonic()
     trainer = _Trainer(store, config)
@@ -122,7 +122,7 @@ def train_sae(
 
 
 class _Trainer:
-    """Parameters, optimiser and the count of tokens since each latent fired, in units where the mean square is 1."""
+    """Parameters, optimiser, and tokens since each latent last fired. Inputs are scaled to a mean square of 1."""
 
     def __init__(self, store: ActivationStore, config: SaeTrainingConfig) -> None:
         self.config = config
@@ -168,14 +168,14 @@ class _Trainer:
         self.step += 1
 
     def _cutoff(self, pre: Tensor) -> Tensor:
-        """The pre-activation that ``l0`` latents a token exceed on average, from evenly spaced rows of the batch."""
+        """The cut-off that ``l0`` pre-activations per token exceed on average, from evenly spaced rows of the batch."""
         stride = max(1, len(pre) // QUANTILE_ROWS)
         flat = pre[::stride].flatten()
         kept = max(1, round(self.config.l0 * flat.numel() / self.config.width))
         return flat.topk(kept, sorted=False).values.min().clamp_min(0.0)
 
     def _auxiliary_loss(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """Error of the strongest dead latents in explaining the residual of the live ones, relative to its size."""
+        """Relative error with which the strongest dead latents reconstruct ``error``, the residual of the live latents."""
         columns = dead.nonzero().squeeze(1)
         count = min(self.config.aux_latents, len(columns))
         values, indices = torch.relu(pre[:, columns]).topk(count, dim=1, sorted=False)
@@ -197,7 +197,7 @@ class _Trainer:
 
     @torch.no_grad()
     def fold(self, rows: Tensor) -> SaeWeights:
-        """The SAE on raw hidden states, rounded to float16, its threshold set on ``rows`` so that L0 is as wanted."""
+        """The SAE for raw hidden states, matrices rounded to float16. Its threshold gives the target L0 on ``rows``."""
         w_enc, w_dec = _rounded(self.w_enc), _rounded(self.w_dec)
         b_dec = self.mean + self.b_dec / self.scale
         b_enc = self.b_enc / self.scale - (self.mean.double() @ w_enc.double()).float()
@@ -211,7 +211,7 @@ class _Trainer:
         return SaeWeights(w_enc, b_enc.detach().clone(), w_dec, b_dec.detach().clone(), threshold)
 
     def save(self, path: Path) -> None:
-        """Write everything needed to resume."""
+        """Write a checkpoint with everything needed to resume."""
         tensors = dict(zip(("w_enc", "b_enc", "w_dec", "b_dec"), self._parameters(), strict=True))
         state = {
             "config": asdict(self.config),
@@ -226,12 +226,12 @@ class _Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Resume from a checkpoint. Raises BadFile for a checkpoint of another training."""
+        """Resume from a checkpoint. Raises BadFile for a damaged checkpoint, or one of another training run."""
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             same = state["config"] == asdict(self.config) and torch.equal(state["mean"], self.mean)
         except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-            raise _foreign_checkpoint(path, f"{type(error).__name__}") from error
+            raise _foreign_checkpoint(path, f"a file that cannot be read ({type(error).__name__})") from error
         if not same:
             raise _foreign_checkpoint(path, "another configuration or other hidden states")
         for tensor, name in zip(self._parameters(), ("w_enc", "b_enc", "w_dec", "b_dec"), strict=True):
@@ -247,7 +247,7 @@ def _rounded(tensor: Tensor) -> Tensor:
 def _foreign_checkpoint(path: Path, seen: str) -> BadFile:
     return BadFile(
         str(path),
-        expected="a checkpoint of this training",
+        expected="a checkpoint of this training run",
         seen=seen,
-        fix="delete it to start again, or restore its settings",
+        fix="delete it to start over, or use the settings and text it was written with",
     )

@@ -1,11 +1,11 @@
-"""RQAE encoding in code space, solved like a block-triangular system: faster, with the same codes as ``rqae.literal``.
+"""RQAE encoding in code space, solved like a block-triangular system: faster than ``rqae.literal``, with the same codes.
 
-Three exact rewrites. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j), so one matrix product
-gives all p for r₁ = x, and each chosen code subtracts columns of G = W_in W_out: the residual of width d is never
-formed. (2) The quantizers are halved recursively, and a finished half is subtracted from its right neighbour by one
-product, down to blocks of a few, which ``rqae.encoding.fused`` or ``rqae.encoding.kernels`` solve where they can. (3) A
-normalised grid is invariant under sign flips and permutations: sort |p|, compare with the few sorted patterns, undo the
-sort and the signs. Where two patterns agree up to rounding, the literal rule decides.
+It uses three exact reformulations. (1) p_i = W_in,i x + b_in,i - Σ_{j<i} W_in,i (W_out,j C_{c_j} + b_out,j). So one matrix
+product gives all p for r₁ = x, and each chosen code subtracts columns of G = W_in W_out; the residual of width d is never
+formed. (2) The quantizers are halved recursively down to small blocks, and one product subtracts a finished half from the
+half after it. ``rqae.encoding.fused`` or ``rqae.encoding.kernels`` solve the blocks if they support the codebook and
+device. (3) A normalised grid is invariant under sign flips and permutations: sort |p|, compare with the few sorted
+patterns, undo the sorting and the signs. If two patterns tie up to rounding, the rule of ``rqae.literal`` decides.
 
 The codes of a row do not depend on the rest of the batch (beyond rounding in the matrix products). Reads and writes no
 files. Source: H. Kamath, Residual Quantization Autoencoders, 2024, for the definition.
@@ -52,7 +52,7 @@ class Quantiser(Protocol):
 
 
 class TableQuantiser(Quantiser):
-    """Compares with every code; used for learned codebooks and grids that are not normalised."""
+    """Compares p with every code; used for learned codebooks and grids that are not normalised."""
 
     def __init__(self, codebook: Tensor, canonical: Tensor) -> None:
         self._codebook, self._canonical = codebook, canonical
@@ -76,7 +76,7 @@ class GridQuantiser(Quantiser):
         signed_place = torch.copysign(self._grid.places, p).gather(1, order)
         index = (self._grid.steps.index_select(0, pattern) * signed_place).sum(dim=-1).add_(self._grid.centre)
         codes = self._canonical.index_select(0, index.long())
-        close = cosines >= best * (1 - TIE)  # the best itself, and what ties with it to rounding
+        close = cosines >= best * (1 - TIE)  # the best pattern, and patterns that tie with it up to rounding
         equal = magnitudes[:, 1:] == magnitudes[:, :-1]
         if int(torch.count_nonzero(close)) > len(p) or bool(equal.any()) or not self._zero_is_a_level:
             tied = (close.sum(dim=0) > 1) | equal.any(dim=-1) | (magnitudes[:, -1] == 0)
@@ -94,7 +94,7 @@ def quantiser_for(config: RqaeConfig, codebook: Tensor, canonical: Tensor) -> Qu
 class Block(Protocol):
     """Solves one diagonal block: a few quantizers one after the other, for all tokens at once."""
 
-    size: int  # most quantizers it can solve at once
+    size: int  # largest number of quantizers that it can solve at once
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix codes (n_q, N) int32 and vectors (m, N) of quantizers low..high-1 from their p ((high - low) · c, N)."""
@@ -125,7 +125,7 @@ class BlockedEncoder:
     bias: Tensor  # (m, 1)
     below: dict[
         tuple[int, int], Tensor
-    ]  # (low, middle): minus the rows and columns of G by which a half reaches the next
+    ]  # (low, middle): minus the part of G with which quantizers low..middle-1 act on the half after them
     width: int  # c
     block: Block
 
@@ -164,7 +164,7 @@ class BlockedEncoder:
         return cls(weight, bias.reshape(-1, 1), below, width, block)
 
     def encode(self, x: Tensor, depth: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """x (N, d) of any floating type → codes (N, depth) of an integer type that holds them.
+        """x (N, d) of any floating type → codes (N, depth). ``dtype``: an integer type that can hold the codes.
 
         Raises RqaeError naming the first row that is not finite.
         """
@@ -188,11 +188,10 @@ class BlockedEncoder:
         return codes, vectors.T
 
     def _each_chunk(self, x: Tensor, depth: int, keep: Callable[[slice, Tensor, Tensor], None]) -> None:
-        """Encode x in chunks of tokens and hand over each one's rows, codes (depth, rows) and vectors (depth · c,
-        rows).
+        """Encode x in chunks of tokens; call ``keep`` with each chunk's rows, codes and vectors.
 
-        On a CPU the chunks are distributed over as many threads as torch uses, each with single-threaded products, so that
-        no two thread pools compete.
+        Codes are (depth, rows), vectors (depth · c, rows). On a CPU, the chunks are distributed over as many threads as
+        torch uses; products in each thread are single-threaded, so that two thread pools do not compete.
         """
         end, on_cpu = depth * self.width, x.device.type == "cpu"
         size = _CHUNK if on_cpu else _DEVICE_CHUNK
@@ -200,10 +199,10 @@ class BlockedEncoder:
         def work(start: int) -> None:
             rows = slice(start, min(start + size, len(x)))
             given = x[rows].to(self.weight)
-            if len(given) == 1:  # a product with a single column sums in another order
+            if len(given) == 1:  # with a single column, the product would sum in another order
                 given = given.expand(2, -1)
             p = product(self.weight[:end], given.T).add_(self.bias[:end])  # (depth · c, rows)
-            if not bool(p[: self.width].isfinite().all()):  # NaN and infinity survive a product with anything
+            if not bool(p[: self.width].isfinite().all()):  # NaN and infinity in x propagate through the product
                 _refuse(x[rows], start)
             codes, vectors = p.new_empty(depth, p.shape[1], dtype=torch.int32), torch.empty_like(p)
             self._solve(p, codes, vectors, 0, depth)
@@ -219,7 +218,7 @@ class BlockedEncoder:
                 work(start)
 
     def _solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
-        """Fix the codes of quantizers low..high-1 from their p, which already lacks everything left of ``low``."""
+        """Fix the codes of quantizers low..high-1 from p, which already has all quantizers before ``low`` subtracted."""
         if high - low <= self.block.size:
             self.block.solve(p, codes, vectors, low, high)
             return
@@ -232,12 +231,12 @@ class BlockedEncoder:
 
 
 def _middle(low: int, high: int) -> int:
-    """Where a stretch of quantizers is halved: a power of two from its start, so a shorter depth takes the same steps."""
+    """Where to halve a range of quantizers: a power of two from its start, so that a smaller depth takes the same steps."""
     return low + (1 << ((high - low - 1).bit_length() - 1))
 
 
 def _halvings(low: int, high: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Start, middle and end of each halving down to stretches of ``size``."""
+    """Start, middle and end of each halving, down to ranges of at most ``size`` quantizers."""
     if high - low > size:
         middle = _middle(low, high)
         yield low, middle, high
@@ -246,7 +245,7 @@ def _halvings(low: int, high: int, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def diagonal_of(gram: Tensor, size: int) -> Tensor:
-    """The square blocks along the diagonal of (m, m), one above the other: (m, size), short ones filled with zeros."""
+    """The square blocks along the diagonal of (m, m), stacked: (m, size); a shorter last block is padded with zeros."""
     count = len(gram)
     diagonal = gram.new_zeros(count, size)
     for low in range(0, count, size):

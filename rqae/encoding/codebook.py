@@ -27,7 +27,7 @@ __all__ = [
     "sorted_patterns",
 ]
 
-# Cosines closer than this (relative) may change their order by rounding: a few units in the last place of float32.
+# Rounding may swap cosines that differ by less than this (relative): a few units in the last place of float32.
 TIE = 4e-7
 
 
@@ -44,7 +44,7 @@ def grid_codebook(levels: int, dim: int, *, rounded: bool) -> Tensor:
 
 
 def normalised(codebook: Tensor) -> Tensor:
-    """The codes divided by their norms; zero vectors stay zero."""
+    """The code vectors divided by their norms; zero vectors stay zero."""
     norms = codebook.norm(dim=-1, keepdim=True)
     return codebook / torch.where(norms == 0, torch.ones_like(norms), norms)
 
@@ -69,8 +69,8 @@ def _grid_canonical(levels: int, dim: int) -> tuple[int, ...]:
 def canonical_indices(config: RqaeConfig) -> Tensor:
     """For each code index the lowest index of the same direction, (num_codes,) int64.
 
-    Only "round_fsq" repeats directions (81 of 625 indices are not canonical or are the zero vector); "fsq" codes of one
-    direction differ in length, and learned codes are assumed to be distinct, so both map to themselves.
+    Only "round_fsq" repeats directions: in the published codebook, 81 of 625 indices are duplicates or the zero vector.
+    "fsq" codes of one direction differ in length, and learned codes are assumed to be distinct, so both map to themselves.
     """
     if config.quantization_method != "round_fsq":
         return torch.arange(config.num_codes)
@@ -78,7 +78,7 @@ def canonical_indices(config: RqaeConfig) -> Tensor:
 
 
 def distinct_codes(config: RqaeConfig) -> int:
-    """How many different codes an input can get: 544 for the published codebook. The zero vector is never chosen."""
+    """The number of codes that can be assigned: 544 for the published codebook. The zero vector is never assigned."""
     canonical = canonical_indices(config)
     has_zero = config.quantization_method == "round_fsq" and config.codebook_size % 2 == 1 and config.codebook_size > 1
     return len(set(canonical.tolist())) - int(has_zero)
@@ -88,7 +88,7 @@ def distinct_codes(config: RqaeConfig) -> int:
 def sorted_patterns(levels: int, dim: int) -> tuple[tuple[int, ...], ...]:
     """The directions of the grid up to sign flips and permutations: descending non-negative integers with gcd 1.
 
-    In the units of ``_grid_steps``; 10 patterns for 5 levels in 4 dimensions, 26 for 7 levels, 51 for 9.
+    In the units of ``_grid_steps``. In 4 dimensions there are 10 patterns for 5 levels, 26 for 7 and 51 for 9.
     """
     magnitudes = sorted({abs(step) for step in _grid_steps(levels)}, reverse=True)
     patterns = {
@@ -101,11 +101,11 @@ def sorted_patterns(levels: int, dim: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class SortedGrid:
-    """Tables to search a normalised grid: sort |p|, find the best pattern, undo the sort and the signs. All float32.
+    """Tables to search a normalised grid: sort |p|, find the best pattern, undo the sorting and the signs. All float32.
 
     patterns: (S, c), unit vectors with descending components.
     steps: (S, c), the same vectors in grid steps.
-    places: (c,), by how much one step along each axis changes the index of a code.
+    places: (c,), the change in a code's index for one step along each axis.
     centre: the index of the zero vector.
     """
 
@@ -134,7 +134,7 @@ class SortedGrid:
 
 
 def choose_codes(p: Tensor, codebook: Tensor, canonical: Tensor) -> Tensor:
-    """The code with the largest cosine to each row (dot product for codes that are not normalised).
+    """The code with the largest cosine to each row (largest dot product if the codes are not normalised).
 
     p (N, c), codebook (K, c), canonical (K,) → (N,) int64. Ties, and p = 0, go to the lowest index.
     """

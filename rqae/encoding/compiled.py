@@ -1,4 +1,4 @@
-"""Compilation of inner loops with numba: without the global interpreter lock, cached on disk between processes.
+"""Compiles inner loops with numba: they run without the global interpreter lock, and are cached on disk.
 
 Compilation changes results by rounding only: products may be fused with sums, but sums keep their order.
 """

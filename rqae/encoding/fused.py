@@ -1,4 +1,4 @@
-"""The inner step of encoding on a CPU, compiled with numba: choose the codes of a block, subtract them inside it.
+"""The inner step of encoding on a CPU, compiled with numba: choose the codes of a block and subtract them within it.
 
 Prepares the tables of a codebook for the compiled loops in ``fused_kernel``. Needs numba, which is optional and imported
 when the first block is solved.
@@ -25,14 +25,14 @@ def is_available(config: RqaeConfig, device: torch.device) -> bool:
 class FusedGridBlock:
     """Solves blocks of quantizers of a normalised grid. Safe to call from several threads."""
 
-    # Quantizers per block: larger blocks move work out of the fast matrix products, smaller ones need more calls of them.
+    # Quantizers per block: larger blocks move work out of the fast matrix products, smaller ones need more of them.
     size = 16
 
     def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
         self._grid = SortedGrid.of(config, diagonal.device)
         self._canonical = canonical.numpy().astype(np.int32)
         self._book = np.ascontiguousarray(codebook[0].numpy().T)  # (c, K)
-        self._diagonal = diagonal.numpy()  # (m, size · c): rows of G, each in its own block
+        self._diagonal = diagonal.numpy()  # (m, size · c): each row of G, restricted to the columns of its own block
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1; p ((high - low) · c, N), codes (n_q, N) int32, vectors (m, N)."""

@@ -1,8 +1,8 @@
 """Compiled loops that choose the codes of a block of quantizers and subtract them within the block.
 
-Every inner loop runs over tokens, which are adjacent in memory, so that the compiler vectorises it. A normalised grid is
-searched by its symmetry: sort |p|, compare with the few sorted patterns, undo the sort and the signs. Where two patterns
-agree up to rounding, the literal rule decides. Imports numba, so it is imported on first use only.
+Every inner loop runs over tokens, which are adjacent in memory, so that the compiler vectorises it. The search of a
+normalised grid uses its symmetry: sort |p|, compare with the few sorted patterns, undo the sorting and the signs. If two
+patterns tie up to rounding, the rule of ``rqae.literal`` decides. Imports numba, so it is imported on first use only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["solve_block"]
 
 @compiled
 def _sort(p: Any, place: Any, magnitudes: Any, places: Any) -> None:
-    """|p| in descending order per column, and the signed place values of its components in the same order."""
+    """Write |p| in descending order per column, and the signed place values of its components in the same order."""
     width, count = p.shape
     for axis in range(width):
         for row in range(count):
             value = p[axis, row]
             magnitudes[axis, row] = abs(value)
             places[axis, row] = -place[axis] if value < 0 else place[axis]
-    for turn in range(width):  # odd-even transposition: no branches
+    for turn in range(width):  # odd-even transposition sort, which needs no branches
         for axis in range(turn % 2, width - 1, 2):
             for row in range(count):
                 left, right = magnitudes[axis, row], magnitudes[axis + 1, row]
@@ -41,7 +41,7 @@ def _sort(p: Any, place: Any, magnitudes: Any, places: Any) -> None:
 def _match(
     magnitudes: Any, places: Any, patterns: Any, steps: Any, centre: Any, tie: Any, indices: Any, decided: Any, scratch: Any
 ) -> None:  # fmt: skip
-    """The code index of the nearest pattern per column, and whether no other one ties with it up to rounding."""
+    """Write the code index of the nearest pattern per column, and whether no other pattern ties with it up to rounding."""
     width, count = magnitudes.shape
     best, second, offset, cosine, candidate = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     for row in range(count):
@@ -71,7 +71,7 @@ def _match(
 
 @compiled
 def _subtract(target: Any, factors: Any, vectors: Any) -> None:
-    """target -= factors @ vectors, for one row of p; in one pass for the usual four dimensions."""
+    """target -= factors @ vectors, for one row of p. The usual four dimensions take a single pass."""
     width, count = vectors.shape
     if width == 4:
         a, b, c, d = factors[0], factors[1], factors[2], factors[3]

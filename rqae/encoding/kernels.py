@@ -1,4 +1,4 @@
-"""The inner step of encoding on a GPU, as a fused Triton kernel: choose the codes of a block, subtract them inside it.
+"""The inner step of encoding on a GPU, as a fused Triton kernel: choose the codes of a block and subtract them within it.
 
 Each token has one thread, which chooses the codes of 16 quantizers one after the other and subtracts each from the later
 ones. Triton is imported on first use, so this module imports without it. With TRITON_INTERPRET=1 set before that import,
@@ -21,7 +21,7 @@ __all__ = ["TritonGridBlock", "is_available"]
 
 _MAX_WIDTH = 8  # the components of p are sorted in registers
 _WARPS = 2
-_TILE = 32 * _WARPS  # tokens of a program: one per thread
+_TILE = 32 * _WARPS  # tokens per program: one per thread
 _OLDEST_TRITON = (3, 3)  # the first version that supports tuples
 
 
@@ -43,14 +43,16 @@ def _has_triton() -> bool:
 class TritonGridBlock:
     """Solves blocks of quantizers of a normalised grid."""
 
-    size = 16  # quantizers
+    size = 16  # quantizers per block
 
     def __init__(self, config: RqaeConfig, codebook: Tensor, canonical: Tensor, diagonal: Tensor) -> None:
         device = diagonal.device
         self._grid = SortedGrid.of(config, device)
         self._canonical = canonical.to(device, torch.int32)
         self._book = codebook[0].contiguous()  # (K, c)
-        self._diagonal = diagonal.contiguous()  # (m, size · c): rows of G, each in its own block
+        self._diagonal = (
+            diagonal.contiguous()
+        )  # (m, size · c): each row of G, restricted to the columns of its own block
 
     def solve(self, p: Tensor, codes: Tensor, vectors: Tensor, low: int, high: int) -> None:
         """Fix the codes of quantizers low..high-1; p ((high - low) · c, N), codes (n_q, N) int32, vectors (m, N)."""

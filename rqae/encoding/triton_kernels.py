@@ -4,7 +4,7 @@ Imports Triton, so it is imported on first use only; ``rqae.encoding.kernels`` l
 arguments. All products are in float32, never in TF32.
 """
 
-# Triton's language only looks like Python: every name below is a tile, a pointer or a number on the GPU.
+# Triton code only looks like Python: every name below is a tile, a pointer or a number on the GPU.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def solve_tile(
     low, high, tokens, p_stride, codes_stride, vectors_stride, diagonal_stride, pattern_count, code_count, centre, tie,
     C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and vectors of quantizers low..high-1, one after the other, for TILE tokens of one thread each.
+    """Write codes and vectors of quantizers low..high-1, one after the other, for TILE tokens with one thread each.
 
     A token's earlier vectors of the block are read back from memory, because Triton cannot index registers.
     """
@@ -79,14 +79,14 @@ def _subtract(target, factors, stride, vector, C: tl.constexpr):
 
 @triton.jit
 def _match(p, patterns, steps, places, count, centre, tie, C: tl.constexpr):
-    """The code index of the nearest sorted pattern, and whether it is the only one to rounding."""
+    """The code index of the nearest sorted pattern, and whether no other pattern ties with it up to rounding."""
     magnitude = ()
     place = ()
     for axis in tl.static_range(C):
         value = tl.load(places + axis)
         magnitude += (tl.abs(p[axis]),)
         place += (tl.where(p[axis] < 0, -value, value),)
-    for turn in tl.static_range(C):  # odd-even transposition: largest first, places along
+    for turn in tl.static_range(C):  # odd-even transposition sort: largest first; places are permuted alike
         for axis in tl.static_range(turn % 2, C - 1, 2):
             swap = magnitude[axis + 1] > magnitude[axis]
             magnitude = _swapped(magnitude, swap, axis)
@@ -121,7 +121,7 @@ def _swapped(values, swap, axis: tl.constexpr):
 
 @triton.jit
 def _literal(p, book, count, C: tl.constexpr):
-    """The first code of the largest cosine, as ``rqae.literal`` has it."""
+    """The first code with the largest cosine, as in ``rqae.literal``."""
     square = p[0] * p[0]
     for axis in tl.static_range(1, C):
         square += p[axis] * p[axis]

@@ -1,8 +1,8 @@
-"""Codes of a corpus on disk: written in one pass that can be resumed, read through a memory map.
+"""Stores the codes of a corpus on disk: written in one pass that can be resumed, read through a memory map.
 
-A folder with ``codes.u16`` (N rows of k codes, uint16 little-endian), ``places.i32`` (N rows of context and position) and
-``codes.json``, which records how many rows of the two are complete. Sizes are checked on opening; nothing is unpickled.
-Hidden states come from a callable, so this module needs neither text nor language models.
+The folder holds ``codes.u16`` (N rows of k codes, uint16 little-endian), ``places.i32`` (N rows of context and position)
+and ``codes.json``, which records how many rows of both files are complete. Sizes are checked on opening; nothing is
+unpickled. Hidden states come from a callable, so this module needs neither text nor language models.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from rqae.progress import SILENT, Progress
 __all__ = ["CodeStore", "StoredCodes"]
 
 RECORD, CODES, PLACES = "codes.json", "codes.u16", "places.i32"
-_FLUSH_TOKENS = 20_000  # between two flushes; at most this many and one batch are lost if the process dies
+_FLUSH_TOKENS = 20_000  # tokens between two flushes; if the process dies, at most these and one batch are lost
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredCodes:
-    """The contents of ``codes.json``. ``identity``: free text that names corpus and model; a store has exactly one."""
+    """The contents of ``codes.json``. ``identity``: free text that names corpus and model."""
 
     identity: str
     depth: int
@@ -44,9 +44,9 @@ class StoredCodes:
 
 
 class CodeStore:
-    """A complete store: ``codes`` (N, k) uint16 and ``places`` (N, 2) int32 with context and position of each token.
+    """A complete store: ``codes`` (N, k) uint16, and ``places`` (N, 2) int32, the context and position of each token.
 
-    Raises RqaeError when the folder holds no complete store.
+    Raises RqaeError if the folder does not hold a complete store.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,7 +56,7 @@ class CodeStore:
             raise RqaeError(
                 str(self.folder),
                 expected="a complete store of codes",
-                seen=f"an interrupted one of {self.record.rows} tokens",
+                seen=f"an interrupted build with {self.record.rows} tokens",
                 fix="build it again with the same arguments; it resumes where it stopped",
             )
         self.codes: NDArray[np.uint16] = self._map(CODES, np.dtype("<u2"), self.record.depth)
@@ -67,7 +67,7 @@ class CodeStore:
 
     @property
     def contexts(self) -> NDArray[np.int32]:
-        """The context of each token, (N,), rising."""
+        """The context of each token, (N,), in ascending order."""
         return self.places[:, 0]
 
     def _map(self, name: str, dtype: np.dtype[Any], width: int) -> NDArray[Any]:
@@ -96,14 +96,14 @@ class CodeStore:
         total: int | None = None,
         progress: Progress = SILENT,
     ) -> CodeStore:
-        """Encode a corpus, resume an interrupted build, or open a store that is complete.
+        """Encode a corpus, resume an interrupted build, or open the store if it is complete.
 
-        batches: the same ones in every call.
+        batches: must be the same in every call.
         hidden: returns a batch's final-normed hidden states (n, d) and their places (n, 2), with contexts ascending from
-            batch to batch. It is not called for batches that are stored already.
-        identity: names corpus and model.
-        depth: quantizers to encode; None: all.
-        total: expected tokens, for the progress bar.
+            batch to batch. It is not called for batches that are already stored.
+        identity: free text that names corpus and model.
+        depth: number of quantizers to encode; None: all.
+        total: expected number of tokens, for the progress bar.
 
         Raises RqaeError if the folder holds another store, OSError on a full disk; flushed rows stay valid.
         """
@@ -115,7 +115,7 @@ class CodeStore:
             raise RqaeError(
                 str(folder),
                 expected=f"a store of {wanted.identity}, depth {wanted.depth}",
-                seen=f"one of {record.identity}, depth {record.depth}",
+                seen=f"a store of {record.identity}, depth {record.depth}",
                 fix="choose another folder, or delete this one",
             )
         if not record.complete:
@@ -176,7 +176,7 @@ def _read(folder: Path) -> StoredCodes:
         record = StoredCodes(**json.loads(path.read_text("utf-8")))
         counts = (record.depth, record.num_codes, record.rows, record.batches)
         if not isinstance(record.identity, str) or not all(type(count) is int and count >= 0 for count in counts):
-            raise TypeError("values of the wrong kind")
+            raise TypeError("values of the wrong type")
     except OSError as error:
         raise RqaeError(
             str(path), expected="a store of codes", seen=str(error), fix="build one, or check the folder"

@@ -35,10 +35,11 @@ _DEVICE_TILE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """``scores`` and ``rows`` (D, F, k): the k best tokens of each feature at each depth, in descending order, ties by row.
+    """The best tokens of each feature at each depth.
 
-    If there are fewer than k tokens, the missing scores are -inf and rows -1. ``counts`` (D, F): tokens above the
-    thresholds; None if no thresholds were given. ``depths`` in the order of the call.
+    ``depths``: in the order of the call.
+    ``scores``, ``rows``: (D, F, k), in descending order, ties by row; -inf and -1 if there are fewer than k tokens.
+    ``counts``: (D, F), tokens above the thresholds; None if no thresholds were given.
     """
 
     depths: tuple[int, ...]
@@ -54,10 +55,10 @@ class _Best(Protocol):
     """Accumulates the best scores over tiles, which must come in ascending order of rows."""
 
     def take(self, depth: int, sums: Tensor, total: float, first: int, segments: NDArray[np.int64]) -> None:
-        """Add a tile: sums (F, T) at the ``depth``-th depth (scores × ``total``), first row, the starts of its contexts."""
+        """Add a tile: sums (F, T) = scores × ``total`` at the ``depth``-th depth, its first row, starts of its contexts."""
 
     def result(self) -> _Found:
-        """(D, F, k) scores and rows."""
+        """The best scores and their rows, both (D, F, k)."""
 
 
 def search(
@@ -72,7 +73,7 @@ def search(
 ) -> Hits:
     """The ``top_k`` tokens of codes (N, K) with the highest intensity of features (F, K) at each of ``depths``.
 
-    contexts: (N,), ascending, the context of each token; if given, only the best token of a context is returned.
+    contexts: (N,), ascending, the context of each token; if given, only the best token of each context is returned.
     thresholds: (D, F); tokens strictly above them are counted as active.
 
     Runs on the model's device; a GPU holds one tile at a time. Raises RqaeError.
@@ -124,9 +125,9 @@ def activity_thresholds(
     if not 0 < density < 1 or len(codes) == 0:
         raise RqaeError(
             "density",
-            expected="a share between 0 and 1 of some tokens",
-            seen=f"{density} of {len(codes)}",
-            fix="use 0.01",
+            expected="a share between 0 and 1, and at least one token",
+            seen=f"{density} and {len(codes)} tokens",
+            fix="use for example 0.01, and pass the codes of some tokens",
         )
     rank = int(density * len(codes) + 1e-9) + 1
     return search(model, codes, features, depths, top_k=rank).scores[:, :, -1]
@@ -137,8 +138,8 @@ class _Scorer:
     """Scores of all features on a tile of codes, depth after depth."""
 
     table: Tensor  # (n_q, K, c): scaled code vectors
-    right: tuple[Tensor, ...]  # (F, (high - low) · c) of each step: those of the features
-    steps: tuple[tuple[int, int, tuple[int, ...]], ...]  # quantizers from, to; the depths asked that end there
+    right: tuple[Tensor, ...]  # for each step, (F, (high - low) · c): scaled code vectors of the features
+    steps: tuple[tuple[int, int, tuple[int, ...]], ...]  # low, high; indices of the requested depths that equal high
     totals: tuple[float, ...]  # (n_q,): sums of layer weights
 
     @classmethod
@@ -159,9 +160,9 @@ class _Scorer:
     def sums(
         self, codes: NDArray[np.integer] | Tensor, scratch: dict[int, Tensor]
     ) -> Iterator[tuple[int, Tensor, float]]:
-        """codes (T, K) → for each depth its place among the depths asked, sums (F, T), and what divides them to scores.
+        """codes (T, K) → for each requested depth: its index, sums (F, T), and the total that divides them into scores.
 
-        ``scratch``: what a thread keeps from tile to tile, empty at first.
+        ``scratch``: a thread's buffers, reused from tile to tile; empty at first.
         """
         running: Tensor | None = None
         for (low, high, places), right in zip(self.steps, self.right, strict=True):
@@ -195,7 +196,7 @@ def _reused(scratch: dict[int, Tensor], name: int, shape: tuple[int, int], like:
 
 
 def _scores(sums: Tensor, total: float) -> Tensor:
-    """Intensities: sums over the sum of layer weights, which rounding may carry past 1."""
+    """Intensities: sums divided by the sum of layer weights, clamped because rounding may exceed ±1."""
     return (sums / total).clamp_(-1, 1)
 
 
@@ -215,7 +216,7 @@ class _CompiledBest:
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         room = 2 * top_k + 64
         self._k = top_k
-        # intensities are above -2; compiled code knows no infinity
+        # every intensity is above -2; the compiled code assumes that there are no infinities
         self._floors = np.full((depths, features), -2, np.float32)
         self._counts = np.zeros((depths, features), np.int64)
         self._values = np.full((depths, features, room), -inf, np.float32)
@@ -235,7 +236,7 @@ class _CompiledBest:
 
 
 class _KeyedBest:
-    """The best scores on any device, in plain torch: score and row are packed into one integer; the largest are kept."""
+    """The best scores on any device, in plain torch. Score and row are packed into one integer; the largest are kept."""
 
     def __init__(self, depths: int, features: int, top_k: int) -> None:
         self._k = top_k
@@ -267,8 +268,8 @@ _ROWS = (1 << 32) - 1
 
 
 def _keys(scores: Tensor, rows: Tensor) -> Tensor:
-    """Integers in the order of (score, earlier row): floats keep their order when negative ones' bits are flipped."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
+    """Integers that sort by score, then by earlier row: floats sort like integers once negative ones have bits flipped."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
     return (ordered << 32) | (_ROWS - rows)
 
@@ -293,12 +294,12 @@ def _merge(parts: Sequence[_Found], depths: int, features: int, top_k: int) -> _
 
 
 def _segments(contexts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The start of each run of equal numbers, and the end."""
+    """The start of each run of equal numbers, and the end of the last run."""
     return np.concatenate([[0], np.flatnonzero(np.diff(contexts)) + 1, [len(contexts)]]).astype(np.int64)
 
 
 def _bounds(count: int, size: int, contexts: NDArray[np.integer] | None) -> list[tuple[int, int]]:
-    """Bounds of tiles of about ``size`` tokens; with ``contexts``, no tile ends inside a context."""
+    """Start and end of tiles of about ``size`` tokens; with ``contexts``, no tile ends inside a context."""
     if contexts is None:
         edges = [*range(0, count, size), count]
     else:
@@ -311,7 +312,7 @@ def _bounds(count: int, size: int, contexts: NDArray[np.integer] | None) -> list
 def _checked(
     model: RQAE, codes: NDArray[np.integer] | Tensor, features: Tensor, depths: Sequence[int], top_k: int
 ) -> int:
-    """Check the arguments and return the deepest depth. Codes themselves are checked when they are read."""
+    """Check the arguments and return the deepest depth. The codes are checked later, when they are read."""
     limit = min(codes.shape[1], features.shape[1], model.config.num_quantizers)
     if not depths or not all(0 < depth <= limit for depth in depths):
         raise RqaeError(

@@ -1,4 +1,4 @@
-"""Compiled inner loops of the search on a CPU: decode a tile of codes, and keep the best of its scores.
+"""Compiled inner loops of the search on a CPU: decode a tile of codes, and keep its best scores.
 
 Imports numba, so it is imported on first use only. ``rqae.searching.scan`` documents the quantities.
 """
@@ -13,7 +13,7 @@ from rqae.encoding.compiled import compiled
 
 __all__ = ["decode", "push"]
 
-_SLACK = np.float32(1e-6)  # relative; covers several rounding errors
+_SLACK = np.float32(1e-6)  # relative tolerance that covers several rounding errors
 _STRIDE = 32  # tokens tested together
 # Quantizers decoded together: half a cache line of two-byte codes, and few enough codebooks for the L2 cache.
 _LINE = 16
@@ -58,15 +58,15 @@ def _look_up_rows(codes: Any, table: Any, out: Any, size: int) -> None:
 
 @compiled
 def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
-    """Keep the ``k`` best in their order, the earlier of equal ones; return the smallest kept. ``keys``: scratch space.
+    """Keep the ``k`` best in their order (the earlier of equal ones); return the smallest kept. ``keys``: scratch space.
 
-    The smallest is found by bisection over integers that sort like the floats: each step only counts.
+    The smallest is found by bisection over integers that sort like the floats, so that each step only counts values.
     """
     bits = values.view(np.int32)
     for at in range(len(values)):
-        key = bits[at] if values[at] != 0 else np.int32(0)  # minus zero is zero
+        key = bits[at] if values[at] != 0 else np.int32(0)  # -0.0 counts as 0.0
         keys[at] = key ^ ((key >> 31) & np.int32(0x7FFFFFFF))
-    low, high = np.int64(-0x3F800001), np.int64(0x3F800000)  # of -1 and less, of 1
+    low, high = np.int64(-0x3F800001), np.int64(0x3F800000)  # the keys of -1 and 1, between which all scores lie
     while low < high:
         middle = (low + high) >> 1
         pivot, above = np.int32(middle), np.int32(0)
@@ -95,7 +95,7 @@ def _cut(values: Any, rows: Any, k: int, keys: Any) -> Any:
 
 @compiled
 def _any_above(sums: Any, limit: Any) -> Any:
-    """Whether any sum is above the limit; without branches, so that it vectorises."""
+    """Whether any sum is above the limit. Has no branches, so that it vectorises."""
     above = np.int32(0)
     for token in range(len(sums)):
         above += np.int32(1) if sums[token] > limit else np.int32(0)
@@ -104,7 +104,7 @@ def _any_above(sums: Any, limit: Any) -> Any:
 
 @compiled
 def _limit(floor: Any, total: Any) -> Any:
-    """A sum below this cannot have a score above the floor; slightly lower, because the division decides."""
+    """A limit such that smaller sums cannot have a score above the floor. Slightly low, to allow for rounding."""
     limit = floor * total
     return limit - _SLACK * abs(limit)
 
@@ -135,7 +135,7 @@ def push(
             end = segments[step + 1] if stretches else min(start + _STRIDE, tokens)
             if not _any_above(mine[start:end], _limit(floor, total)):
                 continue
-            if stretches:  # the best token of this stretch alone
+            if stretches:  # only the best token of this context
                 for other in range(start + 1, end):
                     if _score(mine[other], total) > _score(mine[start], total):
                         start = other

@@ -1,4 +1,4 @@
-"""Training an RQAE."""
+"""Training of RQAEs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Batches of training rows, from an array that is sampled or from a stream that passes through a shuffle buffer.
 
-Both give the same batches for the same seed and step on every machine, so training can resume. Uses no RQAE and no files.
+Both give the same batches for the same seed and step on every machine, so training can resume. Knows no RQAE; reads and
+writes no files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Activations: TypeAlias = Tensor | NDArray[np.floating] | Iterable[Tensor]
 
 
 def derived_generator(seed: int, *names: object) -> np.random.Generator:
-    """A generator for one purpose, from the run's seed and the purpose's names."""
+    """A random generator for one purpose, derived from the run's seed and the names of the purpose."""
     text = "/".join(str(name) for name in (seed, *names))
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
@@ -76,7 +77,7 @@ class ArrayBatches:
         return self._rows(np.sort(chosen))
 
     def batch(self, step: int, size: int) -> Tensor:
-        """Rows drawn without replacement within an epoch; its last rows are dropped where they do not fill a batch."""
+        """Rows drawn without replacement within an epoch; an incomplete batch at the end of an epoch is dropped."""
         size = min(size, len(self._array))
         per_epoch = len(self._array) // size
         epoch, place = divmod(step, per_epoch)
@@ -85,11 +86,11 @@ class ArrayBatches:
         return self._rows(self._order[1][place * size : (place + 1) * size])
 
     def skip(self, step: int, size: int) -> None:
-        """Nothing to do: a batch depends on its step only."""
+        """Nothing to do, because a batch depends on its step only."""
 
 
 class StreamBatches:
-    """Rows of a stream of (n_i, d) tensors through a shuffle buffer; after its end, batches come from the buffer."""
+    """Rows of a stream of (n_i, d) tensors, shuffled in a buffer. When the stream ends, batches come from the buffer."""
 
     def __init__(self, stream: Iterable[Tensor], dim: int, seed: int, buffer_rows: int) -> None:
         self._stream: Iterator[Tensor] = iter(stream)

@@ -17,14 +17,14 @@ __all__ = ["resume", "save"]
 
 
 def _fingerprint(config: RqaeTrainingConfig, data: str) -> str:
-    """What must be equal to resume: every option except where and how often to save and to evaluate."""
+    """The settings that must be equal to resume: all options except where and how often to save and to evaluate."""
     left_out = ("checkpoint", "checkpoint_every", "evaluate_every")
     values = {name: value for name, value in asdict(config).items() if name not in left_out}
     return repr([*sorted(values.items()), data])
 
 
 def save(path: Path, config: RqaeTrainingConfig, data: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors needed to resume; ``data`` is a digest of the activations."""
+    """Write the tensors needed to resume. ``data``: a digest of the activations."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -46,14 +46,14 @@ def resume(path: Path, config: RqaeTrainingConfig, data: str) -> dict[str, Tenso
             str(path),
             expected="a training checkpoint",
             seen=f"a file that torch cannot load ({type(error).__name__})",
-            fix="delete it to start again",
+            fix="delete it to start over",
         ) from error
     if seen != _fingerprint(config, data):
         raise RqaeError(
             str(path),
             expected="a checkpoint of this training configuration and these activations",
             seen="another configuration, or other activations",
-            fix="delete it to start again, or give another checkpoint path",
+            fix="delete it to start over, or give another checkpoint path",
         )
     state: dict[str, Tensor] = tensors
     return state

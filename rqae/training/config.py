@@ -20,10 +20,10 @@ class RqaeTrainingConfig:
 
     Sizes of the RQAE, as in ``RqaeConfig``:
         dim: width of the hidden states, d_model.
-        num_quantizers, codebook_dim, codebook_size, quantization_method: as there.
+        num_quantizers, codebook_dim, codebook_size, quantization_method: see ``RqaeConfig``.
     Start:
-        initialisation: "sequential" fits the quantizers one after the other to ``init_tokens`` rows; "random" is the
-            start of the original implementation.
+        initialisation: "sequential" fits the quantizers one after the other to ``init_tokens`` rows; "random" draws
+            random weights like the original implementation.
         init_tokens: rows used for the sequential start; also the size of the buffer that shuffles a stream.
     Optimisation:
         steps: Adam steps.
@@ -34,8 +34,8 @@ class RqaeTrainingConfig:
         clip_norm: largest norm of the gradient over all layers.
         seed: of the initial weights and the order of rows.
         precision: of the matrix products in the gradients; bfloat16 is faster where the hardware supports it.
-        nested_depths: depths whose reconstruction error is added to the loss, each with the same weight as the full
-            depth when both errors are taken relative to their own size.
+        nested_depths: depths whose reconstruction errors are added to the loss, weighted so that a relative change in
+            the error counts the same at every depth.
     Files and measurements:
         checkpoint: file to write; training resumes from it if it exists. None: no checkpoint.
         checkpoint_every: steps between two checkpoints.
@@ -70,7 +70,7 @@ class RqaeTrainingConfig:
         )
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to the final share."""
+        """The learning rate of a step: linear warm-up, then a half cosine down to the final share."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -93,7 +93,7 @@ class RqaeTrainingConfig:
                 "training option 'nested_depths'",
                 expected=f"depths from 1 to {self.num_quantizers}",
                 seen=str(list(self.nested_depths)),
-                fix="leave out deeper ones",
+                fix="remove the depths outside this range",
             )
         if self.initialisation == "sequential" and self.dim < self.codebook_dim:
             raise RqaeError(

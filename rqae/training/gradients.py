@@ -1,9 +1,9 @@
 """Loss and gradients of an RQAE in closed form, all as matrix products.
 
 The loss is the mean squared error of the full reconstruction and, optionally, of shallower ones. Gradients are
-straight-through (∂C_c/∂p is taken as the identity) and the residual that a quantizer reads is detached, so a quantizer's
+straight-through (∂C_c/∂p is taken as the identity), and the residual that a quantizer reads is detached. So a quantizer's
 gradient depends on the others only through the error and the residual. Both are linear in the codes, so no residual of
-width d is stored per quantizer.
+width d needs to be stored per quantizer.
 With e = 2 (x̂ - x) / (N d), Q the code vectors side by side and g = e W_out: ∂W_out = eᵀQ, ∂W_in,i = g_iᵀ r_i, and
 g_iᵀ r_i = g_iᵀ x - Σ_{j<i} (g_iᵀ Q_j W_out,jᵀ + g_iᵀ 1 b_out,jᵀ). Tests compare with autograd on the literal definition.
 """
@@ -33,8 +33,9 @@ def loss_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """x (N, d), layers w_in, b_in, w_out, b_out and their encoder → squared error (N,), gradients, codes (N, n_q).
 
-    The squared error is that of all quantizers. ``precision`` is that of the gradients' matrix products; codes and errors
-    are computed in float32. ``nested_depths``: further depths whose errors are added to the loss (see ``_errors_behind``).
+    The squared error is that of the full reconstruction.
+    ``precision``: of the matrix products for the gradients; codes and errors are always computed in float32.
+    ``nested_depths``: further depths whose errors are added to the loss (see ``_errors_behind``).
     """
     low = getattr(torch, precision)
     w_in, w_out, b_out = layers["w_in"], layers["w_out"], layers["b_out"]
@@ -72,10 +73,10 @@ def loss_and_gradients(
 def _errors_behind(
     x: Tensor, q: Tensor, decoder: Tensor, b_out: Tensor, bounds: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Squared error (N,) at full depth, and for each range of quantizers the error e (N, d) behind its gradients.
+    """Squared error (N,) at full depth, and for each range of quantizers the error e (N, d) for its gradients.
 
-    A range contributes to the error at its own depth and at all deeper ones. Each depth is weighted by the full-depth error
-    over its own error (as a constant), so that a relative change counts the same at every depth.
+    A range contributes to the error at its own depth and at all deeper ones. The error at each depth is weighted by the
+    full-depth error divided by its own error (as a constant), so that a relative change counts the same at every depth.
     """
     width = q.shape[1] // len(b_out)
     running = -x

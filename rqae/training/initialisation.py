@@ -1,8 +1,8 @@
 """Initial weights: quantizers fitted to data one after the other, each to the residual of the previous ones; or random.
 
-For each quantizer: the c leading principal directions of the residual, whitened, give W_in; the codes follow; W_out and
-b_out are the least-squares map from codes to residual. The residual's covariance is updated in closed form, so a
-quantizer costs a few passes over the sample. This start alone is already better than long training from a random one.
+For each quantizer, the c leading principal directions of the residual, whitened, give W_in; W_in gives the codes; W_out and
+b_out are the least-squares map from codes to residual. The residual's covariance is updated in closed form, so a quantizer
+costs a few passes over the sample. Even without training, this start is better than long training from a random start.
 Reads and writes no files.
 """
 
@@ -75,7 +75,7 @@ def greedy_layers(
         if layer == 0:
             covariance += torch.outer(
                 mean, mean
-            ).double()  # from about the mean to about zero, where the residual now is
+            ).double()  # the covariance was about the mean; from now on the residual has mean zero
         mean = torch.zeros_like(mean)
         for name, value in zip(layers, (w_in, b_in, solution[:width].T.float(), solution[width].float()), strict=True):
             layers[name].append(value)

@@ -1,8 +1,8 @@
 """The training loop: all quantizers are trained jointly, with straight-through gradients and detached residuals.
 
-Reads rows of final-normed hidden states (masked tokens already dropped). Optionally writes one checkpoint file and resumes
-from it; it is loaded with ``weights_only``. Uses no language model and no text. On one machine, the same activations,
-configuration and seed give the same RQAE, resumed or not.
+Reads rows of final-normed hidden states, without masked tokens. Optionally writes one checkpoint file and resumes from it
+(loaded with ``weights_only``). Uses no language model and no text. On one machine, the same activations, configuration and
+seed give the same RQAE, whether training was resumed or not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rqae.training.trainer import LAYERS, Trainer
 
 __all__ = ["TrainingReport", "held_out_fvu", "train_rqae"]
 
-# A checkpoint stores a digest of this many activations, to detect that it is resumed on other ones.
+# A checkpoint stores a digest of this many activations, to detect a resume with different ones.
 _DIGEST_ROWS = 256
 
 
@@ -41,7 +41,7 @@ class TrainingReport:
     fvu_start, fvu_held_out: held-out FVU by depth, before the first step and at the end; empty without held-out rows.
     losses: (step, FVU of that step's batch), including steps before a resume.
     curve: (step, held-out FVU of all quantizers), including steps before a resume.
-    dead_share: share of (quantizer, code) pairs that were hardly ever used lately.
+    dead_share: share of (quantizer, code) pairs that were hardly used in recent steps.
     """
 
     steps: int
@@ -110,7 +110,7 @@ def train_rqae(
         layers = {name: saved[f"layer.{name}"] for name in LAYERS}
         trainer = Trainer(config, layers, saved["codebook"], torch.device(device))
         trainer.load(saved)
-        for step in range(trainer.step):  # a stream has to skip the rows already used
+        for step in range(trainer.step):  # a stream has to skip the rows that were already used
             batches.skip(step, config.batch_tokens)
     else:
         trainer = _start(config, batches, torch.device(device), progress)

@@ -22,7 +22,7 @@ __all__ = ["LAYERS", "Trainer"]
 LAYERS = ("w_in", "b_in", "w_out", "b_out")
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-12
-_COUNT_DECAY = 0.99  # of the running share of tokens per code
+_COUNT_DECAY = 0.99  # decay per step of the running share of tokens per code
 
 
 class Trainer:
@@ -103,12 +103,12 @@ class Trainer:
         return fvu
 
     def model(self) -> RQAE:
-        """The RQAE as trained so far. ``codebook_counts`` are bias-corrected, as they start at zero."""
+        """The RQAE as trained so far. ``codebook_counts`` are corrected for the bias from starting at zero."""
         correction = 1 - _COUNT_DECAY**self.step if self.step else 1.0
         return RQAE(self.config.model, **self.layers, codebook=self.codebook, codebook_counts=self.counts / correction)
 
     def dead_share(self) -> float:
-        """The share of (quantizer, distinct code) pairs used by less than a hundredth of an even share of recent tokens."""
+        """The share of (quantizer, distinct code) pairs used by fewer recent tokens than 1% of an even share."""
         usable = (self.canonical == torch.arange(len(self.canonical), device=self.device)) & (
             self.codebook.norm(dim=-1).amax(dim=0) > 0
         )

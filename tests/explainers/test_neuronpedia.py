@@ -102,7 +102,7 @@ def test_what_is_missing_or_damaged_is_found_before_the_first_feature(dump: Path
     with pytest.raises(MissingFile, match="expected a folder of a Neuronpedia export"):
         NeuronpediaExplainer(str(tmp_path / "nowhere"))
     add(dump, {"index": 1, "description": 7})
-    with pytest.raises(BadFile, match=r"batch-0.jsonl.gz line 1: expected a description; seen int"):
+    with pytest.raises(BadFile, match=r"batch-0.jsonl.gz line 1: expected description as a string; seen int"):
         prepare(NeuronpediaExplainer(str(dump)), SAE)
     for sources in (None, lambda: [], lambda: [object]):
         with pytest.raises(BadConfig, match="expected a run on an export, or the folder of an export; seen neither"):

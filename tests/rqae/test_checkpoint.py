@@ -78,7 +78,7 @@ def test_wrong_shape_names_the_tensor(folder):
     change(folder, **{"layers.3.1.weight": torch.zeros(4, 24)})
     assert refused(folder) == (
         f"{folder}/model.safetensors: tensor 'layers.3.1.weight': expected shape [24, 4]; seen shape [4, 24]; "
-        "fix: make config.json and model.safetensors come from the same checkpoint"
+        "fix: use config.json and model.safetensors from the same checkpoint"
     )
 
 
@@ -125,10 +125,10 @@ def test_a_pickle_is_never_opened(folder):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("{", "expected JSON"),
+        ("{", "expected a JSON object; seen invalid JSON"),
         ("[1]", "seen list"),
         ('{"dim": 24}', "seen no codebook_dim, codebook_size, num_quantizers, quantization_method"),
-        ("[" * 100_000, "expected JSON"),
+        ("[" * 100_000, "expected a JSON object; seen invalid JSON"),
     ],
 )
 def test_bad_config(folder, text, message):

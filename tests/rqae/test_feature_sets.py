@@ -189,8 +189,8 @@ def test_no_file_a_folder_and_a_pickle(path, tmp_path):
         ({"codes": torch.zeros(4, 12, dtype=torch.uint16)}, "feature labels: expected 4 strings; seen 3: 'token 0'"),
         ({"codes": torch.full((3, 12), 625).to(torch.uint16)}, "feature codes: expected 0 to 624; seen 625 to 625"),
         ({"codes": torch.full((3, 12), 624).to(torch.uint16)}, "code 0 of feature 0: expected 468, the lowest index"),
-        ({"codes": None}, "expected codes, perhaps positions; seen ['positions']"),
-        ({"more": torch.zeros(1)}, "expected codes, perhaps positions; seen ['codes', 'more', 'positions']"),
+        ({"codes": None}, "expected codes and optionally positions; seen ['positions']"),
+        ({"more": torch.zeros(1)}, "expected codes and optionally positions; seen ['codes', 'more', 'positions']"),
         ({"positions": torch.arange(4)}, "feature positions: expected shape [3]"),
         ({"positions": torch.tensor([0, 1, -2])}, "feature positions: expected shape [3], int64, -1 or more"),
         ({"positions": torch.zeros(3)}, "tensor 'positions': expected dtype I64; seen dtype F32"),
@@ -208,15 +208,15 @@ def config_with(**values):
 @pytest.mark.parametrize(
     "header,message",
     [
-        (lambda _: "{", "header: expected JSON"),
-        (lambda _: "[" * 100_000, "header: expected JSON"),
+        (lambda _: "{", "header: expected a JSON object; seen invalid JSON"),
+        (lambda _: "[" * 100_000, "header: expected a JSON object; seen invalid JSON"),
         (lambda _: "[1]", "expected an object with config, labels, origins, version"),
         (lambda a: json.dumps(a | {"version": 2}), "version: expected 1; seen 2; fix: update the package"),
         (lambda a: json.dumps(a | {"version": "1"}), "expected an object with"),
         (lambda a: json.dumps(a | {"version": True}), "expected an object with"),
         (lambda a: json.dumps(a | {"labels": "abc"}), "expected an object with"),
         (lambda a: json.dumps(a | {"labels": ["a", "b", 3]}), "feature labels: expected 3 strings"),
-        (lambda a: json.dumps(a | {"origins": ["token", "token", "me"]}), "out of token, tokens, vector, random"),
+        (lambda a: json.dumps(a | {"origins": ["token", "token", "me"]}), "each one of token, tokens, vector, random"),
         (lambda a: json.dumps(a | {"origins": ["token", "token", []]}), "feature origins: expected 3 strings"),
         (lambda a: json.dumps(a | {"config": {}}), "expected an object with"),
         (config_with(num_quantizers=11), "expected integers of shape [any, 1 to 11]; seen shape [3, 12]"),
@@ -233,7 +233,7 @@ def test_headers_that_are_not_what_they_should_be(path, header, message):
 
 def test_a_file_of_another_kind(path):
     save_file({"codes": torch.zeros(3, 12, dtype=torch.uint16)}, path)
-    assert "expected a feature set ('rqae_feature_set' in its header); seen none" in refused(path)
+    assert "expected a feature set, with 'rqae_feature_set' in its header; seen none" in refused(path)
 
 
 def test_a_failed_write_keeps_the_old_file(path, monkeypatch):
@@ -243,8 +243,8 @@ def test_a_failed_write_keeps_the_old_file(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RqaeError, match="expected to be able to write it; seen No space left on device"):
+    with pytest.raises(RqaeError, match="expected a file that can be written; seen No space left on device"):
         FeatureSet.random(MODEL, 2, 0).save(path)
     assert path.read_bytes() == before and [each.name for each in path.parent.iterdir()] == [path.name]
-    with pytest.raises(RqaeError, match="expected to be able to write it"):
+    with pytest.raises(RqaeError, match="expected a file that can be written"):
         FeatureSet.random(MODEL, 2, 0).save(path / "inside")

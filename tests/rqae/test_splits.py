@@ -244,7 +244,7 @@ def test_errors():
         parting_depth(MODEL, torch.tensor([[7, 625]]), 0.5)
     with pytest.raises(RqaeError, match=r"codes of features: expected integers of shape \[any, 1 to 10\]"):
         similarity_by_depth(MODEL, codes.repeat(1, 2))
-    with pytest.raises(RqaeError, match="codes of tokens: expected 10 quantizers or more, as the features; seen 9"):
+    with pytest.raises(RqaeError, match="codes of tokens: expected at least 10 quantizers, like the features; seen 9"):
         SplitTree.build(MODEL, named(MODEL, codes), 0.5, tokens=codes[:, :9])
-    with pytest.raises(RqaeError, match=r"active_above: expected one number, or 10; seen shape \[9\]"):
+    with pytest.raises(RqaeError, match=r"active_above: expected one number, or 10 numbers; seen shape \[9\]"):
         SplitTree.build(MODEL, named(MODEL, codes), 0.5, tokens=codes, active_above=torch.ones(9))

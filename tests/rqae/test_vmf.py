@@ -247,12 +247,14 @@ def test_errors():
     codes = random_codes(model, 40, 1)
     with pytest.raises(RqaeError) as error:
         fit_vmf(model, [codes[:1], codes], kappa_above=9999.0)
-    assert "feature 1: expected a layer in which its tokens agree; seen kappa of " in str(error.value)
-    with pytest.raises(RqaeError, match=r"codes of feature 1: expected one token or more, of 4 quantizers.*\[3, 2\]"):
+    assert "feature 1: expected at least one layer in which its tokens agree; seen a largest kappa of " in str(
+        error.value
+    )
+    with pytest.raises(RqaeError, match=r"codes of feature 1: expected at least one token, with 4 quantizers.*\[3, 2\]"):
         fit_vmf(model, [codes, codes[:3, :2]])
-    with pytest.raises(RqaeError, match="codes of feature 0: expected one token or more"):
+    with pytest.raises(RqaeError, match="codes of feature 0: expected at least one token"):
         fit_vmf(model, codes[:0])
-    with pytest.raises(RqaeError, match="either kappa_above or top_layers"):
+    with pytest.raises(RqaeError, match="at most one of kappa_above and top_layers"):
         fit_vmf(model, codes, kappa_above=1, top_layers=1)
     with pytest.raises(RqaeError, match="fit_vmf: expected at least one feature"):
         fit_vmf(model, [])

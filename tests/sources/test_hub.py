@@ -115,8 +115,8 @@ def test_the_nearest_l0_is_said(tree: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "evalkit"):
         fetch("gemma-scope:2b/layer_12/width_16k/l0_80", revision="v1")
     assert caplog.messages == [
-        f"EVALKIT_HUB has no revisions: {REPOSITORY} is what the folder has, not v1",
-        f"{REPOSITORY}/layer_12/width_16k: the nearest average L0 to 80 is 82, of 22, 41, 82, 176, 445",
+        f"EVALKIT_HUB has no revisions: using its copy of {REPOSITORY}, ignoring revision v1",
+        f"{REPOSITORY}/layer_12/width_16k: the nearest average L0 to 80 is 82; available: 22, 41, 82, 176, 445",
     ]
 
 
@@ -142,9 +142,9 @@ def test_nobody_opens_hundreds_by_accident(tree: Path) -> None:
     for layer in range(101):
         (tree / f"many/layer_{layer}").mkdir(parents=True)
         (tree / f"many/layer_{layer}/params.npz").write_bytes(b"")
-    with pytest.raises(BadConfig, match=r"at most 100 files of weights; seen 101, such as many/layer_0/params\.npz"):
+    with pytest.raises(BadConfig, match=r"100 weight files; seen 101 weight files, such as many/layer_0/params\.npz"):
         fetch(f"{REPOSITORY}/many/*")
-    with pytest.raises(BadConfig, match="at most 100 files of weights"):
+    with pytest.raises(BadConfig, match="at most 100 weight files"):
         fetch(REPOSITORY)
 
 
@@ -184,10 +184,10 @@ def test_without_the_hub_its_cache_is_used(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(MissingFile) as caught:
         fetch("gemma-scope:9b/layer_12")
     message = str(caught.value)
-    expected = "a repository of that name in the local cache, as the hub does not answer"
+    expected = "a repository with that name in the local cache (the hub cannot be reached)"
     assert message.startswith(f"google/gemma-scope-9b-pt-res: expected {expected}; seen ")
     assert "\n" not in message
-    assert message.endswith("(HF_TOKEN for closed repositories), or name a local folder")
+    assert message.endswith("(set HF_TOKEN for gated repositories), or give a local folder")
     with pytest.raises(MissingFile, match="in the local cache"):
         fetch("gemma-scope:2b/layer_12", revision="other")
 
@@ -278,7 +278,7 @@ def test_only_what_a_dictionary_needs_is_downloaded(server: list[str], tmp_path:
 
 
 def test_a_repository_that_the_hub_does_not_have(server: list[str]) -> None:
-    with pytest.raises(MissingFile, match=r"google/none: expected a repository of that name on the hub; seen \w+: "):
+    with pytest.raises(MissingFile, match=r"google/none: expected a repository with that name on the hub; seen \w+: "):
         fetch("google/none/layer_1")
     with pytest.raises(MissingFile, match="on the hub"):
         fetch(f"{REPOSITORY}/layer_12", revision="v2")

@@ -70,13 +70,13 @@ def test_what_is_on_disk_comes_before_the_hub_unless_the_hub_is_named(
 def test_nothing_there(path: str) -> None:
     with pytest.raises(MissingFile) as caught:
         open_dictionary(path)
-    assert "seen nothing there; fix: check the path; bundled are rqae-256, sae/layer_15/" in str(caught.value)
+    assert "seen no such path; fix: check the path; bundled dictionaries: rqae-256, sae/layer_15/" in str(caught.value)
 
 
 def test_an_address_without_the_hub(tmp_path: Path) -> None:
     with pytest.raises(
         MissingFile,
-        match=r"someone/thing/layer_1: expected a dictionary: .*; a repository of that name in the local cache",
+        match=r"someone/thing/layer_1: expected a dictionary: .*; a repository with that name in the local cache",
     ):
         open_dictionary("someone/thing/layer_1")
 
@@ -89,7 +89,9 @@ def test_unknown_folders_say_what_they_hold(tmp_path: Path) -> None:
     ):
         open_dictionary(tmp_path / "odd")
     (folder / "weights.bin").write_bytes(b"?")
-    with pytest.raises(BadFile, match=r"seen deep/weights\.bin; fix: point at the folder that holds the weights"):
+    with pytest.raises(
+        BadFile, match=r"seen deep/weights\.bin; fix: give the path of the folder that holds the weights"
+    ):
         open_dictionary(tmp_path / "odd")
     (tmp_path / "file.txt").write_text("?")
     with pytest.raises(BadFile, match=r"seen file\.txt"):
@@ -104,7 +106,7 @@ def test_a_folder_above_several_formats_names_them(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path / 'all'}: expected dictionaries of one format; seen gemma-scope "
         "(gemma-scope-2b-pt-res/layer_3/width_64/average_l0_9) and gemma-scope-2 "
-        "(second/resid_post/layer_3_width_64_l0_small); fix: open them one by one, or name the format"
+        "(second/resid_post/layer_3_width_64_l0_small); fix: open each folder separately, or set the format"
     )
     assert names(tmp_path / "all", format="gemma-scope-2") == ["gemma-3-1b-pt/layers.3/sae/width-64/l0-9"]
     assert names(tmp_path / "all/second") == ["gemma-3-1b-pt/layers.3/sae/width-64/l0-9"]

@@ -132,7 +132,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=f"{size} bytes; seen {size - 2} bytes"):
         ActivationStore(tmp_path)
     (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(BadFile, match="the record of a store"):
+    with pytest.raises(BadFile, match="the record of an activation store"):
         ActivationStore(tmp_path)
 
 

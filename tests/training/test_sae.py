@@ -118,7 +118,7 @@ def test_foreign_checkpoints_stores_and_settings_are_refused(stores: Stores, tmp
     torn.write_bytes(b"PK not a checkpoint")
     with pytest.raises(BadFile, match="a checkpoint of this training"):
         train_sae(train, SMALL, held_out=held_out, checkpoint=torn)
-    with pytest.raises(CorpusError, match=r"hidden states of toy/layers\.3; seen other/layers\.3"):
+    with pytest.raises(CorpusError, match=r"states of toy/layers\.3 with d_model \d+; seen other/layers\.3 with"):
         train_sae(train, SMALL, held_out=sparse_store(tmp_path / "other", 0, 1, model="other"))
     with pytest.raises(BadConfig, match="less than the width 64; seen 64"):
         SaeTrainingConfig(width=64, l0=64)

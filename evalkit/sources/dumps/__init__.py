@@ -1,1 +1,1 @@
-"""Readers of ready examples: exports and caches of other tools."""
+"""Readers of ready examples in the exports and caches of other tools."""

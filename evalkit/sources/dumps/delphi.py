@@ -1,10 +1,10 @@
 """Reads latent caches of eai-delphi (formerly sae-auto-interp): ready examples instead of a dictionary and a forward pass.
 
-Layout: ``latents/HOOKPOINT/`` with ``config.json`` (``model_name`` says whose tokens these are) and the splits that
-``delphi_cache`` reads. A text is a cached sequence. As every activation is stored, what is not there was not active:
-negatives are verified, in dense features too, window by window. Sequences are sampled by a hash of their tokens, the same
-ones for every feature; what is kept is bounded, whatever the size of the cache. Loads the model's tokenizer, to turn
-tokens into text, when examples are asked for; knows no corpus, no windows and no model; writes nothing.
+Layout: ``latents/HOOKPOINT/`` with ``config.json`` (``model_name``: the model whose tokens are cached) and the splits that
+``delphi_cache`` reads. A text is a cached sequence. A cache holds every activation, so a token without one was not active,
+and negatives are verified window by window, even for dense features. Sequences are sampled by a hash of their tokens, the
+same ones for every feature; memory is bounded whatever the size of the cache. To turn tokens into text, the model's
+tokenizer is loaded when examples are requested. Knows no corpus, no windows and no model; writes nothing.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from evalkit.subject.sites import site_of_hook
 __all__ = ["VERIFIED", "DelphiReader", "DelphiSource"]
 
 VERIFIED = "verified: every activation is cached"
-_SHOWN = 1000  # sequences of one feature
-_OTHERS, _OTHER_TOKENS = 8192, 1 << 21  # of all features, for negatives
-_MOST_ENTRIES = 1 << 25  # activations in those sequences, of all asked features together
-_DEEPEST = 4  # folders below the one named
+_SHOWN = 1000  # sequences per requested feature
+_OTHERS, _OTHER_TOKENS = 8192, 1 << 21  # limits of the sample of all sequences, from which negatives are drawn
+_MOST_ENTRIES = 1 << 25  # activations of all requested features in those sequences
+_DEEPEST = 4  # levels of subfolders that are searched
 
 
 class DelphiReader:
@@ -44,7 +44,7 @@ class DelphiReader:
     options = frozenset({"model", "site", "name", "subject", "tokenizer"})
 
     def matches(self, path: Path) -> bool:
-        """Whether a folder with a config and splits is at or below ``path``."""
+        """Whether there is a folder with a config and splits at or below ``path``."""
         try:
             return any(True for _ in _find(path))
         except OSError:
@@ -53,8 +53,8 @@ class DelphiReader:
     def read(self, path: Path, **options: Any) -> Sequence[DelphiSource]:
         """Every hook point at or below ``path``; only configs and headers are read.
 
-        ``options``: ``tokenizer``, a folder or hub id instead of what the config names; ``model``, ``site``, ``name``
-        replace what it says (``subject`` is not needed). Raises MissingFile, BadFile (naming file and tensor), BadConfig.
+        ``options``: ``tokenizer`` (a folder or hub id), ``model``, ``site`` and ``name`` override the values from the
+        config and the folder. ``subject`` is ignored. Raises MissingFile, BadFile (naming file and tensor), BadConfig.
         """
         check_options(path, options, self.options)
         folders = sorted(set(_find(path)))
@@ -63,14 +63,14 @@ class DelphiReader:
                 str(path),
                 expected="a cache of latents: a folder with config.json and splits such as 0_4095.safetensors",
                 seen="no such folder at or below it" if path.exists() else "no such file or folder",
-                fix="name the folder latents/ of a run of eai-delphi, or one hook point in it",
+                fix="give the folder latents/ of a run of eai-delphi, or the folder of one hook point in it",
             )
         if len(folders) > 1 and options.get("name"):
             raise BadConfig(
                 str(path),
-                expected="one hook point with the option name=",
-                seen=f"{len(folders)}",
-                fix="name its folder",
+                expected="one hook point, because the option name= is given",
+                seen=f"{len(folders)} hook points",
+                fix="give the folder of one hook point",
             )
         return [_open(folder, options) for folder in folders]
 
@@ -92,23 +92,24 @@ class DelphiSource:
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints."""
+        """Metadata shown in tables."""
         return SourceInfo(self.name, "delphi", self.site.path, self.cache.width, declared={"negatives": VERIFIED})
 
     def features(self) -> Sequence[FeatureId]:
-        """The latents that fire, by index. Reads the cache once. Raises BadFile."""
+        """The latents that fire, by index. Reads the whole cache, once. Raises BadFile."""
         return [str(latent) for latent in np.flatnonzero(self.cache.counts).tolist()]
 
     def examples(self, features: Sequence[FeatureId]) -> ReadyExamples:
-        """Sequences of these features (at most 1,000 each), and 8,192 of all (of two million tokens at most).
+        """Up to 1,000 sequences per feature, and a sample of all sequences: up to 8,192, with at most two million tokens.
 
-        Raises UnknownFeature for one that never fires, CorpusError (too many activations at once), BadFile, MissingFile.
+        Raises UnknownFeature for a feature that never fires, CorpusError (more activations than fit in memory), BadFile,
+        MissingFile.
         """
         latents = [self._latent(feature) for feature in features]
         order = _order(self.cache)
         sequences, length = self.cache.shape
         others = order[: min(_OTHERS, max(1, _OTHER_TOKENS // length))]
-        rank = np.full(sequences, sequences, dtype=np.int64)  # copies of a sequence have none
+        rank = np.full(sequences, sequences, dtype=np.int64)  # a duplicate keeps rank ``sequences``: it is not used
         rank[order] = np.arange(len(order))
         shown = _first_of_each(self.cache, latents, rank)
         held = self._held(latents, shown, rank, len(others))
@@ -122,7 +123,7 @@ class DelphiSource:
             raise UnknownFeature(
                 f"feature {feature!r} of {self.name}",
                 expected="a latent that fires in the cached sequences",
-                seen="none",
+                seen="no activation in the cache",
                 fix="choose another, or cache more tokens",
             )
         return int(feature)
@@ -130,7 +131,7 @@ class DelphiSource:
     def _held(
         self, latents: Sequence[int], shown: NDArray[np.int64], rank: NDArray[np.int64], n_others: int
     ) -> Entries:
-        """The activations of the asked latents in the sequences that are kept. Raises CorpusError."""
+        """The activations of the requested latents in the selected sequences. Raises CorpusError."""
         nothing = np.zeros(0, dtype=np.int64)
         parts, count = [Entries(nothing, nothing, nothing, np.zeros(0, dtype=np.float32))], 0
         for entries in self.cache.entries(latents):
@@ -142,9 +143,9 @@ class DelphiSource:
             if count > _MOST_ENTRIES:
                 raise CorpusError(
                     self.name,
-                    expected=f"at most {_MOST_ENTRIES} activations of the asked features in the sequences that are used",
-                    seen=f"more, of {len(latents)} features",
-                    fix="ask for fewer features",
+                    expected=f"at most {_MOST_ENTRIES} activations of the selected features in the selected sequences",
+                    seen=f"more, for {len(latents)} features",
+                    fix="select fewer features",
                 )
         arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in Entries.__slots__]
         return Entries(*arrays)
@@ -157,7 +158,7 @@ class DelphiSource:
         sequences: NDArray[np.int64],
         others: set[int],
     ) -> list[ReadyText]:
-        """Each sequence as a text, by the hash of its tokens."""
+        """Each sequence as a text, sorted by the hash of its tokens."""
         by_latent = dict(zip(latents, features, strict=True))
         order = np.lexsort((held.positions, held.latents, held.sequences))
         held = Entries(*(getattr(held, name)[order] for name in Entries.__slots__))
@@ -167,7 +168,7 @@ class DelphiSource:
         plain[_special_ids(tokenizer)] = False
         texts: dict[int, ReadyText] = {}
         for place, (sequence, ids) in enumerate(_rows(self.cache, sequences, len(tokenizer), self.tokenizer)):
-            tokens = tuple(map(sys.intern, token_pieces(tokenizer, ids.tolist())))  # each string once in memory
+            tokens = tuple(map(sys.intern, token_pieces(tokenizer, ids.tolist())))  # interned: token strings repeat
             start, stop = bounds[:, place]
             text = derive(0, "text", *tokens)
             activations = _Sparse(held.where(slice(start, stop)), by_latent, len(ids))
@@ -176,7 +177,7 @@ class DelphiSource:
 
 
 class _Sparse(Mapping[FeatureId, NDArray[np.float32]]):
-    """The activations in one sequence by feature; rows of numbers are made when they are looked at."""
+    """The activations in one sequence by feature; the dense array of a feature is built on access."""
 
     __slots__ = ("_held", "_length", "_spans")
 
@@ -200,7 +201,7 @@ class _Sparse(Mapping[FeatureId, NDArray[np.float32]]):
 
 
 def _order(cache: LatentCache) -> NDArray[np.int64]:
-    """Sequences by a hash of their tokens; of copies the first only."""
+    """Indices of the sequences in the order of a hash of their tokens, without duplicates (the first one is kept)."""
     hashes = np.zeros(cache.shape[0], dtype=np.uint64)
     for first, rows in cache.token_blocks():
         value = np.zeros(len(rows), dtype=np.uint64)
@@ -212,7 +213,10 @@ def _order(cache: LatentCache) -> NDArray[np.int64]:
 
 
 def _first_of_each(cache: LatentCache, latents: Sequence[int], rank: NDArray[np.int64]) -> NDArray[np.int64]:
-    """latent x sequences + sequence, sorted: of every latent the sequences of the lowest rank in which it fires."""
+    """For every latent, the ``_SHOWN`` sequences of the lowest rank in which it fires, sorted.
+
+    Pairs are encoded as latent × (number of sequences) + sequence.
+    """
     sequences = len(rank)
 
     def cut(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -232,7 +236,7 @@ def _first_of_each(cache: LatentCache, latents: Sequence[int], rank: NDArray[np.
 
 
 def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sorted, each once."""
+    """The distinct values, sorted."""
     ordered = np.sort(values)
     kept = np.ones(len(ordered), dtype=bool)
     kept[1:] = ordered[1:] != ordered[:-1]
@@ -241,7 +245,7 @@ def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _among(values: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each value is one of the sorted ones."""
+    """Whether each value is in ``known``, which is sorted."""
     if not len(known):
         return np.zeros(len(values), dtype=bool)
     found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
@@ -251,16 +255,16 @@ def _among(values: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bo
 def _rows(
     cache: LatentCache, sequences: NDArray[np.int64], vocabulary: int, tokenizer: str
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The tokens of these sequences, which are sorted. Raises BadFile for an id that the tokenizer does not have."""
+    """The token ids of ``sequences`` (sorted). Raises BadFile for an id outside the tokenizer's vocabulary."""
     for first, rows in cache.token_blocks():
         for sequence in sequences[(sequences >= first) & (sequences < first + len(rows))].tolist():
             ids = rows[sequence - first]
             if ids.max() >= vocabulary:
                 raise BadFile(
                     f"{cache.folder}: tokens",
-                    expected=f"ids of the tokenizer {tokenizer}, below {vocabulary}",
+                    expected=f"ids of the tokenizer {tokenizer}, all below {vocabulary}",
                     seen=f"{ids.max()} in sequence {sequence}",
-                    fix="name the tokenizer of the model that was cached, as the dictionary's option tokenizer",
+                    fix="set the dictionary's option tokenizer to the tokenizer of the cached model",
                 )
             yield sequence, ids
 
@@ -269,7 +273,7 @@ def _open(folder: Path, options: Mapping[str, Any]) -> DelphiSource:
     config = read_json(folder / "config.json")
     model = config.get("model_name")
     if not isinstance(model, str) or not model.strip():
-        raise bad_key(folder / "config.json", "model_name", "the name of the model that was read", model)
+        raise bad_key(folder / "config.json", "model_name", "the name of the cached model", model)
     owner = str(options.get("model") or PurePosixPath(model).name)
     given = str(options.get("site") or folder.name)
     site = Site(owner, site_of_hook(given) or given)
@@ -285,7 +289,7 @@ def _find(path: Path) -> Iterator[Path]:
 
 
 def _load_tokenizer(name: str, folder: Path) -> Any:
-    """The tokenizer of a local model, of one that was pulled, or of the hub. Raises MissingFile, BadFile."""
+    """The tokenizer of a local model, of a model downloaded before, or from the hub. Raises MissingFile, BadFile."""
     transformers: Any = require("transformers", "model")
     pulled = next((MODELS / known for known, model in KNOWN.items() if model.hub == name), None)
     place = str(pulled) if pulled is not None and pulled.is_dir() else find_model(name)
@@ -293,17 +297,17 @@ def _load_tokenizer(name: str, folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place)
     except ImportError:
         raise
-    except Exception as error:  # a dozen kinds; each means that there is no such tokenizer here
+    except Exception as error:  # transformers raises many kinds if it cannot find or load a tokenizer
         seen = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise MissingFile(
             f"tokenizer {name} of {folder}",
-            expected="the tokenizer of the model that was cached",
+            expected="the tokenizer of the cached model",
             seen=seen,
-            fix="name a folder with it as the dictionary's option tokenizer, or check the network",
+            fix="set the dictionary's option tokenizer to a folder with it, or check the network",
         ) from error
 
 
 def _special_ids(tokenizer: Any) -> list[int]:
-    """BOS, EOS, padding and other control tokens: windows leave them out."""
+    """The ids of BOS, EOS, padding and other control tokens, which windows leave out."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return sorted({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)})

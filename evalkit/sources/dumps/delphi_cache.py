@@ -1,12 +1,12 @@
-"""The files of one hook point in a latent cache of eai-delphi: the activations that are stored, and the tokens.
+"""Reads the files of one hook point in a latent cache of eai-delphi: stored activations, and tokens.
 
-A folder of splits ``FIRST_LAST.safetensors``, latents FIRST to LAST each: ``locations`` (entry, 3), whole numbers of
+The folder holds splits ``FIRST_LAST.safetensors``, each with latents FIRST to LAST: ``locations`` (entry, 3), the integers
 sequence, position and latent − FIRST; ``activations`` (entry,); ``tokens`` (sequence, position), the same in every split.
-Every activation above 1e-5 in size is there, in float16, and nothing else.
+A cache stores exactly the activations above 1e-5 in absolute value, in float16.
 
-Splits are read in ranges of entries, and every range is checked before it is used; what is kept of the first reading is how
-often each latent fires and which latents a range holds, so that where a file is sorted by latent only their ranges are read
-again. Knows no tokenizer and no windows; loads no torch; writes nothing.
+Splits are read in ranges of entries, and every range is checked before use. The first pass records how often each latent
+fires and the lowest and highest latent of each range, so that later passes read only the ranges they need (few, if the file
+is sorted by latent). Knows no tokenizer and no windows; does not load torch; writes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Entries", "LatentCache", "split_files"]
 
 _NAME = re.compile(r"(0|[1-9]\d{0,9})_(0|[1-9]\d{0,9})\.safetensors", re.ASCII)
 _ENTRIES, _TOKENS = 1 << 19, 1 << 20  # read at a time
-_MOST_LATENTS, _MOST_SEQUENCES, _LONGEST = 1 << 22, 1 << 28, 1 << 20
+_MOST_LATENTS, _MOST_SEQUENCES, _LONGEST = 1 << 22, 1 << 28, 1 << 20  # limits; _LONGEST: positions in a sequence
 _WHOLE = frozenset({"U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64"})
 _REAL = frozenset({"F16", "F32", "F64"})
 _LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -38,7 +38,7 @@ _FIX = "cache the latents again, or download that file again"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
-    """Stored activations; all arrays are (entry,). ``latents`` are those of the dictionary."""
+    """Stored activations; all arrays are (entry,). ``latents``: indices in the whole dictionary, not in the split."""
 
     sequences: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -46,13 +46,13 @@ class Entries:
     values: NDArray[np.float32]
 
     def where(self, kept: NDArray[np.bool_] | slice) -> Entries:
-        """Some of them."""
+        """The entries selected by a mask or a slice."""
         return Entries(self.sequences[kept], self.positions[kept], self.latents[kept], self.values[kept])
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A file, what its header says. ``tokens``: (sequences, positions), None where it was written without them."""
+    """The header of one file. ``tokens``: (sequences, positions); None if the file was written without tokens."""
 
     path: Path
     first: int
@@ -63,7 +63,7 @@ class _Split:
 
 @dataclass(frozen=True, slots=True)
 class _Zone:
-    """A range of entries of a file, and the smallest and largest latent in it."""
+    """A range of entries in a file, and the lowest and highest latent in it."""
 
     split: _Split
     start: int
@@ -73,13 +73,13 @@ class _Zone:
 
 
 def split_files(folder: Path) -> list[tuple[int, int, Path]]:
-    """The splits in a folder by their first latent: first, last, path."""
+    """The splits in a folder, sorted by first latent: (first latent, last latent, path)."""
     names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("*.safetensors"))
     return sorted((int(name[1]), int(name[2]), path) for name, path in names if name)
 
 
 class LatentCache:
-    """The cache of one hook point. Only headers are read at first. Raises MissingFile, BadFile."""
+    """The cache of one hook point. Opening it reads headers only. Raises MissingFile, BadFile."""
 
     def __init__(self, folder: Path) -> None:
         require("safetensors", "model")
@@ -89,20 +89,20 @@ class LatentCache:
             raise MissingFile(
                 str(folder),
                 expected="splits such as 0_4095.safetensors",
-                seen="none",
-                fix="name the hook point's folder",
+                seen="no such file",
+                fix="give the folder of a hook point",
             )
         for one, other in pairwise(self._splits):
             if one.last >= other.first:
                 raise BadFile(
                     str(folder),
-                    expected="splits of different latents",
+                    expected="splits that do not overlap",
                     seen=f"{one.path.name} and {other.path.name}",
-                    fix="delete the files of the older cache: a new one with other splits does not replace them",
+                    fix="delete the files of the older cache, which a new cache with other splits does not overwrite",
                 )
         with_tokens = [split for split in self._splits if split.tokens is not None]
         if not with_tokens:
-            raise _bad(self._splits[0].path, "tokens", "the tokens beside the activations", "none", "save_tokens=True")
+            raise _bad(self._splits[0].path, "tokens", "tokens in at least one split", "none", "save_tokens=True")
         self._holder = with_tokens[0]
         for split in with_tokens:
             if split.tokens != self._holder.tokens:
@@ -111,18 +111,18 @@ class LatentCache:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sequences and positions of the tokens."""
+        """Shape of the tokens: (sequences, positions)."""
         assert self._holder.tokens is not None
         return self._holder.tokens
 
     @property
     def width(self) -> int:
-        """One more than the last latent of the last split."""
+        """Number of latents: one more than the last latent of the last split."""
         return self._splits[-1].last + 1
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """(latent,) On how many tokens each latent fires. Reads all files once. Raises BadFile."""
+        """The number of tokens on which each latent fires, (latent,). Reads all files, once. Raises BadFile."""
         return self._read_once[0]
 
     @cached_property
@@ -135,7 +135,7 @@ class LatentCache:
         return counts, zones
 
     def entries(self, latents: Sequence[int]) -> Iterator[Entries]:
-        """The positive activations of these latents, in the order of the files. Raises BadFile."""
+        """The positive activations of these latents, in file order. Raises BadFile."""
         wanted = np.unique(np.asarray(latents, dtype=np.int64))
         for zone in self._read_once[1]:
             if np.searchsorted(wanted, zone.lowest) == np.searchsorted(wanted, zone.highest, side="right"):
@@ -153,25 +153,25 @@ class LatentCache:
                     yield _Zone(split, start, stop, int(found.latents.min()), int(found.latents.max())), found
 
     def token_blocks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """All tokens, some sequences at a time, each with the number of the first. Raises BadFile."""
+        """All token ids in blocks of sequences: (index of the first sequence, ids). Raises BadFile."""
         path, (sequences, length) = self._holder.path, self.shape
         step = max(1, _TOKENS // length)
         with _reading(path) as file:
             for first in range(0, sequences, step):
                 rows = file.get_slice("tokens")[first : min(first + step, sequences)].astype(np.int64)
                 if rows.min() < 0:
-                    raise _bad(path, "tokens", "token ids from 0", f"{rows.min()}")
+                    raise _bad(path, "tokens", "token ids of 0 or more", f"{rows.min()}")
                 yield first, rows
 
 
 def _opened(first: int, last: int, path: Path) -> _Split:
-    """What the header of a file says, checked."""
+    """Read and check the header of a file."""
     if not first <= last < _MOST_LATENTS:
         raise BadFile(
             str(path),
-            expected=f"a name FIRST_LAST of latents below {_MOST_LATENTS}",
+            expected=f"a file name FIRST_LAST with FIRST at most LAST, and LAST below {_MOST_LATENTS}",
             seen=path.name,
-            fix="rename it, or cache the latents again",
+            fix="rename the file, or cache the latents again",
         )
     with _reading(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -181,9 +181,10 @@ def _opened(first: int, last: int, path: Path) -> _Split:
         if name not in shapes:
             if name == "tokens":
                 continue
-            raise _bad(path, name, "a tensor of that name", f"only {', '.join(sorted(shapes)) or 'none at all'}"[:200])
+            seen = f"only these tensors: {', '.join(sorted(shapes)) or 'none'}"[:200]
+            raise _bad(path, name, "a tensor with this name", seen)
         if kinds[name] not in allowed:
-            raise _bad(path, name, f"one of {', '.join(sorted(allowed))}", kinds[name])
+            raise _bad(path, name, f"dtype {', '.join(sorted(allowed))}", f"dtype {kinds[name]}")
     entries = shapes["activations"]
     if len(entries) != 1:
         raise _bad(path, "activations", "shape (entries)", _shape(entries))
@@ -198,7 +199,7 @@ def _opened(first: int, last: int, path: Path) -> _Split:
 
 
 def _checked(split: _Split, file: Any, start: int, stop: int, shape: tuple[int, int]) -> Entries:
-    """A range of entries that lie inside the tokens and the split."""
+    """Read a range of entries; check that they lie inside the tokens and the split, and are finite."""
     locations = file.get_slice("locations")[start:stop]
     limits = (*shape, split.last - split.first + 1)
     for column, (limit, what) in enumerate(zip(limits, ("sequences", "positions", "latents"), strict=True)):
@@ -218,10 +219,10 @@ def _checked(split: _Split, file: Any, start: int, stop: int, shape: tuple[int, 
         raise _bad(
             split.path,
             "activations",
-            "numbers that single precision holds",
+            "numbers within the range of float32",
             f"{stored[place]} in entry {start + place}",
         )
-    if stored.dtype == np.float16:  # what was larger than that is stored as infinite
+    if stored.dtype == np.float16:  # activations beyond the range of float16 were stored as infinity
         values = values.clip(-_LARGEST_HALF, _LARGEST_HALF)
     latents = locations[:, 2].astype(np.int64) + split.first
     return Entries(locations[:, 0].astype(np.int64), locations[:, 1].astype(np.int64), latents, values)
@@ -229,7 +230,7 @@ def _checked(split: _Split, file: Any, start: int, stop: int, shape: tuple[int, 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """A file of plain tensors, open. Whatever is wrong with it becomes one of our errors."""
+    """Open a safetensors file; any error while it is open becomes MissingFile or BadFile."""
     from safetensors import SafetensorError, safe_open
 
     try:

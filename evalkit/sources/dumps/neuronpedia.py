@@ -1,13 +1,13 @@
 """Reads Neuronpedia's public exports from a local folder: ready examples instead of a dictionary and a forward pass.
 
 Layout (bucket ``neuronpedia-datasets``, https://docs.neuronpedia.org/api-and-data/exports): ``v1/MODEL/SOURCE/`` with
-``activations/``, ``features/`` and ``explanations/`` (or ``explanations-…/``), each of ``batch-N.jsonl.gz`` (or plain
-.jsonl), one JSON object a line. Of an activation: ``modelId``, ``layer`` (the source's id), ``index``, ``tokens``,
-``values``; of a feature ``index``, ``frac_nonzero``; of an explanation ``index``, ``description``, ``typeName``,
-``explanationModelName``. Lines come in any order.
+``activations/``, ``features/`` and ``explanations/`` (or ``explanations-…/``), each a folder of ``batch-N.jsonl.gz`` (or
+plain .jsonl), one JSON object per line. Keys that are read, besides ``modelId`` and ``layer`` (the source's id):
+activations: ``index``, ``tokens``, ``values``; features: ``index``, ``frac_nonzero``; explanations: ``index``,
+``description``, ``typeName``, ``explanationModelName``. Lines may be in any order.
 
-Files are streamed and what is kept is bounded, whatever they hold; a line that is not what it should be is one error that
-names file and line. Knows no corpus, no windows and no model; loads no torch; writes nothing.
+Files are streamed, and memory is bounded whatever their size. An invalid line raises an error that names the file and the
+line. Knows no corpus, no windows and no model; does not load torch; writes nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ __all__ = ["UNVERIFIED", "NeuronpediaReader", "NeuronpediaSource"]
 
 UNVERIFIED = "texts of other features, not verified"
 _LONGEST_TOKEN = 1024  # characters
-_SHOWN_TEXTS, _SHOWN_BYTES = 2000, 16 << 20  # kept of one feature
-_OTHER_TEXTS, _OTHER_BYTES = 8192, 128 << 20  # kept of all features, for negatives
+_SHOWN_TEXTS, _SHOWN_BYTES = 2000, 16 << 20  # limits of the sample of each requested feature's texts
+_OTHER_TEXTS, _OTHER_BYTES = 8192, 128 << 20  # limits of the sample of all texts, from which negatives are drawn
 
 
 class NeuronpediaReader:
@@ -57,7 +57,7 @@ class NeuronpediaReader:
     options = frozenset({"model", "site", "name", "subject"})
 
     def matches(self, path: Path) -> bool:
-        """Whether a folder ``activations`` with batches is at or below ``path``."""
+        """Whether there is a folder ``activations`` with batches at or below ``path``."""
         try:
             return any(True for _ in _find(path))
         except OSError:
@@ -66,28 +66,31 @@ class NeuronpediaReader:
     def read(self, path: Path, **options: Any) -> Sequence[NeuronpediaSource]:
         """Every source at or below ``path``; only one line of each is read.
 
-        ``options``: ``model``, ``site``, ``name`` replace what the export says (``subject`` is not needed: it says whose it
-        is). Raises MissingFile, BadFile (naming file and line), BadConfig.
+        ``options``: ``model``, ``site`` and ``name`` override the export's values. ``subject`` is ignored, because an
+        export names its model. Raises MissingFile, BadFile (naming file and line), BadConfig.
         """
         check_options(path, options, self.options)
         folders = sorted(set(_find(path)))
         if not folders:
             raise MissingFile(
                 str(path),
-                expected="a folder of an export with activations/batch-0.jsonl.gz, or one above several",
-                seen="no such batch there" if path.exists() else "no such file or folder",
+                expected="a folder of an export with activations/batch-0.jsonl.gz, or a folder above several",
+                seen="no such batch in this folder" if path.exists() else "no such file or folder",
                 fix="download v1/MODEL/SOURCE/ of the bucket neuronpedia-datasets",
             )
         if len(folders) > 1 and options.get("name"):
             raise BadConfig(
-                str(path), expected="one export with the option name=", seen=f"{len(folders)}", fix="name one folder"
+                str(path),
+                expected="one export, because the option name= is given",
+                seen=f"{len(folders)} exports",
+                fix="give the path of one export",
             )
         return [_open(folder, options) for folder in folders]
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronpediaSource:
-    """One source of an export. ``model_id`` and ``source_id`` are the export's own names; every line must carry them."""
+    """One source of an export. ``model_id`` and ``source_id``: the export's own names, which every line must repeat."""
 
     folder: Path
     model_id: str
@@ -104,11 +107,11 @@ class NeuronpediaSource:
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints; the width is not in an export, which leaves dead features out."""
+        """Metadata shown in tables. It has no width: exports leave out dead features, so they do not give the width."""
         return SourceInfo(self.name, "neuronpedia", self.site.path, declared={"negatives": UNVERIFIED})
 
     def features(self) -> Sequence[FeatureId]:
-        """The features with an activating text, by index. Reads all of ``activations/`` once. Raises BadFile."""
+        """The features with an activating text, by index. Reads all of ``activations/``, once. Raises BadFile."""
         if not self._known:
             found: set[int] = set()
             for place, record in self._lines("activations"):
@@ -120,9 +123,9 @@ class NeuronpediaSource:
         return self._known
 
     def examples(self, features: Sequence[FeatureId]) -> ReadyExamples:
-        """Texts of these features (at most 2,000 each), and 8,192 of all features; both by hash where there are more.
+        """Up to 2,000 activating texts per feature, and up to 8,192 texts of any feature; larger sets are sampled by hash.
 
-        Raises UnknownFeature for one without an activating text, BadFile.
+        Raises UnknownFeature for a feature without an activating text, BadFile.
         """
         asked = set(features)
         shown = {feature: SampledTexts(_SHOWN_TEXTS, _SHOWN_BYTES) for feature in features}
@@ -145,7 +148,7 @@ class NeuronpediaSource:
                     f"feature {feature!r} of {self.name}",
                     expected="a feature with an activating text in the export",
                     seen="none",
-                    fix="choose another, or download all batches of activations/",
+                    fix="choose another feature, or download all batches of activations/",
                 )
         said = self.densities()
         return ReadyExamples(
@@ -153,7 +156,7 @@ class NeuronpediaSource:
         )
 
     def explanations(self, feature: FeatureId) -> Sequence[Explanation]:
-        """What the export says the feature is, in file order; ``explainer`` names the model, ``version`` its method.
+        """The export's explanations of the feature, in file order. ``explainer``: the model; ``version``: its method.
 
         Reads all of ``explanations*/``, once. Raises BadFile.
         """
@@ -163,11 +166,11 @@ class NeuronpediaSource:
         return self._explained[0].of(feature)
 
     def feature_files(self) -> list[Path]:
-        """The files that ``densities`` reads; there may be none."""
+        """The files that ``densities`` reads; empty if the export has none."""
         return batches(self.folder / "features")
 
     def densities(self) -> dict[FeatureId, float]:
-        """The share of tokens on which a feature fires, of those of which the export says it. Raises BadFile."""
+        """The share of tokens on which each feature fires, for features with a share in the export. Raises BadFile."""
         found = {}
         for place, record in self._lines("features"):
             feature = index_of(place, record)
@@ -188,7 +191,7 @@ class NeuronpediaSource:
 
 
 def _merged(shown: dict[FeatureId, SampledTexts], others: SampledTexts) -> list[ReadyText]:
-    """Each text once, by its hash."""
+    """Every sampled text once, sorted by hash, with the activations of all samples."""
     merged: dict[int, dict[FeatureId, NDArray[np.float32]]] = {}
     texts = {}
     for sample in (*shown.values(), others):
@@ -211,14 +214,14 @@ def _open(folder: Path, options: dict[str, Any]) -> NeuronpediaSource:
             return NeuronpediaSource(folder, model, source, site, options.get("name"))
     raise BadFile(
         str(folder / "activations"),
-        expected="activations",
+        expected="at least one line in a batch",
         seen="only empty batches",
         fix="download all batches of activations/ again",
     )
 
 
 def _site_of(source: str) -> str:
-    """``20-gemmascope-res-16k`` → layers.20. A label: nothing is read there."""
+    """``20-gemmascope-res-16k`` → layers.20. The site is only a label: no hidden state is read."""
     found = re.fullmatch(r"(\d{1,4})-(.+)", source)
     if found is None:
         return source
@@ -237,7 +240,7 @@ def _find(path: Path) -> Iterator[Path]:
 
 
 def _values(place: str, record: Record) -> tuple[list[str], NDArray[np.float32]]:
-    """Tokens as they are written, and as many finite numbers."""
+    """The tokens as the export has them, and their activations: as many finite numbers as tokens."""
     tokens, values = record.get("tokens"), record.get("values")
     if not isinstance(tokens, list) or set(map(type, tokens)) != {str}:
         raise bad_line(place, "tokens, a list of strings", repr(tokens)[:60])
@@ -246,7 +249,7 @@ def _values(place: str, record: Record) -> tuple[list[str], NDArray[np.float32]]
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise bad_line(place, "values, a list of numbers", repr(values)[:60])
     if len(values) != len(tokens):
-        raise bad_line(place, "as many values as tokens", f"{len(values)} and {len(tokens)}")
+        raise bad_line(place, "as many values as tokens", f"{len(values)} values and {len(tokens)} tokens")
     try:
         with np.errstate(over="ignore"):
             numbers = np.array(values, np.float64).astype(np.float32)

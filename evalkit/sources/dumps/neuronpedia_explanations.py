@@ -1,8 +1,8 @@
-"""Reads what a Neuronpedia export says its features are: ``explanations/`` (or ``explanations-…/``) of a source.
+"""Reads the explanations in a Neuronpedia export: ``explanations/`` (or ``explanations-…/``) of one source.
 
-Of a line: ``modelId``, ``layer`` (the source's id), ``index``, ``description``, ``typeName``, ``explanationModelName``.
-Read once, whole, when first asked; what is kept is bounded. The other parts of an export need not be there. Loads no torch,
-so that explainers may import it; writes nothing.
+Keys that are read from each line: ``modelId``, ``layer`` (the source's id), ``index``, ``description``, ``typeName``,
+``explanationModelName``. The files are read completely on first use; memory is bounded. The other parts of an export are
+not needed. Does not load torch, so that explainers may import it; writes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evalkit.sources.dumps.neuronpedia_files import (
 
 __all__ = ["ExportedExplanations", "explanation_folders"]
 
-_MOST, _MOST_CHARACTERS = 1 << 23, 1 << 28  # kept of an export: explanations, and their characters together
+_MOST, _MOST_CHARACTERS = 1 << 23, 1 << 28  # limits per export: number of explanations, characters in total
 
 _LONGEST_NAME = 200  # characters
 
@@ -34,9 +34,11 @@ _Kept: TypeAlias = tuple[str, str, str]  # text, model that wrote it, method
 
 
 class ExportedExplanations:
-    """Those of one source. ``folders``: of batches, in the order in which they are read. ``name`` is the source's for us.
+    """The explanations of one source of an export.
 
-    ``origin``: the export's own names of model and source, which every line must carry; None: those of the first line.
+    ``folders``: the folders of batches, in reading order.
+    ``name``: our name of the source.
+    ``origin``: the export's names of model and source, which every line must repeat; None: taken from the first line.
     """
 
     def __init__(self, folders: Sequence[Path], name: str = "", origin: tuple[str, str] | None = None) -> None:
@@ -46,17 +48,17 @@ class ExportedExplanations:
 
     @classmethod
     def find(cls, path: str | Path) -> ExportedExplanations:
-        """Those of the one source at or below ``path``, which may be a folder ``explanations`` itself; reads nothing yet.
+        """The explanations of the only source at or below ``path``, which may also be a folder ``explanations``.
 
-        Raises MissingFile, BadConfig (several sources).
+        Reads no lines yet. Raises MissingFile, BadConfig (several sources).
         """
         folder = Path(path).expanduser()
         found = [folder] if _is_part(folder) else explanation_folders(folder)
         if not found:
             raise MissingFile(
                 str(path),
-                expected="a folder of a Neuronpedia export with explanations/batch-0.jsonl.gz, or one above it",
-                seen="no such batch there" if folder.exists() else "no such folder",
+                expected="a folder of a Neuronpedia export with explanations/batch-0.jsonl.gz, or a folder above it",
+                seen="no such batch in this folder" if folder.exists() else "no such folder",
                 fix="download v1/MODEL/SOURCE/explanations/ of the bucket neuronpedia-datasets",
             )
         sources = list(dict.fromkeys(one.parent for one in found))
@@ -64,13 +66,13 @@ class ExportedExplanations:
             raise BadConfig(
                 str(path),
                 expected="the explanations of one source",
-                seen=f"those of {len(sources)}, such as {sources[0]} and {sources[1]}",
-                fix="name one folder",
+                seen=f"{len(sources)} sources, such as {sources[0]} and {sources[1]}",
+                fix="give the folder of one source",
             )
         return cls(found)
 
     def of(self, feature: FeatureId) -> Sequence[Explanation]:
-        """What is said of a feature, in file order; ``explainer`` names the model, ``version`` its method.
+        """The explanations of a feature, in file order. ``explainer``: the model; ``version``: its method.
 
         Raises BadFile.
         """
@@ -91,26 +93,26 @@ class ExportedExplanations:
                 check_origin(place, record, self.origin)
                 text = record.get("description")
                 if not isinstance(text, str):
-                    raise bad_line(place, "a description", type(text).__name__)
+                    raise bad_line(place, "description as a string", type(text).__name__)
                 feature = index_of(place, record)
                 if not text.strip():
                     continue
                 count, characters = count + 1, characters + len(text)
                 if count > _MOST or characters > _MOST_CHARACTERS:
-                    raise bad_line(place, f"at most {_MOST} explanations of {_MOST_CHARACTERS} characters", "more")
+                    raise bad_line(place, f"at most {_MOST} explanations, {_MOST_CHARACTERS} characters in all", "more")
                 writer, method = (_name(record.get(key)) for key in ("explanationModelName", "typeName"))
                 kept.setdefault(feature, []).append((text, writer, method))
         return kept
 
 
 def _name(value: object) -> str:
-    """A model or method, on one line and no longer than such names are; each kept once."""
+    """The name of a model or method as one line of limited length. Interned, as the same few names repeat."""
     text = " ".join(str(value or "")[:_LONGEST_NAME].split())
     return sys.intern(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def explanation_folders(folder: Path) -> list[Path]:
-    """Folders of batches of explanations in ``folder`` and below, in a fixed order."""
+    """Folders with batches of explanations in ``folder`` and its subfolders (down to ``DEEPEST`` levels), sorted."""
     below = ("/".join([*["*"] * depth, "explanations*"]) for depth in range(DEEPEST + 1))
     return sorted(one for pattern in below for one in folder.glob(pattern) if _is_part(one))
 

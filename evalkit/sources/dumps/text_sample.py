@@ -1,6 +1,7 @@
-"""Keeps a uniform sample of texts from a stream of any length: the smallest by hash that fit a number and a size.
+"""Keeps a uniform sample of texts from a stream of any length, within a limit on their number and their size.
 
-What is kept does not depend on the order of the stream. Knows texts only; reads and writes nothing.
+The texts with the smallest hashes are kept, so the sample does not depend on the order of the stream. Reads and writes no
+files.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from evalkit.records import FeatureId
 
 __all__ = ["HeldText", "SampledTexts"]
 
-_TOKEN_BYTES = 64  # of a short string and what points at it
+_TOKEN_BYTES = 64  # estimated memory of a token beyond its characters: the string object and a reference to it
 
 
 @dataclass(slots=True, eq=False)
 class HeldText:
-    """A text and what is recorded of it so far, by feature. ``valid``: not BOS, EOS or padding."""
+    """A text and its recorded activations so far, by feature. ``valid``: False for BOS, EOS and padding tokens."""
 
     tokens: tuple[str, ...]
     valid: tuple[bool, ...]
@@ -28,13 +29,13 @@ class HeldText:
 
 
 class SampledTexts:
-    """At most ``most`` texts of together at most ``room`` bytes, about; ``held`` by their hash."""
+    """At most ``most`` texts that take about ``room`` bytes or less in total. ``held``: the texts by their hash."""
 
     def __init__(self, most: int, room: int) -> None:
         self.held: dict[int, HeldText] = {}
         self._most, self._room = most, room
         self._heap: list[tuple[int, int, int]] = []  # (-priority, text, bytes)
-        self._bar: tuple[int, int] | None = None  # the smallest (priority, text) that was ever left out
+        self._bar: tuple[int, int] | None = None  # the smallest (priority, text) dropped so far
 
     def offer(
         self,
@@ -44,7 +45,7 @@ class SampledTexts:
         valid: tuple[bool, ...],
         recorded: tuple[FeatureId, NDArray[np.float32]] | None,
     ) -> None:
-        """Take one record of a text. Of two records of one feature and text the larger one stays."""
+        """Add one record of a text. Of two records of one feature and text, the one with the larger maximum is kept."""
         if self._bar is not None and (priority, text) >= self._bar:
             return
         if text not in self.held:

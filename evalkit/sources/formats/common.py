@@ -1,6 +1,6 @@
-"""What the readers of on-disk formats share: configs, named tensors of the right shape, options, sites.
+"""Shared code of the format readers: finding folders, reading configs, checking tensors and options, resolving sites.
 
-Every error names the file and the tensor or key, what was expected and what was seen. Knows no format itself.
+Every error names the file and the tensor or key. Knows no format itself; writes nothing.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ __all__ = [
     "whole_number",
 ]
 
-COMMON = frozenset({"model", "site", "l0", "name", "subject"})  # options of every reader of SAEs
-_DEEPEST = 4  # folders below the one named
+COMMON = frozenset({"model", "site", "l0", "name", "subject"})  # options of every SAE reader
+_DEEPEST = 4  # levels of subfolders that are searched
 _LONGEST_JSON = 16_000_000  # bytes
 
 
 class FolderReader:
-    """What readers of formats with a folder per dictionary share: finding the folders, refusing options of other formats.
+    """Base of the readers of formats with one folder per dictionary: finds the folders and rejects unknown options.
 
-    A reader names its ``format``, the ``files`` that such a folder holds, weights and config, and makes a source of one.
+    A subclass sets ``format``, the ``files`` in such a folder (weights and config) and, to add options, ``options``; and
+    implements ``open``.
     """
 
     format: str
@@ -62,9 +63,9 @@ class FolderReader:
     def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
         """Every dictionary at or below ``path``, sorted by folder; ``path`` may be one of a folder's files.
 
-        ``options``: ``site``, ``model``, ``subject`` (the model's name where nothing else says it), ``l0`` and ``name``
-        (one dictionary only), and what the format adds. Raises MissingFile, BadFile, BadShape (naming file and tensor),
-        BadConfig.
+        ``options``: ``site``; ``model``; ``subject`` (the model's name if neither options nor files give it); ``l0`` and
+        ``name`` (only for a single dictionary); and the format's own. Raises MissingFile, BadFile, BadShape (naming file
+        and tensor), BadConfig.
         """
         check_options(path, options, self.options)
         found = find_beside(path, self.files)
@@ -72,12 +73,12 @@ class FolderReader:
         return [self.open(folder.absolute(), options) for folder in found]
 
     def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
-        """The dictionary of one folder."""
+        """Open the dictionary in one folder."""
         raise NotImplementedError
 
 
 def check_options(path: Path, options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises BadConfig for an option that the reader does not know."""
+    """Raise BadConfig for an option that the reader does not have."""
     names = sorted(known)
     if unknown := sorted(options.keys() - set(names)):
         raise BadConfig(
@@ -86,25 +87,25 @@ def check_options(path: Path, options: Mapping[str, Any], known: Iterable[str]) 
 
 
 def check_one(path: Path, found: Sequence[Path], options: Mapping[str, Any], marker: str) -> None:
-    """Raises MissingFile for none, BadConfig for options of one dictionary where there are several."""
+    """Raise MissingFile if nothing was found, BadConfig if several were found but an option is for one dictionary."""
     if not found:
         raise MissingFile(
             str(path),
-            expected=f"a folder with {marker}, or one above several",
-            seen=f"no {marker} there" if path.exists() else "no such file or folder",
+            expected=f"a folder with {marker}, or a folder above several",
+            seen=f"no {marker} in this folder" if path.exists() else "no such file or folder",
             fix="check the path, or download the folder again",
         )
     if len(found) > 1 and (single := sorted({"name", "l0"} & options.keys())):
         raise BadConfig(
             str(path),
-            expected=f"one dictionary with the option {single[0]}=",
-            seen=f"{len(found)}",
-            fix="name one folder",
+            expected=f"one dictionary, because the option {single[0]}= is given",
+            seen=f"{len(found)} dictionaries",
+            fix="give the path of one dictionary",
         )
 
 
 def find_beside(path: Path, files: Sequence[str]) -> list[Path]:
-    """Folders at ``path`` or up to four below that hold all of ``files``, sorted; ``path`` may be one of the files."""
+    """Folders that hold all of ``files``, at ``path`` or up to four levels below, sorted; ``path`` may be such a file."""
     if path.name in files and path.is_file():
         path = path.parent
     found = []
@@ -116,37 +117,48 @@ def find_beside(path: Path, files: Sequence[str]) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A config. Raises MissingFile, BadFile."""
+    """Read a config, a JSON object. Raises MissingFile, BadFile."""
     try:
         if path.stat().st_size > _LONGEST_JSON or not path.is_file():
-            raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "no regular file")
+            raise ValueError(f"{path.stat().st_size} bytes" if path.is_file() else "not a regular file")
         held = json.loads(path.read_text("utf-8"))
         if not isinstance(held, dict):
             raise ValueError(f"a {type(held).__name__}")
     except FileNotFoundError as error:
         raise MissingFile(
-            str(path), expected="a config", seen="no such file", fix="download the folder again"
+            str(path), expected="a config file", seen="no such file", fix="download the folder again"
         ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise BadFile(
-            str(path), expected="a JSON object", seen=str(error)[:200], fix="download or repair that file"
+            str(path), expected="a JSON object", seen=_json_fault(error), fix="download that file again, or repair it"
         ) from error
     return held
 
 
+def _json_fault(error: Exception) -> str:
+    """Describe an error from reading JSON in our own words, where it is of a known kind."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON (line {error.lineno}, column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return "bytes that are not UTF-8"
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply"
+    return str(error)[:200]
+
+
 def read_card(folder: Path) -> dict[str, Any]:
-    """``card.json`` beside the weights, empty where there is none: ``model``, ``site``, ``name``, ``fvu``, ``l0``."""
+    """``card.json`` in the weights' folder (``model``, ``site``, ``name``, ``fvu``, ``l0``); empty without such a file."""
     path = folder / "card.json"
     return read_json(path) if path.exists() else {}
 
 
 def matrix(file: Path, tensors: Mapping[str, Stored], name: str, shape: tuple[int | None, ...]) -> Stored:
-    """A tensor of the given shape, None for any length. Raises BadFile where it is missing, BadShape."""
+    """The tensor ``name``, unread. ``shape``: None for any length. Raises BadFile (missing), BadShape."""
     if name not in tensors:
         raise BadFile(
             f"{file}: {name}",
-            expected="a floating-point tensor of that name",
-            seen=f"only {', '.join(sorted(tensors)) or 'none at all'}"[:300],
+            expected="a floating-point tensor with this name",
+            seen=f"only {', '.join(sorted(tensors)) or 'no tensors'}"[:300],
             fix="download or save the dictionary again",
         )
     found = tensors[name]
@@ -159,13 +171,13 @@ def matrix(file: Path, tensors: Mapping[str, Stored], name: str, shape: tuple[in
             f"{file}: {name}",
             expected=f"shape ({wanted})",
             seen=f"shape {tuple(found.shape)}",
-            fix="check that the tensor is not transposed or cut, and that the config belongs to it",
+            fix="check that the tensor is not transposed or truncated, and that the config belongs to these weights",
         )
     return found
 
 
 def vector(file: Path, tensors: Mapping[str, Stored], name: str, length: int) -> Tensor:
-    """A vector, read. Raises BadFile (missing, not finite), BadShape."""
+    """The values of a vector. Raises BadFile (missing, not finite), BadShape."""
     return matrix(file, tensors, name, (length,)).read()
 
 
@@ -178,9 +190,10 @@ def site_from(
     out: str | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Site:
-    """The site: the option ``site`` and ``model``, else the card, else the metadata's hook and model. Raises BadConfig.
+    """The site of a dictionary: path and model from the options, else from the card, else from ``hook`` and ``model``.
 
-    ``hook`` and ``out`` are hook or module names as the dictionary's makers wrote them.
+    ``hook``, ``out``: where the dictionary reads, and what it reconstructs if that is another place: names of hooks or
+    modules as in the dictionary's metadata. The option ``subject`` is used if nothing else gives a model. Raises BadConfig.
     """
     card = card or {}
     given = options.get("site") or card.get("site") or hook
@@ -188,9 +201,9 @@ def site_from(
     if path is None:
         raise BadConfig(
             str(file),
-            expected="metadata with the hook it reads, a card.json with a site, or the option site=",
-            seen=f"the hook {hook!r}, which stands for no known module" if hook else "none of these",
-            fix="name the module path it reads, such as --site layers.12 (the residual stream after block 12)",
+            expected="metadata with the hook that it reads, a card.json with a site, or the option site=",
+            seen=f"the hook {hook!r}, which matches no known module" if hook else "none of these",
+            fix="give the path of the module that it reads, such as --site layers.12 (residual stream after block 12)",
         )
     owner = options.get("model") or card.get("model") or (model or "").split("/")[-1] or options.get("subject")
     if not owner:
@@ -198,27 +211,30 @@ def site_from(
             str(file),
             expected="metadata with the model it was trained on, a card.json with a model, or the option model=",
             seen="none of these",
-            fix="name the subject model, such as model=gemma-2-2b",
+            fix="give the subject model, such as model=gemma-2-2b",
         )
     target = None if out is None else site_of_hook(out) or out
     return Site(str(owner), path, None if target == path else target)
 
 
 def whole_number(where: str, config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
-    """A whole number of a config, None where it has none; ``where`` comes before the key in errors. Raises BadConfig."""
+    """An integer of at least ``least`` in a config; None without the key. ``where`` prefixes the key in errors.
+
+    Raises BadConfig.
+    """
     value = config.get(key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
         return value
     raise BadConfig(
         f"{where}{key}",
-        expected=f"a whole number from {least}",
+        expected=f"a whole number of at least {least}",
         seen=repr(value)[:80],
         fix="check that the config belongs to the weights",
     )
 
 
 def positive(where: Path, key: str, number: Any) -> float:
-    """An option or config value that must be above 0. Raises BadConfig."""
+    """Check that an option or config value is above 0, and return it. Raises BadConfig."""
     if not is_number(number) or number <= 0:
         raise BadConfig(
             f"{where}: {key}", expected="a number above 0", seen=repr(number)[:80], fix="correct that number"
@@ -227,12 +243,12 @@ def positive(where: Path, key: str, number: Any) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def bad_key(where: Path, key: str, expected: str, seen: Any) -> BadFile:
-    """The error for a key of a config."""
+    """The error for an invalid key in a config."""
     return BadFile(
         f"{where}: {key}",
         expected=expected,

@@ -1,10 +1,10 @@
 """Reads SAEs of dictionary_learning and the SAEBench suite: ``resid_post_layer_8/trainer_3/{ae.pt,config.json}``.
 
-The config's ``trainer.dict_class`` says how the tensors are named and what the encoder does; decoders keep the lengths that
-they have on disk. Site and model come from ``submodule_name``, ``buffer.io`` and ``lm_name``, from a ``card.json`` beside
-the file, or from the options. The declared L0 is ``k``, else what ``eval_results.json`` beside the file measured.
-A source is named after its trainer and its folder too, as suites have many of one site, width and L0. Knows nothing of the
-hub. Source: dictionary-learning 0.1.0, https://github.com/saprmarks/dictionary_learning.
+The config's ``trainer.dict_class`` determines the names of the tensors and the encoder. Decoder rows keep their lengths.
+Site and model come from the options, a ``card.json`` in the same folder, or the config's ``submodule_name``, ``buffer.io``
+and ``lm_name``. The declared L0 is ``k``, otherwise the L0 measured in ``eval_results.json``. Names of sources include the
+trainer and the folder, because a suite has many dictionaries with the same site, width and L0. Knows nothing of the hub;
+writes nothing. Source: dictionary-learning 0.1.0, https://github.com/saprmarks/dictionary_learning.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ _PLAIN_NAME = re.compile(r"[^\w.-]+")
 
 
 class DictionaryLearningReader(FolderReader):
-    """Opens the folder of one trainer, one of its two files, or a folder above several."""
+    """Opens the folder of one trainer, one of its two files, or a folder above several trainers."""
 
     format = "dictionary-learning"
     files = (WEIGHTS, CONFIG)
 
     def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
-        """The dictionary of one trainer."""
+        """Open the dictionary of one trainer."""
         return _source(folder, options)
 
 
 def read_weights(folder: Path) -> SaeWeights:
     """The weights of one trainer; matrices stay on disk. Raises MissingFile, BadFile, BadShape, BadConfig.
 
-    Each class as its own ``encode`` has it by default: top-k per token for AutoEncoderTopK (its threshold is for another
-    mode), the one threshold over all latents for BatchTopKSAE and MatryoshkaBatchTopKSAE.
+    Encodes like the default mode of each class's ``encode``: AutoEncoderTopK takes the top k per token (its threshold is
+    for another mode); BatchTopKSAE and MatryoshkaBatchTopKSAE apply one threshold to all latents.
     """
     return _weights(folder, _trainer(folder))[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What tensors of one class are called and do. ``linear``: torch's linear layers, (n, d) and (d, n)."""
+    """Names of the tensors of one class, and its encoder. ``linear``: matrices of torch linear layers, (n, d), (d, n)."""
 
     linear: bool
     b_enc: str | None
     b_dec: str
-    subtracted: bool  # b_dec from the input
+    subtracted: bool  # whether b_dec is subtracted from the input
     rule: Literal["relu", "gate", "threshold", "top-k", "one threshold"]
 
 
@@ -85,7 +85,7 @@ _CLASSES = {
 
 
 def _weights(folder: Path, trainer: Mapping[str, Any]) -> tuple[SaeWeights, int | None]:
-    """The weights, and ``k`` where the class has it."""
+    """The weights, and ``k`` if the class has one."""
     name = trainer.get("dict_class")
     layout = _CLASSES.get(name) if isinstance(name, str) else None
     if layout is None:
@@ -117,7 +117,7 @@ def _weights(folder: Path, trainer: Mapping[str, Any]) -> tuple[SaeWeights, int 
         threshold = vector(file, tensors, "threshold", n)
     elif layout.rule != "relu":
         k = _active(folder, trainer, tensors, n)
-    if layout.rule == "one threshold":  # below 0 where training ended before it was set, which leaves a plain relu
+    if layout.rule == "one threshold":  # negative if training ended before it was set: then the encoder is a plain relu
         threshold = vector(file, tensors, "threshold", 1).expand(n).contiguous()
     shift = b_dec if layout.subtracted else None
     per_token = k if layout.rule == "top-k" else None
@@ -125,7 +125,7 @@ def _weights(folder: Path, trainer: Mapping[str, Any]) -> tuple[SaeWeights, int 
 
 
 def _numbers_as_vectors(held: Any) -> Any:
-    """``threshold`` and ``k`` are single numbers, ``k`` a whole one; all else as it is."""
+    """Convert the scalars ``threshold`` and ``k`` (an integer) to float vectors of length 1; keep the other tensors."""
     if not isinstance(held, Mapping):
         return held
     single = {name: value for name, value in held.items() if isinstance(value, torch.Tensor) and value.numel() == 1}
@@ -133,7 +133,7 @@ def _numbers_as_vectors(held: Any) -> Any:
 
 
 def _active(folder: Path, trainer: Mapping[str, Any], tensors: Mapping[str, Stored], width: int) -> int:
-    """``k`` of the config and of the weights, which repeat it."""
+    """``k`` from the config or the weights; if both have it, they must agree. Raises BadConfig."""
     stored = int(vector(folder / WEIGHTS, tensors, "k", 1)) if "k" in tensors else None
     k = whole_number(f"{folder / CONFIG}: trainer.", trainer, "k")
     found = stored if k is None else k
@@ -171,13 +171,13 @@ def _trainer(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG}: trainer",
             expected="a JSON object with dict_class, activation_dim and dict_size",
             seen="none" if trainer is None else f"a {type(trainer).__name__}",
-            fix="download or repair that file",
+            fix="download that file again, or repair it",
         )
     return trainer
 
 
 def _site(folder: Path, trainer: Mapping[str, Any], card: Mapping[str, Any], options: Mapping[str, Any]) -> Site:
-    """Of ``submodule_name``; where it is null, of the folder above, which suites name the same way."""
+    """The site from ``submodule_name``; if it is null, from the folders' names, which suites write the same way."""
     file = folder / CONFIG
     named = trainer.get("submodule_name")
     names = [named] if isinstance(named, str) else [folder.parent.name, folder.name]
@@ -192,7 +192,7 @@ def _site(folder: Path, trainer: Mapping[str, Any], card: Mapping[str, Any], opt
             f"{file}: buffer.io",
             expected="in or out",
             seen=repr(io)[:80],
-            fix="name the module path it reads with the option site=, such as site=layers.12.mlp:in",
+            fix="give the path of the module that it reads with the option site=, such as site=layers.12.mlp:in",
         )
     model = trainer.get("lm_name")
     hook = _hook(hook)
@@ -202,7 +202,7 @@ def _site(folder: Path, trainer: Mapping[str, Any], card: Mapping[str, Any], opt
 
 
 def _hook(name: str) -> str:
-    """``resid_post_layer_8`` as TransformerLens would write it; other names as they are."""
+    """``resid_post_layer_8`` → ``blocks.8.hook_resid_post``, TransformerLens's name; other names stay as they are."""
     if not (found := _PLACE.fullmatch(name)):
         return name
     kind = next(hook for part, hook in _HOOKS.items() if found[1].startswith(part))
@@ -216,12 +216,12 @@ def _check_layer(file: Path, hook: str, trainer: Mapping[str, Any]) -> None:
             f"{file}: trainer.layer",
             expected=f"{int(found[2])}, as in {hook}",
             seen=str(layer),
-            fix="name the module path it reads with the option site=, such as site=layers.12",
+            fix="give the path of the module that it reads with the option site=, such as site=layers.12",
         )
 
 
 def _declared(folder: Path, k: int | None, card: Mapping[str, Any]) -> dict[str, Any]:
-    """``frac_variance_explained`` is what the library measures: 1 - FVU but for the error of the mean."""
+    """Declared figures. The library's ``frac_variance_explained`` is 1 - FVU without the error of the mean."""
     results = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
     found = {key: results[key] for key in ("l0", "frac_variance_explained") if is_number(results.get(key))}
     if k is not None:
@@ -230,7 +230,7 @@ def _declared(folder: Path, k: int | None, card: Mapping[str, Any]) -> dict[str,
 
 
 def _label(folder: Path, site: Site, width: int, trainer: Mapping[str, Any], l0: float | None) -> str:
-    """``pythia-160m/layers.8/sae/width-4096/BatchTopK/trainer_1/l0-40``."""
+    """The source's name, such as ``pythia-160m/layers.8/sae/width-4096/BatchTopK/trainer_1/l0-40``."""
     kind = str(trainer.get("trainer_class") or trainer["dict_class"]).replace("Trainer", "")
     parts = [f"{site}/sae/width-{width}", *(_PLAIN_NAME.sub("-", part)[:60] for part in (kind, folder.name) if part)]
     return "/".join(parts if l0 is None else [*parts, f"l0-{l0:g}"])

@@ -1,10 +1,11 @@
 """Plain directions as features: one matrix (feature, d_model) of probes, neurons or means in a .safetensors or .npz file.
 
-Nothing in such a file says what it is, so the user does: the site (option or ``card.json`` beside it), whether the
-directions count both ways (``signed``), and where there are several tensors, which (``tensor``, ``bias``). A feature is
-active where relu(x · v + b) is in its top ``density`` share of tokens, as for random directions: above 0 is about half of
-all tokens. With ``signed`` each direction is two features, ``3+`` and ``3-`` for relu(-(x · v + b)): its ends are two
-things to explain, which |x · v| would make one. Vectors are taken as they are, not normalised, and reconstruct nothing.
+Such a file has no metadata, so options or a ``card.json`` in its folder give the site, whether each direction is two
+features (``signed``), and, if there are several tensors, which ones to use (``tensor``, ``bias``). A feature is active on
+the share ``density`` of tokens with the largest relu(x · v + b), as for random directions; a threshold of 0 would make
+about half of all tokens active. With ``signed``, direction 3 becomes the features ``3+`` and ``3-``, which is
+relu(-(x · v + b)): the two ends need separate explanations, and |x · v| would merge them. Vectors are not normalised.
+There is no reconstruction. Writes nothing.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ _SUFFIXES = (".safetensors", ".npz")
 _MARKERS = ("cfg.json", "config.json", "params.npz", "params.safetensors")
 _BIASES = ("bias", "b")
 _FLOATS = ("<f2", "<f4", "<f8", "bf16")
-_MOST_MEMBERS = 1000  # arrays in an .npz that ``matches`` looks at
+_MOST_MEMBERS = 1000  # arrays in an .npz that ``matches`` checks at most
 
 
 class DirectionsReader:
-    """Opens a file with one matrix, or the folder of one."""
+    """Opens a file with one matrix of directions, or a folder with one such file."""
 
     format = "directions"
     options = frozenset({"model", "site", "name", "subject", "tensor", "bias", "signed", "density"})
 
     def matches(self, path: Path) -> bool:
-        """Whether there is one such file at ``path``, with one floating-point matrix and no other format's config."""
+        """Whether ``path`` has exactly one such file, with one floating-point matrix and no config of another format."""
         try:
             file = _file(path)
             beside = file.parent if file else path
@@ -59,9 +60,10 @@ class DirectionsReader:
     def read(self, path: Path, **options: Any) -> Sequence[DirectionsSource]:
         """The source of the file at ``path``.
 
-        ``options``: ``site`` (where no card says it), ``model``, ``name``; ``tensor`` and ``bias``, names in the file (by
-        default its only matrix, and a vector called ``bias`` or ``b``); ``signed``, ``density``. All but ``subject`` and
-        ``density`` may stand in ``card.json`` too. Raises MissingFile, BadFile, BadShape, BadConfig.
+        ``options``: ``site`` (required without a card), ``model``, ``name``, ``signed``, ``density``; ``tensor`` and
+        ``bias``, names of tensors in the file (by default its only matrix, and a vector called ``bias`` or ``b``). All
+        except ``subject`` and ``density`` can also be set in ``card.json``. Raises MissingFile, BadFile, BadShape,
+        BadConfig.
         """
         check_options(path, options, self.options)
         file = _file(path)
@@ -70,7 +72,7 @@ class DirectionsReader:
                 str(path),
                 expected="a .safetensors or .npz file with one matrix, or a folder with one such file",
                 seen=_inside(path),
-                fix="name the file",
+                fix="give the path of the file",
             )
         card = read_card(file.parent)
         given: dict[str, Any] = {
@@ -95,10 +97,11 @@ class DirectionsReader:
 
 @dataclass(frozen=True, eq=False)
 class DirectionsSource:
-    """``vectors`` (n, d_model), on disk or in memory, and ``bias`` (n,) as features of the raw hidden state.
+    """Directions of the raw hidden state as features. Activations are in units of the hidden state times vector length.
 
-    ``density``: share of tokens that shall count as active. Activations are in units of the hidden state times the
-    vector's length.
+    ``vectors``: (n, d_model), on disk or in memory.
+    ``bias``: (n,), or None for zeros.
+    ``density``: the share of tokens to count as active.
     """
 
     vectors: Stored
@@ -119,7 +122,7 @@ class DirectionsSource:
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints."""
+        """Metadata shown in tables."""
         activation = "relu of ±(x·v + b)" if self.signed else "relu(x·v + b)"
         return SourceInfo(
             self.name,
@@ -137,7 +140,7 @@ class DirectionsSource:
                 self.vectors.what,
                 expected=f"a matrix (feature, d_model) of width {subject.d_model}",
                 seen=f"shape {(n, d)}",
-                fix="save it transposed: one direction a row",
+                fix="save it transposed: one direction per row",
             )
         check_subject(self.name, self.site, d, subject)
         return self
@@ -150,19 +153,19 @@ class DirectionsSource:
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
     ) -> Float[Tensor, "batch pos feature"]:
-        """relu(±(x · v + b)); only the asked rows are read. Raises UnknownFeature, SiteMismatch, BadFile (NaN)."""
+        """relu(±(x · v + b)). Reads only the rows of these features. Raises UnknownFeature, SiteMismatch, BadFile (NaN)."""
         if hidden.shape[-1] != self.vectors.shape[1]:
             raise SiteMismatch(
                 self.name,
                 expected=f"states of width {self.vectors.shape[1]} at {self.site.path}",
                 seen=f"width {hidden.shape[-1]}",
-                fix="name its site with the option site=, or use the model it was made from",
+                fix="set its site with the option site=, or use the model it was made from",
             )
         rows, bias = self._rows(tuple(features), hidden.device)
         return torch.relu(hidden.float() @ rows.T + bias)
 
     def threshold(self, feature: FeatureId) -> float:
-        """θ, 0 before ``with_thresholds``. Raises UnknownFeature."""
+        """θ of a feature; 0 before ``with_thresholds``. Raises UnknownFeature."""
         self._index(feature)
         return self.thresholds.get(feature, 0.0)
 
@@ -171,20 +174,20 @@ class DirectionsSource:
         return replace(self, thresholds=dict(thresholds))
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Raises BadConfig: directions are no dictionary of the state."""
+        """Always raises BadConfig, because plain directions cannot reconstruct the state."""
         raise BadConfig(
             self.name,
             expected="a dictionary that reconstructs the hidden state",
             seen="plain directions",
-            fix="leave out what needs a reconstruction (fit, FVU, loss recovered)",
+            fix="skip measurements that need a reconstruction (fit, FVU, loss recovered)",
         )
 
     def directions(self, features: Sequence[FeatureId]) -> Float[Tensor, "feature d_model"]:
-        """The vectors, with ``-`` the other way round. Raises UnknownFeature, BadFile (NaN)."""
+        """The vectors; negated for features with ``-``. Raises UnknownFeature, BadFile (NaN)."""
         return self._rows(tuple(features), torch.device("cpu"))[0]
 
     def _rows(self, features: tuple[FeatureId, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Signed vectors (feature, d_model) and biases (feature,); those of the last call are kept."""
+        """Signed vectors (feature, d_model) and biases (feature,). The result of the last call is cached."""
         key = (features, device)
         if (found := self._kept.get(key)) is None:
             places = [self._index(feature) for feature in features]
@@ -212,7 +215,7 @@ class DirectionsSource:
 
 
 def _file(path: Path) -> Path | None:
-    """The file itself, or the only one in a folder."""
+    """``path`` itself if it is such a file, or the only such file in a folder, else None."""
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
         return found[0] if len(found) == 1 else None
@@ -232,7 +235,7 @@ def _tensors(file: Path) -> dict[str, Stored]:
 
 
 def _npz_shapes(file: Path) -> list[tuple[int, ...]]:
-    """Shapes of the floating-point arrays, from their headers: nothing is unpacked."""
+    """Shapes of the floating-point arrays, read from their headers only."""
     shapes = []
     with zipfile.ZipFile(file) as archive:
         for member in archive.namelist()[:_MOST_MEMBERS]:
@@ -257,13 +260,13 @@ def _matrix_name(file: Path, tensors: Mapping[str, Stored], given: Any) -> str:
             str(file),
             expected="a floating-point matrix (feature, d_model)",
             seen=shapes[:200] or "no floating-point tensor",
-            fix="save one direction a row",
+            fix="save one direction per row",
         )
     raise BadConfig(
         str(file),
         expected="one matrix, or the option tensor= with the name of one",
-        seen=f"{len(matrices)}: {', '.join(matrices)}"[:200],
-        fix=f"pass tensor={matrices[0]}, or put it into card.json",
+        seen=f"{len(matrices)} matrices: {', '.join(matrices)}"[:200],
+        fix=f"pass for example tensor={matrices[0]}, or set tensor in card.json",
     )
 
 
@@ -275,11 +278,11 @@ def _bias_name(file: Path, tensors: Mapping[str, Stored], given: Any, n: int) ->
 
 def _flag(file: Path, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise BadConfig(str(file), expected="signed: true or false", seen=repr(value)[:40], fix="correct that option")
+        raise BadConfig(str(file), expected="signed: true or false", seen=repr(value)[:40], fix="correct the option")
     return value
 
 
 def _share(file: Path, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise BadConfig(str(file), expected="density between 0 and 1", seen=repr(value)[:40], fix="correct that option")
+        raise BadConfig(str(file), expected="density between 0 and 1", seen=repr(value)[:40], fix="correct the option")
     return float(value)

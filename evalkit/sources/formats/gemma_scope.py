@@ -1,13 +1,13 @@
 """Reads SAEs and transcoders in Gemma Scope's on-disk layout: ``layer_12/width_16k/average_l0_82/params.npz``.
 
-Each file holds W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,). A folder above several gives all of
+Each file holds W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), threshold (n,). A folder above several opens all of
 them, sorted by layer, width and L0. The site comes from the repository's name (``-res``, ``-att``, ``-mlp``,
-``-transcoders``) or from a folder ``embedding``, the width and L0 from the path; an optional ``card.json`` beside the file
-(``model``, ``site``, ``fvu``, ``l0``) and the options come before both. Matrices stay on disk; no file can run code. Knows
-nothing of the hub.
+``-transcoders``) or from a folder ``embedding``; width and L0 come from the path. The options and an optional ``card.json``
+in the same folder (``model``, ``site``, ``fvu``, ``l0``) take precedence. Matrices stay on disk; opening a file cannot run
+code from it. Knows nothing of the hub; writes nothing.
 
 Layout and sites: Gemma Scope, arXiv 2408.05147, sections 3 and 4, and the cards of google/gemma-scope-2b-pt-res and
-google/gemma-scope-2b-pt-transcoders. From the descriptions, not verified with the published weights.
+google/gemma-scope-2b-pt-transcoders. Written from these descriptions, not verified on the published weights.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ __all__ = ["GemmaScopeReader", "jumprelu", "read_weights"]
 
 PARAMS = "params.npz"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-_EPS = 1e-6  # of every RMSNorm in Gemma 2
+_EPS = 1e-6  # eps of every RMSNorm in Gemma 2
 _SIZES = {"": 1, "k": 2**10, "m": 2**20}
-_DEEPEST = 3  # folders between one that is asked about and its params.npz
+_DEEPEST = 3  # levels of subfolders in which ``matches`` looks for params.npz
 
 
 class GemmaScopeReader:
-    """Opens a ``params.npz``, its folder, or a folder above several of them."""
+    """Opens a ``params.npz``, its folder, or a folder above several."""
 
     format = "gemma-scope"
     options = COMMON | {"out"}
 
     def matches(self, path: Path) -> bool:
-        """Whether there is a ``params.npz`` at or (up to three folders) below ``path``."""
+        """Whether there is a ``params.npz`` at ``path`` or up to three levels below."""
         try:
             if path.name == PARAMS:
                 return path.is_file()
@@ -56,10 +56,10 @@ class GemmaScopeReader:
             return False
 
     def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every SAE at or below ``path``.
+        """Every SAE and transcoder at or below ``path``.
 
-        ``options``: ``model``, ``site`` and ``out`` (what it reads and, for a transcoder, reconstructs) instead of what
-        path and card say; ``l0`` and ``name`` (one SAE only); ``subject``, the model's name where nothing else says it.
+        ``options``: ``model``, ``site`` (where it reads) and ``out`` (where a transcoder writes) override path and card;
+        ``l0`` and ``name`` are for a single dictionary; ``subject`` is the model's name if nothing else gives it.
         Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig (an unknown option, no site).
         """
         check_options(path, options, self.options)
@@ -68,21 +68,21 @@ class GemmaScopeReader:
             raise MissingFile(
                 str(path),
                 expected="a params.npz, or a folder such as layer_12/width_16k/average_l0_82 with one",
-                seen="no params.npz there" if path.exists() else "no such file or folder",
+                seen="no params.npz in this folder" if path.exists() else "no such file or folder",
                 fix="check the path, or download the folder again",
             )
         if len(files) > 1 and {"name", "l0"} & options.keys():
             raise BadConfig(
                 str(path),
-                expected="one SAE with the options name= and l0=",
+                expected="one SAE, because the option name= or l0= is given",
                 seen=f"{len(files)} SAEs",
-                fix="name one folder",
+                fix="give the folder of one SAE",
             )
         return [_source(file, options) for file in files]
 
 
 def read_weights(file: Path) -> SaeWeights:
-    """The weights of an SAE in one ``params.npz``, all in memory, float32. Raises MissingFile, BadFile, BadShape."""
+    """Read the weights in one ``params.npz`` into memory, as float32. Raises MissingFile, BadFile, BadShape."""
     weights = jumprelu(file, open_npz(file))
     return replace(weights, w_enc=whole(weights.w_enc), w_dec=whole(weights.w_dec))
 
@@ -94,17 +94,17 @@ def jumprelu(
     *,
     transcoder: bool = False,
 ) -> SaeWeights:
-    """The record of the five tensors, which are called ``names``; vectors are read, matrices stay where they are.
+    """The weights made of the five tensors in ``names``; vectors are read, matrices are not.
 
-    Shapes: (d_in, n), (n,), (n, d_out), (d_out,), (n,), with d_out = d_in but for a ``transcoder``.
-    Raises BadFile (one missing, not finite), BadShape.
+    Shapes: (d_in, n), (n,), (n, d_out), (d_out,), (n,); d_out may differ from d_in only for a ``transcoder``.
+    Raises BadFile (a tensor is missing or not finite), BadShape.
     """
     missing = [name for name in names if name not in tensors]
     if missing:
         raise BadFile(
             f"{file}: {missing[0]}",
             expected=f"the tensors {', '.join(names)}",
-            seen=f"only {', '.join(sorted(tensors)) or 'an empty file'}"[:300],
+            seen=f"only {', '.join(sorted(tensors)) or 'no tensors'}"[:300],
             fix="download or save the dictionary again",
         )
     w_enc, b_enc, w_dec, b_dec, threshold = names
@@ -125,18 +125,18 @@ def jumprelu(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where SAEs of one repository read, what they reconstruct, and how their input is prepared."""
+    """Where the SAEs of one repository read, what they reconstruct, and whether their input is normalised."""
 
     site: str
     out: str | None = None
-    normed: bool = False  # by the root mean square, without a gain
+    normed: bool = False  # input divided by its root mean square, without a gain
 
 
 _PLACES = {
     "res": _Place("layers.{layer}"),
     "att": _Place("layers.{layer}.self_attn.o_proj:in"),  # the heads' outputs side by side, before W_O
-    "mlp": _Place("layers.{layer}.post_feedforward_layernorm"),  # as it is added to the residual stream
-    "transcoders": _Place(  # the pre-MLP norm's gain is folded into the MLP, so the input has the norm without it
+    "mlp": _Place("layers.{layer}.post_feedforward_layernorm"),  # the MLP's output as added to the residual stream
+    "transcoders": _Place(  # the gain of the pre-MLP norm is folded into the MLP, so the input is normed without it
         "layers.{layer}.pre_mlp_norm:in", "layers.{layer}.post_feedforward_layernorm", normed=True
     ),
     "embedding": _Place("embed"),  # rows of the embedding matrix, before Gemma multiplies them by √d
@@ -176,17 +176,17 @@ def _sort_key(file: Path) -> tuple[int, int, float, str]:
 
 
 def _part(file: Path, pattern: str) -> re.Match[str] | None:
-    """The innermost folder above the file whose whole name is ``pattern``: folders further up may be called anything."""
+    """Match of the innermost parent folder whose whole name fits ``pattern``; folders further up may have any name."""
     return next((found for name in reversed(file.parts[:-1]) if (found := re.fullmatch(pattern, name))), None)
 
 
 def _repository(file: Path) -> re.Match[str] | None:
-    """The repository's name, which is a folder of its own or, in a cache of the hub, the end of one."""
+    """Match of the repository's name: a folder's name or, in a cache of the hub, the end of one."""
     return _part(file, r"(?:.*--)?gemma-scope-(2b|9b|27b)-(pt|it)-(\w+).*")
 
 
 def _width_of(file: Path) -> int | None:
-    """1k is 1,024; 1m is 1,048,576."""
+    """The width in the folder's name; 1k is 1,024, 1m is 1,048,576."""
     found = _part(file, r"width_(\d+)([km]?)")
     return int(found[1]) * _SIZES[found[2]] if found else None
 
@@ -212,7 +212,7 @@ def _place_of(file: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -
             str(file),
             expected="a folder layer_N or embedding of Gemma Scope, a card.json with a site, or the option site=",
             seen=f"a repository of kind {kind!r}" if layer else "none of these",
-            fix="name the module path it reads, such as site=layers.12",
+            fix="give the path of the module that it reads, such as site=layers.12",
         )
     out = known.out.format(layer=number) if known and known.out else None
     if options.get("out"):
@@ -231,7 +231,7 @@ def _model_of(file: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -
         str(file),
         expected="a folder gemma-scope-*, a card.json with a model, or the option model=",
         seen="none of these",
-        fix="name the subject model, such as model=gemma-2-2b",
+        fix="give the subject model, such as model=gemma-2-2b",
     )
 
 
@@ -240,7 +240,7 @@ def _check_width(file: Path, width: int) -> None:
     if named is not None and not 0.9 * named <= width <= 1.1 * named:
         raise BadShape(
             f"{file}: W_enc",
-            expected=f"about {named} latents, as the folder says",
+            expected=f"about {named} latents, as in the folder's name",
             seen=str(width),
             fix="check the path",
         )
@@ -248,5 +248,8 @@ def _check_width(file: Path, width: int) -> None:
 
 def _wrong_shape(file: Path, name: str, expected: str, seen: tuple[int, ...]) -> BadShape:
     return BadShape(
-        f"{file}: {name}", expected=expected, seen=f"shape {seen}", fix="check that the tensor is not transposed or cut"
+        f"{file}: {name}",
+        expected=expected,
+        seen=f"shape {seen}",
+        fix="check that the tensor is not transposed or truncated",
     )

@@ -1,15 +1,15 @@
 """Reads SAEs and transcoders in Gemma Scope 2's layout: ``resid_post/layer_12_width_16k_l0_medium/params.safetensors``.
 
-Each file holds w_enc (d_in, n), b_enc (n,), w_dec (n, d_out), b_dec (d_out,), threshold (n,) and, for transcoders with a
-linear path around the latents, affine_skip_connection (d_in, d_out): x times it is added. Beside it is a ``config.json``:
-``model_name``, ``hf_hook_point_in`` and ``hf_hook_point_out`` (a module with ``.output`` or ``.input`` behind it, so what
-a norm gives out includes its gain), ``width``, ``l0``, ``affine_connection``, ``type``. Where it is silent, the folders
-say it (``resid_post``, ``attn_out``, ``mlp_out``, ``transcoder``, each also with ``_all``). Matrices stay on disk.
-Cross-layer transcoders and crosscoders are refused. Knows nothing of the hub.
+Each file holds w_enc (d_in, n), b_enc (n,), w_dec (n, d_out), b_dec (d_out,), threshold (n,). Transcoders with a skip
+connection also have affine_skip_connection A (d_in, d_out); x A is added to the output. A ``config.json`` in the same
+folder has ``model_name``, ``width``, ``l0``, ``affine_connection``, ``type``, and ``hf_hook_point_in`` and
+``hf_hook_point_out``: a module with ``.input`` or ``.output`` appended (the output of a norm includes its gain). Keys that
+it lacks are taken from folder names (``resid_post``, ``attn_out``, ``mlp_out``, ``transcoder``, each also with ``_all``).
+Matrices stay on disk. Rejects cross-layer transcoders and crosscoders. Knows nothing of the hub; writes nothing.
 
-Layout: the repositories google/gemma-scope-2-* and what public programs read from them; not verified with the published
-weights. The orientation of the skip connection is that of such programs, one of which reports that on the weights the
-transposed one fits far worse.
+Layout: the repositories google/gemma-scope-2-* and public programs that read them; not verified on the published weights.
+The orientation of the skip connection follows those programs; one of them reports that, on the published weights, the
+transposed matrix fits far worse.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["GemmaScope2Reader"]
 PARAMS = "params.safetensors"
 TENSORS = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")
 SKIP = "affine_skip_connection"
-_CROSS = "params_layer_*.safetensors"  # one file a layer: cross-layer transcoders, crosscoders
+_CROSS = "params_layer_*.safetensors"  # one file per layer: a cross-layer transcoder or a crosscoder
 _DEEPEST = 3
 _FOLDER = re.compile(r"layer_(\d+)_width_(\d+)([km]?)_l0_([a-z]+|\d+)(_affine)?")
 _SITES = {
@@ -46,13 +46,13 @@ _SIZES = {"": 1, "k": 2**10, "m": 2**20}
 
 
 class GemmaScope2Reader:
-    """Opens a ``params.safetensors``, its folder, or a folder above several of them."""
+    """Opens a ``params.safetensors``, its folder, or a folder above several."""
 
     format = "gemma-scope-2"
     options = COMMON | {"out"}
 
     def matches(self, path: Path) -> bool:
-        """Whether there is a ``params.safetensors`` at or (up to three folders) below ``path``."""
+        """Whether there is a ``params.safetensors``, or a cross-layer file, at ``path`` or up to three levels below."""
         try:
             if path.name == PARAMS:
                 return path.is_file()
@@ -62,10 +62,11 @@ class GemmaScope2Reader:
             return False
 
     def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every SAE and transcoder at or below ``path``.
+        """Every SAE and transcoder at or below ``path``, sorted by site, width and L0.
 
-        ``options``: ``model``, ``site`` and ``out`` instead of what config and folders say; ``l0`` and ``name`` (one only);
-        ``subject``, the model's name where nothing else says it. Raises MissingFile, BadFile, BadShape, BadConfig.
+        ``options``: ``model``, ``site`` and ``out`` override the config and the folders; ``l0`` and ``name`` are for a
+        single dictionary; ``subject`` is the model's name if nothing else gives it. Raises MissingFile, BadFile, BadShape,
+        BadConfig.
         """
         check_options(path, options, self.options)
         found = find_beside(path, (PARAMS,))
@@ -73,8 +74,8 @@ class GemmaScope2Reader:
             raise BadConfig(
                 str(path),
                 expected="a dictionary that reads one layer",
-                seen=f"{_CROSS}: a cross-layer transcoder or a crosscoder",
-                fix="name a folder of resid_post, attn_out, mlp_out or transcoder",
+                seen=f"a cross-layer transcoder or a crosscoder ({_CROSS})",
+                fix="give a folder in resid_post, attn_out, mlp_out or transcoder",
             )
         check_one(path, found, options, PARAMS)
         return sorted((_source(folder, options) for folder in found), key=_order)
@@ -82,7 +83,7 @@ class GemmaScope2Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """What the folders say; each may be missing."""
+    """The facts in the names of the folders; each may be missing."""
 
     kind: str | None = None
     of_all_layers: bool = False
@@ -135,7 +136,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / 'config.json'}: architecture",
             expected="jump_relu",
             seen=repr(architecture),
-            fix="name the format that these files have",
+            fix="set the format of these files",
         )
     kind = config.get("type", "sae")
     if re.search("clt|cross", str(kind)):
@@ -143,7 +144,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / 'config.json'}: type",
             expected="sae or transcoder, which read one layer",
             seen=repr(kind),
-            fix="name a folder of resid_post, attn_out, mlp_out or transcoder",
+            fix="give a folder in resid_post, attn_out, mlp_out or transcoder",
         )
 
 
@@ -178,8 +179,8 @@ def _has_skip(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
     if bool(claimed) != (SKIP in tensors):
         raise BadFile(
             f"{file}: {SKIP}",
-            expected="that tensor" if claimed else "no such tensor",
-            seen=f"affine_connection {claimed!r} in config.json",
+            expected="this tensor if and only if config.json has affine_connection true",
+            seen=f"affine_connection {claimed!r} in config.json, and {'this' if SKIP in tensors else 'no such'} tensor",
             fix="check that config.json belongs to this file",
         )
     return SKIP in tensors
@@ -188,12 +189,14 @@ def _has_skip(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Store
 def _check_width(file: Path, width: int, claimed: Any, named: int | None) -> None:
     wrong = isinstance(claimed, int) and claimed != width
     if wrong or (named is not None and not 0.9 * named <= width <= 1.1 * named):
-        says = f"{claimed} latents, as config.json says" if wrong else f"about {named} latents, as the folder says"
-        raise BadShape(f"{file}: w_enc", expected=says, seen=str(width), fix="check the path, or download it again")
+        says = f"{claimed} latents, as in config.json" if wrong else f"about {named} latents, as in the folder's name"
+        raise BadShape(
+            f"{file}: w_enc", expected=says, seen=str(width), fix="check the path, or download the file again"
+        )
 
 
 def _l0(given: Any, configured: Any, named: str | None) -> float | None:
-    """The option, else the config's, else the folder's where it is a number."""
+    """L0 from the option, else from the config, else from the folder's name if it is a number there."""
     for value in (given, configured):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -1,11 +1,12 @@
-"""Reads the Matryoshka SAEs of N. Nabeshima: one state dict, a file of torch or .safetensors.
+"""Reads the Matryoshka SAEs of N. Nabeshima: one state dict in a torch file or a .safetensors file.
 
-It holds W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), normalizer.running_avg (1,) and mostly sq_act_running_avg (n,).
-``running_avg`` is the mean length of a state: the input is multiplied by √d over it, and the reconstruction divided again.
-An activation is relu of the pre-activation times the length of the latent's decoder row, in the units of the scaled input.
-(Upstream multiplies activations by ``running_avg`` / √(number of latents asked for) as well; here no activation depends on
-which others are asked for.) Site and model come from options, a ``card.json`` beside the file, or names such as
-``layers.8.pt``. Source: https://github.com/noanabeshima/matryoshka-saes, ``sae.py`` at 7b80f5f.
+Tensors: W_enc (d, n), b_enc (n,), W_dec (n, d), b_dec (d,), normalizer.running_avg (1,), and usually sq_act_running_avg
+(n,). ``running_avg`` is the mean norm of a state: the input is multiplied by √d / ``running_avg``, and the reconstruction
+is divided by the same factor. An activation is relu(pre-activation) times the norm of the latent's decoder row, in the
+units of the scaled input. (Upstream also multiplies activations by ``running_avg`` / √(number of requested latents). We do
+not, so an activation does not depend on which other latents are requested.) Site and model come from options, a
+``card.json`` in the same folder, or file names such as ``layers.8.pt``. Writes nothing.
+Source: https://github.com/noanabeshima/matryoshka-saes, ``sae.py`` at 7b80f5f.
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ __all__ = ["NabeshimaReader", "read_weights"]
 
 AVERAGE, SQUARES = "normalizer.running_avg", "sq_act_running_avg"
 _SUFFIXES = (".pt", ".pth", ".safetensors")
-_DEEPEST = 2  # folders below the one named
-_PEEK = 1 << 20  # bytes in which the names of tensors are looked for
+_DEEPEST = 2  # levels of subfolders that are searched
+_PEEK = 1 << 20  # bytes at the start of a file that are searched for the names of tensors
 
 
 class NabeshimaReader:
-    """Opens one state dict, or all at or below a folder."""
+    """Opens one state dict, or all state dicts in a folder and below."""
 
     format = "nabeshima"
     options = COMMON
 
     def matches(self, path: Path) -> bool:
-        """Whether a file at or below ``path`` names the tensor ``normalizer.running_avg``; nothing is unpickled."""
+        """Whether a file at or below ``path`` has the tensor ``normalizer.running_avg``. Does not unpickle anything."""
         try:
             return bool(_find(path))
         except OSError:
             return False
 
     def read(self, path: Path, **options: Any) -> Sequence[SaeSource]:
-        """Every dictionary at or below ``path``; a file that is named is read whatever it is called.
+        """Every dictionary at or below ``path``; if ``path`` is a file, it is read whatever its name.
 
-        ``options``: ``site``, ``model``, ``subject`` (the model's name where nothing else says it), ``l0`` and ``name``
-        (one only). Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig.
+        ``options``: ``site``; ``model``; ``subject`` (the model's name if nothing else gives it); ``l0`` and ``name`` (only
+        for a single dictionary). Raises MissingFile, BadFile, BadShape (naming file and tensor), BadConfig.
         """
         check_options(path, options, self.options)
         found = [path] if path.is_file() else _find(path)
-        check_one(path, found, options, f".pt or .safetensors of {AVERAGE}")
+        check_one(path, found, options, f".pt or .safetensors files that hold {AVERAGE}")
         return [_source(file.absolute(), options) for file in found]
 
 
 def read_weights(file: Path) -> tuple[SaeWeights, Scale]:
-    """The weights in one file, matrices on disk, and what its input is multiplied by.
+    """The weights in one file (matrices stay on disk) and the scale of its input.
 
     Raises MissingFile, BadFile, BadShape. Source: ``RunningAvgNormalizer.normalize`` and ``MatryoshkaSAE.get_acts``.
     """
@@ -73,9 +74,9 @@ def read_weights(file: Path) -> tuple[SaeWeights, Scale]:
     if not average > 0:
         raise BadFile(
             f"{file}: {AVERAGE}",
-            expected="the mean length of a state, above 0",
+            expected="the mean norm of a state, above 0",
             seen=f"{average:g}",
-            fix="take a dictionary that has been trained",
+            fix="use a dictionary that has been trained",
         )
     b_enc, b_dec = vector(file, tensors, "b_enc", n), vector(file, tensors, "b_dec", d_model)
     return SaeWeights(w_enc, b_enc, w_dec, b_dec, decoder_scaled=True), Scale(math.sqrt(d_model) / average)
@@ -105,7 +106,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def _names_average(file: Path) -> bool:
-    """Whether the name of the tensor stands where torch and safetensors keep names."""
+    """Whether the tensor's name is in the part of the file where torch and safetensors store names."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

@@ -1,9 +1,9 @@
 """Reads SAEs and transcoders as sae-lens saves them: ``cfg.json`` and ``sae_weights.safetensors`` in one folder.
 
-Knows every architecture with non-negative activations that sae-lens 6 has for inference, its checkpoints of training, and
-the configs of older versions. Matrices stay on disk. Optional beside the weights: ``sparsity.safetensors`` (log10 of firing
-rates), ``activation_scaler.json`` (of a checkpoint of training) and ``card.json``. ``describe_source`` alone knows what a
-config means; ``saelens_registry`` uses it for what the library itself has loaded. Writes nothing.
+Supports every inference architecture of sae-lens 6 with non-negative activations, training checkpoints, and the configs of
+older versions. Matrices stay on disk. Optional files in the same folder: ``sparsity.safetensors`` (log10 of firing rates),
+``activation_scaler.json`` (in training checkpoints) and ``card.json``. ``describe_source`` interprets the config; it also
+serves ``saelens_registry``, where the library has loaded the files. Writes nothing.
 Source: sae-lens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``), https://github.com/decoderesearch/SAELens.
 """
 
@@ -55,7 +55,7 @@ __all__ = ["CONFIG", "WEIGHTS", "SaeLensReader", "describe_source", "open_folder
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 _SPARSITY = "sparsity.safetensors"
 _JUMPRELU = frozenset({"jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"})
-_BATCH_TOPK = frozenset({"batchtopk", "matryoshka_batchtopk"})  # checkpoints; for inference they are saved as jumprelu
+_BATCH_TOPK = frozenset({"batchtopk", "matryoshka_batchtopk"})  # only in checkpoints: saved as jumprelu for inference
 _ARCHITECTURES = _JUMPRELU | _BATCH_TOPK | TRANSCODERS | {"standard", "gated", "topk"}
 _RENAMED = {
     "hook_point": "hook_name",
@@ -63,17 +63,18 @@ _RENAMED = {
     "hook_point_layer": "hook_layer",
     "activation_fn_str": "activation_fn",
 }
-_POST_NORMED = re.compile(r"gemma-[23]-")  # hooks of what is added to the residual stream are behind one more norm
+_POST_NORMED = re.compile(r"gemma-[23]-")  # in these models, mlp_out and attn_out come after one more norm
 _POST_NORMS = {"hook_mlp_out": "post_feedforward_layernorm", "hook_attn_out": "post_attention_layernorm"}
-_DEAD = 1e-9  # the library stores log10(rate + 1e-10)
+_DEAD = 1e-9  # firing rates up to this count as dead; the library stores log10(rate + 1e-10)
 
 
 class SaeLensReader(FolderReader):
     """Opens a folder with ``cfg.json`` and ``sae_weights.safetensors``, one of these files, or a folder above several.
 
-    Options beside the common ones: ``out`` (the module that a transcoder reconstructs); ``centre`` (whether each state's
-    mean is subtracted first; by default as the config says); ``norm`` (mean norm of the states it was trained on, where the
-    config asks for it).
+    Options besides the common ones:
+    ``out``: the module that a transcoder reconstructs.
+    ``centre``: whether to subtract each state's mean first; by default as in the config.
+    ``norm``: mean norm of the training states, for configs that scale by it.
     """
 
     format = "saelens"
@@ -81,7 +82,7 @@ class SaeLensReader(FolderReader):
     options = COMMON | {"norm", "centre", "out"}
 
     def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
-        """The dictionary of one folder."""
+        """Open the dictionary in one folder."""
         return open_folder(folder, options)
 
 
@@ -93,16 +94,19 @@ def open_folder(
     overrides: Mapping[str, Any] | None = None,
     factor: float | None = None,
 ) -> SaeSource:
-    """The dictionary in one folder.
+    """Open the dictionary in one folder.
 
-    ``card`` says what its own ``card.json`` does not; ``overrides`` replace keys of its config; ``factor`` is what inputs
-    are scaled by where the config says that they are. Raises MissingFile, BadFile, BadShape, BadConfig.
+    ``card``: defaults for keys that the folder's ``card.json`` does not have.
+    ``overrides``: keys that replace those of the config.
+    ``factor``: the scale of the inputs, used if the config scales them; None: read from the folder.
+
+    Raises MissingFile, BadFile, BadShape, BadConfig.
     """
     config = {**read_json(folder / CONFIG), **(overrides or {})}
     sparsity = folder / _SPARSITY
     rates = open_safetensors(sparsity) if sparsity.exists() else {}
     if factor is None and (folder / SCALER).exists():
-        stored = read_json(folder / SCALER).get("scaling_factor")  # null once it has been folded into the weights
+        stored = read_json(folder / SCALER).get("scaling_factor")  # null if it has been folded into the weights
         factor = None if stored is None else positive(folder / SCALER, "scaling_factor", stored)
     tensors = open_safetensors(folder / WEIGHTS)
     rate = rates.get("sparsity")
@@ -120,10 +124,13 @@ def describe_source(
     card: Mapping[str, Any] | None = None,
     factor: float | None = None,
 ) -> SaeSource:
-    """A dictionary from its config and named tensors, W_enc (d, n), W_dec (n, d_out) and so on.
+    """Make the source from a config and named tensors: W_enc (d, n), W_dec (n, d_out) and so on.
 
-    ``file`` and ``where`` name the weights and the config in errors; ``sparsity`` (n,) is log10 of firing rates; ``factor``
-    is √d over the mean norm of the training states, where it is known. Raises BadFile, BadShape, BadConfig.
+    ``file``, ``where``: names of the weights and of the config in errors.
+    ``sparsity``: (n,), log10 of the firing rates.
+    ``factor``: √d over the mean norm of the training states; None if unknown.
+
+    Raises BadFile, BadShape, BadConfig.
     """
     card = card or {}
     settled = _settle(where, config)
@@ -148,7 +155,7 @@ def describe_source(
 
 
 def _settle(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """One layout out of those of all versions: top-level keys, the names of version 6. Raises BadFile."""
+    """Convert a config of any version to one layout: flat, with the key names of version 6. Raises BadFile."""
     metadata = config.get("metadata")
     flat = {
         **(metadata if isinstance(metadata, Mapping) else {}),
@@ -171,11 +178,11 @@ def _settle(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         None,
         "none",
         "hook_z",
-    ):  # states of o_proj:in have their heads side by side
+    ):  # hook_z needs no reshaping: states at o_proj:in already have their heads side by side
         raise bad_key(where, "reshape_activations", "none or hook_z", flat["reshape_activations"])
     if flat.get("hook_head_index") is not None:
         raise bad_key(
-            where, "hook_head_index", "a dictionary of whole states, not of one head", flat["hook_head_index"]
+            where, "hook_head_index", "null: a dictionary of whole states, not of one head", flat["hook_head_index"]
         )
     for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if not isinstance(flat.get(key, False), bool):
@@ -224,13 +231,13 @@ def _threshold(file: Path, architecture: str, tensors: Mapping[str, Stored], n: 
 
 
 def _check_scaling(file: Path, tensors: Mapping[str, Stored], n: int) -> None:
-    """Old versions could scale activations once more after training; all ones means that this one did not."""
+    """Reject finetuned dictionaries of old versions, which scale activations after training; ones mean no scaling."""
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         if name in tensors and not torch.allclose(vector(file, tensors, name, n), torch.ones(n)):
             raise BadFile(
                 f"{file}: {name}",
                 expected="ones",
-                seen="factors of a dictionary finetuned after training, which sae-lens 6 does not open either",
+                seen="factors of a dictionary that was finetuned after training, which sae-lens 6 cannot open either",
                 fix="fold the factors into W_dec and remove the tensor",
             )
 
@@ -242,9 +249,9 @@ def _site(where: Path, config: Mapping[str, Any], options: Mapping[str, Any], ca
         if not out:
             raise BadConfig(
                 str(where),
-                expected="metadata with hook_name_out, which a transcoder reconstructs, or the option out=",
-                seen="none of these",
-                fix="name the module path it reconstructs, such as out=layers.12.mlp",
+                expected="metadata with hook_name_out (where a transcoder writes), or the option out=",
+                seen="neither",
+                fix="give the path of the module that it reconstructs, such as out=layers.12.mlp",
             )
     model = config.get("model_name")
     return site_from(
@@ -258,7 +265,7 @@ def _site(where: Path, config: Mapping[str, Any], options: Mapping[str, Any], ca
 
 
 def _hook(config: Mapping[str, Any], key: str, plain: str) -> str | None:
-    """The hook's name; the module's of Hugging Face where the hook stands for nothing known."""
+    """The hook's name, or the Hugging Face module's name (``plain``) if the hook is not known."""
     names = [config[name] for name in (key, plain) if isinstance(config.get(name), str) and config[name]]
     name = next((name for name in names if site_of_hook(name)), names[0] if names else None)
     layer, hook = parse_hook(name or "") or (0, "")
@@ -268,7 +275,7 @@ def _hook(config: Mapping[str, Any], key: str, plain: str) -> str | None:
 
 
 def _declared_k(config: Mapping[str, Any], weights: SaeWeights) -> int | None:
-    """k of a top-k dictionary, per token or on average over a batch."""
+    """k of a top-k dictionary: active latents per token, exactly or on average over a batch. None for others."""
     if weights.k is not None:
         return weights.k
     k = config.get("k") if config["architecture"] in _BATCH_TOPK else None
@@ -279,7 +286,7 @@ def _declared_k(config: Mapping[str, Any], weights: SaeWeights) -> int | None:
 
 
 def _rates(file: Path, sparsity: Stored | None, n: int) -> dict[str, float]:
-    """The share of latents that fired in training, and the mean firing rate; from log10 of the rates (n,)."""
+    """The share of latents that fired in training and the mean firing rate, from log10 of the rates (n,)."""
     if sparsity is None:
         return {}
     rates = 10 ** vector(file.parent / _SPARSITY, {"sparsity": sparsity}, "sparsity", n).double().clamp(max=0)

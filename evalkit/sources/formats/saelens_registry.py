@@ -1,8 +1,8 @@
-"""Opens dictionaries of sae-lens's own registry by release and id, with the converters of the installed library.
+"""Opens dictionaries of sae-lens's own registry by release and id, with the installed library.
 
-Knows the library's public functions and nothing of architectures: ``saelens.describe_source`` makes the source from the
-config and tensors that the library gives. Downloads through the library into Hugging Face's cache; with a local copy of the
-release's repository nothing is downloaded and matrices stay on disk.
+The library downloads into Hugging Face's cache and converts other layouts; ``saelens.describe_source`` makes the source
+from the config and tensors it returns. With a local copy of the release's repository, nothing is downloaded and matrices
+stay on disk. Uses only public functions of the library; knows nothing of architectures.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _DIRECTORY = "sae_lens.loading.pretrained_saes_directory"
 
 
 def open_registered(release: str, sae_id: str, **options: Any) -> SaeSource:
-    """The dictionary ``sae_id`` of ``release``: a name in the registry, or a repository ``owner/name`` of sae-lens folders.
+    """Open the dictionary ``sae_id`` of a release.
 
-    ``options``: those of ``SaeLensReader``, and ``folder``: a local copy of the release's repository, read instead of
-    downloading; it must be in sae-lens's own layout. ``release`` may itself be a local folder, which needs no library.
-    Raises MissingExtra, BadConfig (no such release or id, a repository without a known layout), MissingFile (no hub, no
-    such file), BadFile, BadShape.
+    ``release``: a name in the registry, a repository ``owner/name`` of sae-lens folders, or a local folder (which does not
+    need the library).
+    ``options``: those of ``SaeLensReader``, and ``folder``: a local copy of the release's repository in sae-lens's own
+    layout, which is read instead of downloading.
+
+    Raises MissingExtra, BadConfig (no such release or id), MissingFile (download failed, no such file), BadFile, BadShape.
     """
     subject = f"saelens:{release}/{sae_id}"
     check_options(Path(subject), options, SaeLensReader.options | {"folder"})
@@ -48,7 +50,7 @@ def open_registered(release: str, sae_id: str, **options: Any) -> SaeSource:
 
 
 def split_registered(text: str) -> tuple[str, str]:
-    """``RELEASE/ID`` → release and id: the registry's releases have no slash, ``owner/name`` has one. Raises BadConfig."""
+    """Split ``RELEASE/ID`` into release and id, where RELEASE is in the registry or ``owner/name``. Raises BadConfig."""
     directory = require(_DIRECTORY, "saelens").get_pretrained_saes_directory()
     release, _, sae_id = text.partition("/")
     if release not in directory:
@@ -78,8 +80,8 @@ def _open_local(
         raise MissingFile(
             str(place),
             expected=f"{CONFIG} and {WEIGHTS}",
-            seen="a folder without them" if place.is_dir() else "no such folder",
-            fix="download the release's repository again; other layouts have their own readers",
+            seen="a folder without both files" if place.is_dir() else "no such folder",
+            fix="download the release's repository again; for another layout, open the folder without saelens:",
         )
     return open_folder(place, options, overrides=overrides, factor=factor, card=card)
 
@@ -87,21 +89,21 @@ def _open_local(
 def _open_loaded(
     subject: str, release: str, sae_id: str, options: Mapping[str, Any], card: Mapping[str, Any]
 ) -> SaeSource:
-    """Through the library: it downloads, converts from other layouts, and scales weights where the registry says so."""
+    """Open through the library, which downloads, converts other layouts, and scales weights if the registry says so."""
     library = require("sae_lens", "saelens")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is declared as steps here
+            warnings.simplefilter("ignore")  # sae-lens warns of input transforms, which our steps apply
             loaded, config, sparsity = library.SAE.from_pretrained_with_cfg_and_sparsity(release, sae_id, device="cpu")
     except EvalkitError:
         raise
-    except Exception as error:  # converters of many layouts and a network may fail in any way
+    except Exception as error:  # the network and the converters of many layouts raise many kinds
         seen = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingFile(
             subject,
             expected="a dictionary that sae-lens can download or has downloaded before",
             seen=f"{type(error).__name__}: {seen}"[:300],
-            fix="check the network, or name a local copy of its repository with the option folder=",
+            fix="check the network, or give a local copy of its repository with the option folder=",
         ) from error
     file = Path(subject)
     tensors = {name: _held(file, name, value) for name, value in loaded.state_dict().items()}
@@ -119,20 +121,20 @@ def _check_known(subject: str, release: str, sae_id: str, known: Any) -> None:
             subject,
             expected="a release in sae-lens's registry, a repository owner/name, or a local folder",
             seen="none of these",
-            fix="look it up in sae-lens's list of pretrained SAEs, or update sae-lens",
+            fix="check the name in sae-lens's list of pretrained SAEs, or update sae-lens",
         )
     if known is not None and sae_id not in known.saes_map:
         some = list(known.saes_map)
         raise BadConfig(
             subject,
-            expected=f"an id of that release: {', '.join(some[:5])}{', …' if len(some) > 5 else ''}",
+            expected=f"an id in that release: {', '.join(some[:5])}{', …' if len(some) > 5 else ''}",
             seen=sae_id,
             fix="choose one of them",
         )
 
 
 def _card(known: Any, sae_id: str) -> dict[str, Any]:
-    """What the registry says of model and fit; it has 0 for an unknown L0 and 1 for an unknown share of variance."""
+    """L0 and FVU from the registry, which writes 0 for an unknown L0 and 1 for an unknown explained variance."""
     if known is None:
         return {}
     found: dict[str, Any] = {}

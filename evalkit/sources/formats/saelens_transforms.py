@@ -1,8 +1,8 @@
-"""What a SAELens config says of the states that a dictionary was trained on: centred, normalised, scaled; as input steps.
+"""Input steps of a SAELens dictionary: how its config says the training states were centred, normalised and scaled.
 
-Knows configs of sae-lens and TransformerLens, no files. Activations of TransformerLens models whose writing weights were
-centred have no mean over the dimensions: dictionaries trained on them get the step ``Centre``, so that they can be given
-the states of the model as Hugging Face has it.
+TransformerLens can centre the weights that write to the residual stream. Its activations then have mean 0 over the
+dimensions, unlike those of the Hugging Face model. Dictionaries trained on such states get the step ``Centre``, so that
+they can read the states of the Hugging Face model. Knows the configs of sae-lens and TransformerLens; reads no files.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ SCALED = "expected_average_only_in"
 SCALER = "activation_scaler.json"
 SKIPPING = frozenset({"skip_transcoder", "jumprelu_skip_transcoder"})
 TRANSCODERS = SKIPPING | {"transcoder", "jumprelu_transcoder"}
-_ON_RESIDUAL = ("", ".mlp", ".self_attn", ".pre_mlp_norm:in", ":in")  # sites in a block whose states centring changes
+_ON_RESIDUAL = ("", ".mlp", ".self_attn", ".pre_mlp_norm:in", ":in")  # sites in a block that centring affects
 _RMS_NORMED = re.compile(r"gemma|(?:meta-)?llama|mistral|mixtral|qwen|deepseek|smollm|yi-|phi-3|olmo-?2|gpt-oss")
 _LAYER_NORMED = re.compile(
     r"(?:distil)?gpt-?2|gpt-?neo|gpt-?j|pythia|opt-|bloom|gelu-|solu-|attn-only|tiny-?stories|phi-[12]"
 )
-_NO_PROCESSING_SINCE = (3, 19, 2)  # the version from which sae-lens trains on unprocessed models unless told otherwise
+_NO_PROCESSING_SINCE = (3, 19, 2)  # from this version on, sae-lens trains on unprocessed models by default
 
 
 def model_of(config: Mapping[str, Any]) -> str:
-    """The model's bare name in lower case, empty where the config has none."""
+    """The model's name in lower case, without its owner; empty if the config has none."""
     return str(config.get("model_name") or "").lower().split("/")[-1]
 
 
 def centring(where: Path, config: Mapping[str, Any], site: Site, options: Mapping[str, Any]) -> tuple[Step, ...]:
-    """``Centre`` where the dictionary was trained on states without a mean, or the option ``centre`` says so. BadConfig."""
+    """``Centre`` if the dictionary was trained on centred states; the option ``centre`` overrides. Raises BadConfig."""
     given = options.get("centre")
     if given is not None and not isinstance(given, bool):
-        raise BadConfig(str(where), expected="centre=true or centre=false", seen=repr(given), fix="correct that option")
+        raise BadConfig(str(where), expected="centre=true or centre=false", seen=repr(given), fix="correct the option")
     wanted = given if given is not None else _on_residual(site.path) and _trained_centred(config)
     return (Centre(),) if wanted else ()
 
@@ -56,10 +56,11 @@ def _on_residual(path: str) -> bool:
 
 
 def _trained_centred(config: Mapping[str, Any]) -> bool:
-    """Whether the states of training had no mean: TransformerLens centres where a model has LayerNorm and it is asked to.
+    """Whether the training states were centred. TransformerLens centres only models with LayerNorm, and only on request.
 
-    Configs that do not say are older than the version that stopped asking for it, or of other makers; those of GPT-2 were
-    trained on centred states, those of other models in sae-lens's registry on the states of Hugging Face's model.
+    A config without that setting comes from an older version of sae-lens, which requested centring, or from another
+    library. Among those in sae-lens's registry, dictionaries of GPT-2 were trained on centred states, and dictionaries of
+    other models on the states of the Hugging Face model.
     """
     model, hook = model_of(config), config.get("hook_name")
     if not (isinstance(hook, str) and hook.startswith(("blocks.", "hook_embed"))) or _RMS_NORMED.match(model):
@@ -75,7 +76,7 @@ def _trained_centred(config: Mapping[str, Any]) -> bool:
 
 
 def normalised_hook(config: Mapping[str, Any], site: Site) -> tuple[Step, ...]:
-    """What TransformerLens calls the normalised state: the norm before the MLP without its gain."""
+    """Steps for TransformerLens's ``ln2.hook_normalized``, the state after the norm before the MLP, without its gain."""
     hook = config.get("hook_name")
     if not (isinstance(hook, str) and hook.endswith("ln2.hook_normalized") and site.path == site_of_hook(hook)):
         return ()
@@ -87,12 +88,13 @@ def normalised_hook(config: Mapping[str, Any], site: Site) -> tuple[Step, ...]:
 def normalisation(
     where: Path, config: Mapping[str, Any], weights: SaeWeights, options: Mapping[str, Any], factor: float | None
 ) -> tuple[Step, ...]:
-    """The step that ``normalize_activations`` names. ``factor``: √d over the mean norm of training, where it is known.
+    """The step named by the config's ``normalize_activations``.
 
-    Raises BadFile (an unknown kind, one that does not fit the architecture), BadConfig (no factor where one is needed).
+    ``factor``: √d over the mean norm of the training states; None if unknown. Raises BadFile (unknown kind, or a kind
+    that the architecture does not support), BadConfig (a factor is needed but unknown).
     """
     kind = config.get("normalize_activations")
-    if isinstance(kind, bool) or kind is None:  # of the first versions
+    if isinstance(kind, bool) or kind is None:  # the first versions of sae-lens wrote true or false
         kind = SCALED if kind else "none"
     fixed: dict[str, tuple[Step, ...]] = {
         "none": (),
@@ -108,10 +110,10 @@ def normalisation(
                 str(where),
                 expected=f"the option norm= only where normalize_activations is {SCALED}",
                 seen=kind,
-                fix="leave it out",
+                fix="leave out the option",
             )
         if fixed[kind] and config["architecture"] in SKIPPING:
-            raise bad_key(where, "normalize_activations", "none beside a skip path, which reads the raw state", kind)
+            raise bad_key(where, "normalize_activations", "none, because the skip path reads the raw state", kind)
         return fixed[kind]
     if config["architecture"] in TRANSCODERS:
         raise bad_key(where, "normalize_activations", f"one of {', '.join(fixed)} for a transcoder", kind)
@@ -120,8 +122,9 @@ def normalisation(
     if factor is None:
         raise BadConfig(
             str(where),
-            expected=f"a scaling factor beside {SCALED}: {SCALER}, or the option norm=",
-            seen="weights that it has not been folded into",
-            fix=f"give norm=, the mean norm of the training states ({math.sqrt(weights.d_model):.6g} if folded)",
+            expected=f"a scaling factor for {SCALED}: a file {SCALER}, or the option norm=",
+            seen="neither",
+            fix="give norm=, the mean norm of the training states, "
+            f"or norm={math.sqrt(weights.d_model):.6g} if the factor is folded into the weights",
         )
     return (Scale(factor),)

@@ -1,10 +1,10 @@
 """Reads sparse coders in EleutherAI's sparsify layout: ``layers.12.mlp/{cfg.json,sae.safetensors}``.
 
-The folder's name is the hook point, a module path; ``seed0`` below it and ``best`` above it go into the name of the source.
-A run's folder gives all of its hook points. The model comes from the ``config.json`` that training leaves above them, from
-``card.json``, or from the options. A transcoder reads what goes into its module and predicts what comes out.
-Files hold encoder.weight (n, d), encoder.bias (n,), W_dec (n, d), b_dec (d,), and for a skip connection W_skip (d, d).
-Knows nothing of the hub. Source: eai-sparsify 1.3.3, https://github.com/EleutherAI/sparsify.
+The folder's name is the hook point, a module path. Folders ``seed0`` below it and ``best`` above it become part of the
+source's name. The folder of a training run opens all of its hook points. The model comes from the options, ``card.json``,
+or the training run's ``config.json`` above the hook points. A transcoder reads its module's input and predicts the output.
+Tensors: encoder.weight (n, d), encoder.bias (n,), W_dec (n, d), b_dec (d,), and W_skip (d, d) with a skip connection.
+Knows nothing of the hub; writes nothing. Source: eai-sparsify 1.3.3, https://github.com/EleutherAI/sparsify.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ __all__ = ["SparsifyReader", "read_weights"]
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 _SEED = re.compile(r"seed\d+")
-_ABOVE = 4  # folders in which a run's config is looked for
+_ABOVE = 4  # parent folders in which a training run's config is searched
 
 
 class SparsifyReader(FolderReader):
-    """Opens the folder of one hook point, one of its two files, or a folder above several.
+    """Opens the folder of one hook point, one of its two files, or a folder above several hook points.
 
-    The option ``site`` takes the place of the folder's name; ``layers.5.mlp:in`` makes it a transcoder of that module.
+    The option ``site`` overrides the folder's name. A site that ends in ``:in``, such as ``layers.5.mlp:in``, makes the
+    source a transcoder of that module.
     """
 
     format = "sparsify"
     files = (CONFIG, WEIGHTS)
 
     def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
-        """The sparse coder of one hook point."""
+        """Open the sparse coder of one hook point."""
         return _source(folder, options)
 
 
 def read_weights(folder: Path) -> SaeWeights:
     """The weights in one hook point's folder; matrices stay on disk. Raises MissingFile, BadFile, BadShape, BadConfig.
 
-    Source: ``SparseCoder.encode`` and ``forward`` of sparsify: relu first, then the k largest or the largest of k groups.
+    As in sparsify's ``SparseCoder.encode`` and ``forward``: relu, then the k largest, or the largest in each of k groups.
     """
     file, path = folder / WEIGHTS, folder / CONFIG
     config = read_json(path)
@@ -71,8 +72,8 @@ def read_weights(folder: Path) -> SaeWeights:
     if skip != ("W_skip" in tensors):
         raise BadFile(
             f"{file}: W_skip",
-            expected=f"a tensor for a skip connection only where {CONFIG} says so",
-            seen=f"skip_connection {skip} and {'no such' if skip else 'a'} tensor",
+            expected=f"this tensor if and only if {CONFIG} has skip_connection true",
+            seen=f"skip_connection {skip} and {'no such' if skip else 'this'} tensor",
             fix="check that the config belongs to the weights",
         )
     return SaeWeights(
@@ -88,20 +89,20 @@ def read_weights(folder: Path) -> SaeWeights:
 
 
 def _active(path: Path, config: Mapping[str, Any], width: int) -> int:
-    """How many latents are active on a token."""
+    """The number of active latents per token. Raises BadConfig for an unsupported activation."""
     activation = config.get("activation", "topk")
     if activation not in ("topk", "groupmax") or config.get("signed"):
         raise BadConfig(
             f"{path}: {'signed' if config.get('signed') else 'activation'}",
-            expected="topk or groupmax over what is above zero",
+            expected="unsigned topk or groupmax",
             seen=f"signed {activation}" if config.get("signed") else repr(activation)[:80],
-            fix="choose a dictionary of one of these kinds",
+            fix="choose a dictionary with one of these activations",
         )
     k = whole_number(f"{path}: ", config, "k")
     if k is None or k > width or (activation == "groupmax" and width % k):
         raise BadConfig(
             f"{path}: k",
-            expected=f"1 to {width}, the width" + (", which it divides" if activation == "groupmax" else ""),
+            expected=f"1 to {width}, the width" + (", and a divisor of it" if activation == "groupmax" else ""),
             seen="none" if k is None else str(k),
             fix="check that the config belongs to the weights",
         )
@@ -126,9 +127,10 @@ def _source(folder: Path, options: Mapping[str, Any]) -> SaeSource:
 def _site(
     folder: Path, config: Mapping[str, Any], run: Mapping[str, Any], card: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Site:
-    """Before ``cfg.json`` had ``transcode``, the run's config had it; and only transcoders have skip connections.
+    """The site. Early versions stored ``transcode`` in the run's config, not in ``cfg.json``.
 
-    Such early transcoders were trained with ``b_dec`` subtracted from their input, so that stays as it is.
+    Without either, a skip connection marks a transcoder, as only transcoders have one. Early transcoders were trained
+    with ``b_dec`` subtracted from their input, so ``read_weights`` keeps that subtraction for them.
     """
     hook = folder.parent.name if _SEED.fullmatch(folder.name) else folder.name
     given = options.get("site") or card.get("site")
@@ -142,7 +144,7 @@ def _site(
 
 
 def _run_config(folder: Path) -> dict[str, Any]:
-    """What training wrote above its hook points, empty where there is none."""
+    """The config that training wrote above its hook points; empty if there is none."""
     for above in [folder, *folder.parents][: _ABOVE + 1]:
         try:
             held = read_json(above / RUN)
@@ -154,7 +156,7 @@ def _run_config(folder: Path) -> dict[str, Any]:
 
 
 def _variant(folder: Path) -> str:
-    """``best``, ``seed1``, ``best/seed1`` or nothing: what tells sparse coders of one hook point apart."""
+    """``best``, ``seed1``, ``best/seed1`` or empty: distinguishes the sparse coders of one hook point."""
     seed = folder.name if _SEED.fullmatch(folder.name) else ""
     above = [each.name for each in folder.parents][:3]
     return "/".join(part for part in ("best" if "best" in above else "", seed) if part)

@@ -1,1 +1,1 @@
-"""RQAEs as feature sources."""
+"""RQAEs as feature sources: the reader, the source, and the encoding that its depths share."""

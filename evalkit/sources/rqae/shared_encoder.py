@@ -1,6 +1,6 @@
-"""The encoding that the sources of one RQAE checkpoint share: raw hidden states in, codes out, recent ones remembered.
+"""The encoding that the sources of one RQAE checkpoint share: raw hidden states in, codes out, recent results cached.
 
-Knows the subject model's final norm and nothing of depths, features or files.
+Applies the subject model's final norm. Knows nothing of features; reads and writes no files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REMEMBERED_BYTES = 128 << 20
 
 @contextmanager
 def rqae_errors(kind: type[InputError]) -> Iterator[None]:
-    """Turns the RQAE package's error into one of ours."""
+    """Turn errors of the RQAE package into errors of this package, of the given kind."""
     try:
         yield
     except RqaeError as error:
@@ -37,9 +37,9 @@ def rqae_errors(kind: type[InputError]) -> Iterator[None]:
 
 
 class SharedEncoder:
-    """The encoding that the sources of one checkpoint share: raw hidden states → codes at the deepest depth in use.
+    """Encodes raw hidden states into codes at the deepest depth in use, for all sources of one checkpoint.
 
-    Codes of recent batches are remembered by their content (2 bytes a code), so three depths cost one encoding.
+    Codes of recent batches are cached by the content of the batch (2 bytes per code), so several depths cost one encoding.
     """
 
     def __init__(self, model: RQAE, depth: int, subject: SubjectInfo | None = None) -> None:
@@ -49,13 +49,16 @@ class SharedEncoder:
         self._bound: SharedEncoder | None = None
 
     def bound(self, subject: SubjectInfo) -> SharedEncoder:
-        """The encoder for a subject model: the same one for all sources that bind to it."""
+        """The encoder bound to a subject model; all sources that bind to the same model share it."""
         if self._bound is None or self._bound.subject is not subject:
             self._bound = SharedEncoder(self.model, self.depth, subject)
         return self._bound
 
     def codes(self, hidden: Float[Tensor, "*batch d_model"]) -> Int[Tensor, "row depth"]:
-        """Codes of raw hidden states, one row a token. Raises BadShape, InputError (not finite)."""
+        """Codes of raw hidden states, one row per token.
+
+        Raises BadShape, BadConfig (not bound to a subject model), InputError (not finite).
+        """
         subject = self.known_subject()
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
         key = _digest(rows)
@@ -70,7 +73,7 @@ class SharedEncoder:
         return codes
 
     def known_subject(self) -> SubjectInfo:
-        """The subject model it is bound to. Raises BadConfig when there is none."""
+        """The subject model it is bound to. Raises BadConfig if there is none."""
         if self.subject is None:
             raise BadConfig(
                 "RQAE", expected="a source bound to a subject model", seen="no subject model", fix="call bind first"

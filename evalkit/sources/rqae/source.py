@@ -1,9 +1,9 @@
-"""RQAEs as feature sources: one source per depth, all depths of a checkpoint sharing one encoding.
+"""RQAEs as feature sources: one source per depth; all depths of a checkpoint share one encoding.
 
-Applies the subject model's final norm to the raw hidden state and undoes it on reconstructing. A feature is the codes of
-one token occurrence, so there are none until ``with_centres`` (or ``with_features``) says which. Reads checkpoint folders
-in the published layout through the ``rqae`` package, with a ``card.json`` beside the weights where there is one; knows
-nothing of how codes are computed, of text or of scores.
+Applies the subject model's final norm to the raw hidden state and undoes it in the reconstruction. A feature is the codes
+of one token occurrence, so a source has no features until ``with_centres`` or ``with_features`` sets them. Reads checkpoint
+folders in the published layout through the ``rqae`` package, and ``card.json`` in the same folder if it exists. Knows
+nothing of how codes are computed, of text or of scores; writes nothing.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ _CONFIG_KEYS = {"dim", "codebook_dim", "codebook_size", "num_quantizers", "quant
 
 @dataclass(frozen=True, eq=False)
 class RqaeSource:
-    """One RQAE cut at one depth: its first ``depth`` quantizers.
+    """One RQAE at one depth: its first ``depth`` quantizers. Activations are intensities, dense similarities in [-1, 1].
 
-    ``ids`` and ``codes`` (feature, depth or more) are its features, ``thresholds`` their θ. Activations are intensities,
-    dense similarities in [-1, 1]; ``density`` is the share of tokens that shall count as active.
+    ``density``: the share of tokens to count as active.
+    ``ids``, ``codes``: the features and their codes, (feature, depth).
+    ``thresholds``: θ of each feature.
     """
 
     encoder: SharedEncoder
@@ -59,7 +60,7 @@ class RqaeSource:
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints: width is the checkpoint's quantizers; a token uses ``depth`` codes, which is its L0."""
+        """Metadata shown in tables. Width: the checkpoint's quantizers. L0: ``depth``, the number of codes per token."""
         return SourceInfo(
             self.name,
             self.kind,
@@ -71,30 +72,35 @@ class RqaeSource:
         )
 
     def bind(self, subject: SubjectInfo) -> Self:
-        """Take the final norm. Raises SiteMismatch (another width, no such site), BadConfig (no RMS norm)."""
+        """A copy bound to the subject model, whose final norm it uses.
+
+        Raises SiteMismatch (another width, no such site), BadConfig (the final norm is not an RMS norm).
+        """
         dim = self.encoder.model.config.dim
         check_subject(self.name, self.site, dim, subject)
-        normalise(torch.zeros(1, dim), subject)  # raises where the final norm is no RMS norm
+        normalise(torch.zeros(1, dim), subject)  # raises if the final norm is not an RMS norm
         return replace(self, encoder=self.encoder.bound(subject))
 
     def features(self) -> Sequence[FeatureId]:
-        """The ids of its features; the same at every depth made from the same token occurrences."""
+        """The ids of its features. Sources of different depths made from the same token occurrences have the same ids."""
         return self.ids
 
     def with_centres(self, hidden: Float[Tensor, "centre d_model"], features: Sequence[FeatureId]) -> Self:
-        """A copy whose features are the codes of the given token occurrences. ``hidden`` is raw, one row a feature."""
+        """A copy whose features are the codes of the given token occurrences. ``hidden``: raw, one row per feature."""
         return self.with_features(features, self.encoder.codes(hidden))
 
     def with_features(self, features: Sequence[FeatureId], codes: Int[Tensor, "feature depth"]) -> Self:
-        """A copy with these features, codes of the first ``depth`` quantizers or more. Raises BadConfig, BadShape."""
+        """A copy with these features; ``codes`` of at least ``depth`` quantizers. Raises BadConfig, BadShape."""
         if len(set(features)) != len(features):
-            raise BadConfig(self.name, expected="features with different ids", seen="one twice", fix="drop repeats")
+            raise BadConfig(
+                self.name, expected="features with different ids", seen="an id more than once", fix="remove duplicates"
+            )
         if codes.ndim != 2 or len(codes) != len(features) or codes.shape[1] < self.depth:
             raise BadShape(
                 f"codes of {self.name}",
                 expected=f"shape ({len(features)}, {self.depth} or more)",
                 seen=str(tuple(codes.shape)),
-                fix="give one row a feature, encoded at this depth or deeper",
+                fix="give one row per feature, encoded at this depth or deeper",
             )
         codes = codes[:, : self.depth].to("cpu", torch.int64)
         with rqae_errors(BadShape):
@@ -103,7 +109,7 @@ class RqaeSource:
         return replace(self, ids=tuple(features), codes=codes, thresholds={})
 
     def with_thresholds(self, thresholds: Mapping[FeatureId, float]) -> Self:
-        """A copy with these θ. Raises UnknownFeature."""
+        """A copy with these thresholds. Raises UnknownFeature."""
         self._rows(tuple(thresholds))
         return replace(self, thresholds={name: float(value) for name, value in thresholds.items()})
 
@@ -120,27 +126,27 @@ class RqaeSource:
         return values.clamp_(-1, 1).reshape(*hidden.shape[:-1], len(rows))
 
     def threshold(self, feature: FeatureId) -> float:
-        """θ of a feature. Raises UnknownFeature, or BadConfig before thresholds were set."""
+        """θ of a feature. Raises UnknownFeature, BadConfig (threshold not set yet)."""
         self._rows((feature,))
         if feature not in self.thresholds:
             raise BadConfig(
                 f"feature {feature!r} of {self.name}",
-                expected="a threshold: the intensity that a share of the corpus exceeds",
+                expected="a threshold (a quantile of the feature's intensity over tokens)",
                 seen="none yet",
                 fix="measure quantiles on a sample of tokens and call with_thresholds",
             )
         return self.thresholds[feature]
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
-        """What the first ``depth`` quantizers make of the hidden state, back in its own units."""
+        """The reconstruction by the first ``depth`` quantizers, in the units of the raw hidden state."""
         codes = self.encoder.codes(hidden)[:, : self.depth]
         normed = self.encoder.model.decode(codes).reshape(hidden.shape)
         return denormalise(normed, hidden, self.encoder.known_subject())
 
     def directions(self, features: Sequence[FeatureId]) -> Float[Tensor, "feature d_model"]:
-        """What the codes of each feature decode to, less the biases (which all features share), before the final norm.
+        """The direction of each feature in the raw hidden state: its decoded codes divided by the final norm's gain.
 
-        Raises UnknownFeature, BadConfig (not bound).
+        Biases are left out, because all features share them. Raises UnknownFeature, BadConfig (not bound).
         """
         rows, model = self._rows(features), self.encoder.model
         if self.codes is None or not rows:
@@ -158,13 +164,13 @@ class RqaeSource:
                     f"feature {feature!r} of {self.name}",
                     expected=f"one of its {len(self.ids)} features",
                     seen=repr(feature),
-                    fix="choose one of features()" if self.ids else "make features first: call with_centres",
+                    fix="choose one of features()" if self.ids else "set features first: call with_centres",
                 )
         return [places[feature] for feature in features]
 
 
 def random_codes_source(source: RqaeSource, count: int, seed: int) -> RqaeSource:
-    """A null for RQAE features: random codes per quantizer, no token's. Thresholds are to be set as for any other."""
+    """A null control for RQAE features: random codes for every quantizer, not those of a token. Has no thresholds yet."""
     with rqae_errors(BadConfig):
         codes = random_codes(source.encoder.model, count, seed)
     null = replace(source, kind="null-random-codes", label=f"{source.site}/null-random-codes", declared={})
@@ -178,7 +184,7 @@ class RqaeReader:
     options = frozenset({"model", "site", "name", "depths", "density", "subject"})
 
     def matches(self, path: Path) -> bool:
-        """Whether ``path`` is a checkpoint folder (or a file in one) whose config has an RQAE's keys."""
+        """Whether ``path`` is a checkpoint folder (or a file in one) whose config has the keys of an RQAE."""
         folder = _folder(path)
         try:
             config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
@@ -191,18 +197,20 @@ class RqaeReader:
     ) -> Sequence[RqaeSource]:
         """One source per depth, deepest last.
 
-        ``options``: ``model``, ``site`` and ``name`` (where there is no card, or instead of what it says); ``subject``
-        is the model's name where nothing else says it. Raises MissingFile, BadFile (naming the tensor), BadConfig.
+        ``options``: ``model``, ``site`` and ``name`` override the card; ``subject`` is the model's name if nothing else
+        gives it. Raises MissingFile, BadFile (naming the tensor), BadConfig.
         """
         if unknown := sorted(options.keys() - self.options):
             known = ", ".join(sorted(self.options))
-            raise BadConfig(str(path), expected=f"the options {known}", seen=unknown[0], fix="remove or rename it")
+            raise BadConfig(
+                str(path), expected=f"the options {known}", seen=unknown[0], fix="remove or rename that option"
+            )
         folder = _folder(path)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             raise MissingFile(
                 str(path),
                 expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",
-                seen="not both there",
+                seen="at least one of them missing",
                 fix="check the path, or download the folder again",
             )
         card = _card(folder / "card.json")
@@ -245,13 +253,13 @@ def _site(folder: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -> 
             str(folder),
             expected=f"a card.json with a {missing}, or the option {missing}=",
             seen="neither",
-            fix="say where it reads, such as model=gemma-2-2b, site=layers.12",
+            fix="set where it reads, such as model=gemma-2-2b, site=layers.12",
         )
     return Site(str(model), str(path).split("/")[-1])
 
 
 def _label(folder: Path, card: Mapping[str, Any], options: Mapping[str, Any], site: Site) -> str:
-    """The name without the depth. A card's name that already starts with the site is taken as it is."""
+    """The name without the depth. A name that already starts with the site is used unchanged."""
     stem = str(options.get("name") or card.get("name") or folder.resolve().name)
     if stem.startswith(f"{site}/"):
         return stem
@@ -259,7 +267,7 @@ def _label(folder: Path, card: Mapping[str, Any], options: Mapping[str, Any], si
 
 
 def _declared(card: Mapping[str, Any], depth: int, quantizers: int) -> dict[str, Any]:
-    """The card's figures that hold at this depth: its FVU, and what is of the whole checkpoint."""
+    """The card's figures for this depth: the FVU at this depth, and the share of codes in use in the whole checkpoint."""
     declared = {"alive_share": card["alive_share"]} if isinstance(card.get("alive_share"), int | float) else {}
     by_depth = card.get("fvu_by_depth")
     fvu = by_depth.get(str(depth)) if isinstance(by_depth, dict) else None
@@ -275,6 +283,9 @@ def _card(path: Path) -> dict[str, Any]:
         return {}
     except (ValueError, OSError, RecursionError) as error:
         raise BadFile(
-            str(path), expected="a JSON card", seen=str(error)[:200], fix="delete or repair the card"
+            str(path),
+            expected="a JSON card",
+            seen="invalid JSON" if isinstance(error, ValueError) else str(error)[:200],
+            fix="delete or repair the card",
         ) from error
     return card if isinstance(card, dict) else {}

@@ -1,1 +1,1 @@
-"""SAEs of every kind: their weights, their input transforms, and the source that runs them."""
+"""SAEs and transcoders: their weights, their input transforms, and the feature source that runs them."""

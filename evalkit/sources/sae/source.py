@@ -1,7 +1,8 @@
-"""Sparse autoencoders and transcoders as feature sources: weights, a site, and what happens to a state before the encoder.
+"""Sparse autoencoders and transcoders as feature sources: weights, a site, and the transform of the encoder's input.
 
-Knows nothing of formats: readers of one on-disk format each (``gemma_scope``, ``saelens``, …) build it. A feature is a
-latent, its id the decimal index; an activation is what the dictionary's own encoder returns.
+A feature is a latent; its id is the latent's decimal index. An activation is the output of the dictionary's own encoder.
+Knows no on-disk format: the format readers (``gemma_scope``, ``saelens``, …) build it. Reads and writes no files itself,
+but weights may be read from disk on demand.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ __all__ = ["SaeSource", "with_transform"]
 class SaeSource:
     """One SAE or transcoder as a feature source.
 
-    ``steps`` is what happens to the raw hidden state before the encoder. ``l0`` is the declared one (folder name, config or
-    card), None if nothing declares it. ``format`` is the reader's name.
+    ``steps``: transforms of the raw hidden state before the encoder, in order.
+    ``l0``: the L0 declared by a folder name, a config or a card; None if there is none.
+    ``declared``: other declared figures.
+    ``format``: the name of the reader.
     """
 
     weights: SaeWeights
@@ -54,18 +57,18 @@ class SaeSource:
 
     @property
     def kind(self) -> str:
-        """``sae``, or ``transcoder`` where it reconstructs another site than it reads."""
+        """``transcoder`` if it reconstructs another site than it reads, else ``sae``."""
         return "sae" if self.site.reconstructs is None else "transcoder"
 
     @property
     def info(self) -> SourceInfo:
-        """What a table prints."""
+        """Metadata shown in tables."""
         return SourceInfo(
             self.name, self.kind, self.site.path, width=self.weights.width, l0=self.l0, declared=dict(self.declared)
         )
 
     def bind(self, subject: SubjectInfo) -> Self:
-        """Check the width of what it reads and the site. Raises SiteMismatch."""
+        """Check that the subject model has the site and its width. Raises SiteMismatch."""
         check_subject(self.name, self.site, self.weights.d_model, subject)
         return self
 
@@ -76,9 +79,9 @@ class SaeSource:
     def activations(
         self, hidden: Float[Tensor, "batch pos d_model"], features: Sequence[FeatureId]
     ) -> Float[Tensor, "batch pos feature"]:
-        """Activation of the chosen latents; only their encoder columns are read and multiplied, but for top-k.
+        """Activations of the chosen latents. Reads and multiplies only their encoder columns, except with top-k.
 
-        Raises UnknownFeature for an id outside the dictionary, SiteMismatch for another width.
+        Raises UnknownFeature for an id outside the dictionary, SiteMismatch for states of another width.
         """
         x = self._read(hidden)
         index = [self._index(feature) for feature in features]
@@ -86,18 +89,18 @@ class SaeSource:
         return self.weights.columns(transformed(x, self.steps)[0], index, latents)
 
     def threshold(self, feature: FeatureId) -> float:
-        """0: the encoder's own threshold has been applied, so active means above 0. Raises UnknownFeature."""
+        """Always 0: the encoder has already applied its own threshold. Raises UnknownFeature."""
         self._index(feature)
         return 0.0
 
     def reconstruct(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
-        """The reconstruction in the units of the state at ``site.out``: steps are undone but for transcoders."""
+        """The reconstruction, in the units of the state at ``site.out``: an SAE's steps are undone, a transcoder's not."""
         x, undo = transformed(self._read(hidden), self.steps)
         found = self.weights.reconstruct(x)
         return undo(found) if self.site.reconstructs is None else found
 
     def directions(self, features: Sequence[FeatureId]) -> Float[Tensor, "feature d_out"]:
-        """Decoder rows, in the units of the state at ``site.out`` up to a positive factor; only these rows are read.
+        """Decoder rows, in the units of the state at ``site.out`` up to a positive factor. Reads only these rows.
 
         Raises UnknownFeature, BadFile (NaN).
         """
@@ -106,12 +109,12 @@ class SaeSource:
             return rows
         any_state = torch.linspace(-1, 1, self.weights.d_model)[
             None
-        ]  # steps differ between states by a factor and a shift
+        ]  # between two states, the undone steps differ only by a factor and a shift, which cancel or do not matter
         _, undo = transformed(any_state, self.steps)
         return undo(rows) - undo(torch.zeros_like(rows))
 
     def transform(self) -> str:
-        """What happens to the raw hidden state, in words."""
+        """The input transform in words."""
         return describe(self.steps)
 
     def _read(self, hidden: Tensor) -> Tensor:
@@ -120,12 +123,12 @@ class SaeSource:
                 self.name,
                 expected=f"states of width {self.weights.d_model} at {self.site.path}",
                 seen=f"width {hidden.shape[-1]}",
-                fix="name its site with the option site=, or use the model it was trained on",
+                fix="set its site with the option site=, or use the model it was trained on",
             )
         return hidden.float()
 
     def _latents(self, index: tuple[int, ...], device: torch.device) -> Latents:
-        """Those of the last call are kept: a pass over a corpus asks for the same ones in every batch."""
+        """The encoder of these latents. The last one is cached: a pass over a corpus needs the same one for every batch."""
         key = (index, device)
         if (found := self._kept.get(key)) is None:
             found = self.weights.gather(np.array(index, dtype=np.int64), device)
@@ -145,20 +148,23 @@ class SaeSource:
 
 
 def with_transform(source: FeatureSource, transform: str) -> FeatureSource:
-    """The source with another input transform than it declares (see ``parse_transform``). Raises BadConfig."""
+    """A copy of the source with ``transform`` in place of its input transform (see ``parse_transform``).
+
+    Raises BadConfig.
+    """
     steps = parse_transform(transform)
     if not isinstance(source, SaeSource):
         raise BadConfig(
             source.name,
-            expected="an SAE or transcoder, whose input transform can be declared",
+            expected="an SAE or transcoder, because the option transform= is given",
             seen=f"a dictionary of kind {source.info.kind}",
-            fix="leave the transform out for this one",
+            fix="leave out transform= for this dictionary",
         )
     return replace(source, steps=steps)
 
 
 class _Indices(Sequence[FeatureId]):
-    """The ids of n latents without a list of them: dictionaries have millions."""
+    """The ids of n latents, not stored as a list, because a dictionary may have millions."""
 
     def __init__(self, count: int) -> None:
         self._range = range(count)

@@ -1,6 +1,7 @@
-"""What happens to a hidden state before a dictionary's encoder sees it, and what undoes it on the reconstruction.
+"""Transforms of hidden states before a dictionary's encoder, and their inverses for the reconstruction.
 
-Every step is declared by the dictionary or the user, works token by token and knows how to go back. Knows tensors only.
+Every step is declared by the dictionary or by the user, acts on each token separately and can be undone. Knows tensors
+only; reads and writes no files.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Step(Protocol):
     """One transform of hidden states (…, d)."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Undo]:
-        """x → what the next step sees, and what brings a reconstruction of that back to the units of x."""
+        """Transform x; also returns a function that maps a reconstruction of the result back to the units of x."""
 
     def __str__(self) -> str:
-        """A word or two for tables."""
+        """A short name for tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Times a constant, such as √d over the average norm of the training data, or √d for embeddings."""
+    """Multiply by a constant, such as √d over the average norm of the training data, or √d for embeddings."""
 
     factor: float
 
@@ -58,9 +59,9 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """Minus each token's own mean over the dimensions; TransformerLens centres what writes to the residual stream so.
+    """Subtract each token's mean over the dimensions, as TransformerLens does for states of the residual stream.
 
-    The reconstruction stays centred by default, as such dictionaries are compared there; ``restore`` adds the mean again.
+    ``restore``: add the mean to the reconstruction again; False leaves the reconstruction centred.
     """
 
     restore: bool = True
@@ -75,7 +76,7 @@ class Centre:
 
 @dataclass(frozen=True, slots=True)
 class UnitNorm:
-    """Each token to one norm: √d where ``norm`` is None. Source: SAELens, ``constant_norm_rescale``."""
+    """Scale each token to the norm ``norm``; None: √d. Source: SAELens, ``constant_norm_rescale``."""
 
     norm: float | None = None
 
@@ -90,7 +91,7 @@ class UnitNorm:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """Each token minus its mean, over its standard deviation (of n - 1) plus eps. Source: SAELens, ``layer_norm``."""
+    """(x - mean) / (standard deviation + eps) per token, with n - 1 in the deviation. Source: SAELens, ``layer_norm``."""
 
     eps: float = 1e-5
 
@@ -106,7 +107,7 @@ class LayerNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RmsNorm:
-    """Each token over the root of its mean square plus eps; then times ``gain`` (d,) where there is one."""
+    """x / √(mean square + eps) per token, times ``gain`` (d,) if given."""
 
     eps: float = 1e-6
     gain: Tensor | None = None
@@ -124,7 +125,7 @@ class RmsNorm:
 
 
 def transformed(x: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor, Undo]:
-    """All steps one after the other, and what undoes them in the opposite order."""
+    """Apply all steps in order; also returns a function that undoes them in reverse order."""
     undoing: list[Undo] = []
     for step in steps:
         x, undo = step(x)
@@ -139,15 +140,15 @@ def transformed(x: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor, Undo]:
 
 
 def describe(steps: tuple[Step, ...]) -> str:
-    """``centre, scale 0.16``, or ``none``."""
+    """The steps in words, such as ``centre, scale 0.16``; ``none`` without steps."""
     return ", ".join(str(step) for step in steps) or "none"
 
 
-_FORMS = "none, or some of centre, scale:NUMBER, unit-norm, unit-norm:NUMBER, layer-norm, rms-norm, with commas"
+_FORMS = "none, or a comma-separated list of centre, scale:NUMBER, unit-norm, unit-norm:NUMBER, layer-norm, rms-norm"
 
 
 def parse_transform(text: str) -> tuple[Step, ...]:
-    """``centre,scale:0.16`` as steps, in their order; ``none`` for no step. Raises BadConfig."""
+    """Parse a transform such as ``centre,scale:0.16`` into steps, in order; ``none``: no steps. Raises BadConfig."""
     steps: list[Step] = []
     for part in (part.strip() for part in text.split(",")):
         name, _, value = part.partition(":")
@@ -165,7 +166,9 @@ def parse_transform(text: str) -> tuple[Step, ...]:
         elif name == "rms-norm" and not value:
             steps.append(RmsNorm())
         else:
-            raise BadConfig("transform", expected=_FORMS, seen=repr(part), fix="for example --transform scale:0.16")
+            raise BadConfig(
+                "transform", expected=_FORMS, seen=repr(part), fix="write for example --transform scale:0.16"
+            )
     return tuple(steps)
 
 

@@ -1,7 +1,8 @@
-"""The one normalised record of an SAE's or transcoder's weights, and what it computes: activations, reconstruction, fit.
+"""The weights of an SAE or transcoder in one common form, and its computations: activations and reconstruction.
 
-Knows nothing of files and formats, sites or names; matrices may stay on disk (``Stored``) and are then read by the columns
-and tiles that are asked for. Only per-token top-k needs every latent for one; all others multiply the asked columns.
+Matrices may stay on disk (``Stored``); then only the requested columns and tiles are read. Activations of chosen latents
+need only their columns of the encoder, except with per-token top-k, which has to compute every latent. Knows nothing of
+files and formats, sites or names.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["Activation", "Gate", "Latents", "SaeWeights"]
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
-_TILE, _NARROWEST = 1 << 13, 256  # latents multiplied at a time where all are: as many as tokens leave room for
-_ROOM = 1 << 23  # activations held at a time
-_TOP_TILE = 1 << 11  # fixed, so that products have one shape and activations the same bits for every batch
+_TILE, _NARROWEST = 1 << 13, 256  # most and fewest latents per tile; the number of tokens decides between them
+_ROOM = 1 << 23  # activations in memory at a time
+_TOP_TILE = 1 << 11  # fixed, so that products have one shape and activations are bit-equal for every batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
-    """What a gated encoder has beside x W: a latent is active where x W + ``gate_bias`` > 0, and then as strong as
-    relu(x W · exp(``r_mag``) + ``mag_bias``). All (n,). Source: Rajamanoharan et al., arXiv 2404.16014, eq. 3-6.
+    """Parameters of a gated encoder, all (n,). Source: Rajamanoharan et al., arXiv 2404.16014, eq. 3-6.
+
+    A latent is active where x W + ``gate_bias`` > 0; its activation is then relu(x W · exp(``r_mag``) + ``mag_bias``).
     """
 
     gate_bias: Tensor
@@ -41,13 +43,17 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SaeWeights:
-    """The weights of one SAE or transcoder in one form, float32; matrices may be on disk (``Stored``).
+    """The weights of one SAE or transcoder, float32; matrices may be on disk (``Stored``).
 
-    ``w_enc`` (d_in, n), ``b_enc`` (n,), ``w_dec`` (n, d_out), ``b_dec`` (d_out,). ``shift`` (d_in,) is subtracted from the
-    input (the formats that subtract ``b_dec`` say so here). ``threshold`` (n,) makes it a JumpReLU, ``gate`` a gated one,
-    ``k`` a top-k per token, or with ``grouped`` the maximum of each of k groups. ``decoder_scaled``: pre-activations times
-    the length of the latent's decoder row, which the decoder divides by again. ``w_skip`` (d_out, d_in) is a linear path
-    around the latents. Raises BadShape when the shapes do not fit together.
+    ``w_enc``, ``b_enc``, ``w_dec``, ``b_dec``: (d_in, n), (n,), (n, d_out), (d_out,).
+    ``threshold``: (n,), for a JumpReLU.
+    ``gate``: for a gated SAE.
+    ``k``: for top-k per token; with ``grouped``, the maximum of each of k groups of latents instead.
+    ``shift``: (d_in,), subtracted from the input (``b_dec`` in formats that subtract it).
+    ``decoder_scaled``: multiply pre-activations by the norm of the latent's decoder row, and divide by it when decoding.
+    ``w_skip``: (d_out, d_in), a linear path around the latents.
+
+    Raises BadShape if the shapes do not fit together.
     """
 
     w_enc: Matrix
@@ -87,19 +93,19 @@ class SaeWeights:
         if self.k is not None and not (0 < self.k <= self.width and (not self.grouped or self.width % self.k == 0)):
             raise BadShape(
                 "k",
-                expected=f"1 to {self.width}, the width" + (", which divides it" if self.grouped else ""),
+                expected=f"1 to {self.width}, the width" + (", and a divisor of it" if self.grouped else ""),
                 seen=str(self.k),
-                fix="check the config beside the weights",
+                fix="check the config that belongs to the weights",
             )
 
     @property
     def d_model(self) -> int:
-        """Width of what it reads."""
+        """Width of its input."""
         return int(self.w_enc.shape[0])
 
     @property
     def d_out(self) -> int:
-        """Width of what it reconstructs."""
+        """Width of its reconstruction."""
         return int(self.w_dec.shape[1])
 
     @property
@@ -117,14 +123,14 @@ class SaeWeights:
         return "relu" if self.threshold is None else "jumprelu"
 
     def encode(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:
-        """Activations of every latent, all in memory: for dictionaries that are not wide.
+        """Activations of every latent, all in memory; for wide dictionaries use ``tiles``.
 
         Source: Gemma Scope, arXiv 2408.05147, eq. 1 and 3 (JumpReLU: the pre-activation where it exceeds θ, else 0).
         """
         return torch.cat([active for _, active in self.tiles(hidden)], dim=-1)
 
     def decode(self, activations: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction from activations of every latent (a skip path apart). Source: arXiv 2408.05147, eq. 2."""
+        """The reconstruction from activations of every latent, without the skip path. Source: arXiv 2408.05147, eq. 2."""
         found = self.b_dec.to(activations.device)
         for low in range(0, self.width, _TILE):
             tile = slice(low, min(low + _TILE, self.width))
@@ -134,7 +140,7 @@ class SaeWeights:
     def columns(
         self, hidden: Float[Tensor, "*batch d_model"], index: Sequence[int], latents: Latents | None = None
     ) -> Float[Tensor, "*batch latent"]:
-        """Activations of some latents. ``latents``: what ``gather`` gave for them, where it is kept."""
+        """Activations of the latents in ``index``. ``latents``: the result of ``gather`` for them, if already computed."""
         if self.k is None:
             return (latents or self.gather(np.array(index, dtype=np.int64), hidden.device)).activations(hidden)
         if self.grouped:
@@ -150,7 +156,7 @@ class SaeWeights:
         return torch.stack(found, dim=-1) if found else values[..., :0]
 
     def tiles(self, hidden: Float[Tensor, "*batch d_model"]) -> Iterator[tuple[slice, Float[Tensor, "*batch latent"]]]:
-        """Activations of every latent, a few thousand latents at a time; each is read from disk once."""
+        """Activations of every latent, in tiles of up to a few thousand latents; each latent is read from disk once."""
         size = _tile_for(hidden)
         if self.k is not None and self.grouped:
             group = self.width // self.k
@@ -170,26 +176,26 @@ class SaeWeights:
             yield tile, active
 
     def decoded(self, activations: Float[Tensor, "*batch latent"], index: Index) -> Float[Tensor, "*batch d_out"]:
-        """What these latents add to the reconstruction; ``b_dec`` and the skip path are not in it."""
+        """The contribution of these latents to the reconstruction, without ``b_dec`` and the skip path."""
         rows = take(self.w_dec, index, 0).to(activations.device)
         if self.decoder_scaled:
             activations = activations / rows.norm(dim=1).clamp_min(1e-12)
         return activations @ rows
 
     def reconstruct(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction, tile by tile."""
+        """The reconstruction of the state, computed tile by tile."""
         found = self.constant(hidden)
         for tile, active in self.tiles(hidden):
             found += self.decoded(active, tile)
         return found
 
     def constant(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
-        """The part of the reconstruction that no latent makes: ``b_dec`` and the skip path. A tensor of its own."""
+        """The part of the reconstruction that does not come from latents: ``b_dec`` and the skip path. A new tensor."""
         found = self.b_dec.to(hidden.device).expand(*hidden.shape[:-1], self.d_out)
         return found.clone() if self.w_skip is None else found + hidden @ whole(self.w_skip).to(hidden.device).T
 
     def gather(self, index: Index, device: torch.device) -> Latents:
-        """The encoder of some latents, in memory."""
+        """Read the encoder of some latents into memory."""
         chosen = index if isinstance(index, slice) else torch.from_numpy(index)
 
         def part(vector: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ class SaeWeights:
         )
 
     def _top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest activations of each token, and whose they are."""
+        """The k largest activations of each token, and the indices of their latents."""
         assert self.k is not None
         values = places = None
         for low in range(0, self.width, _TOP_TILE):
@@ -241,7 +247,7 @@ class Latents:
         return found if self.scale is None else found * self.scale
 
     def activations(self, hidden: Tensor) -> Tensor:
-        """Activations, for every non-linearity that looks at one latent at a time."""
+        """Activations, for non-linearities that act on each latent separately (not top-k)."""
         if self.gate is not None:
             product = self._product(hidden)
             strength = torch.relu(product * self.gate.r_mag.exp() + self.gate.mag_bias)
@@ -256,13 +262,13 @@ class Latents:
 
 
 def _tile_for(hidden: Tensor) -> int:
-    """Latents at a time for so many tokens."""
+    """Latents per tile for this number of tokens."""
     tokens = max(1, hidden.numel() // max(1, hidden.shape[-1]))
     return max(min(_NARROWEST, _TILE), min(_TILE, _ROOM // tokens))
 
 
 def _group_winners(active: Tensor, size: int) -> Tensor:
-    """(…, latent) in groups of ``size``: the largest of each group where it is, zero elsewhere; the first of equal ones."""
+    """(…, latent) in groups of ``size``: keep the largest of each group (the first of equal ones), set others to zero."""
     groups = active.reshape(*active.shape[:-1], -1, size)
     best, where = groups.max(dim=-1, keepdim=True)
     return torch.zeros_like(groups).scatter_(-1, where, best).reshape(active.shape)

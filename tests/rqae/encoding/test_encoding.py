@@ -81,7 +81,7 @@ def test_layers_add_up_and_depths_come_for_one_decoding():
     assert list(found) == [3, 5, 12]
     for depth, value in found.items():
         torch.testing.assert_close(value, sum(parts[:depth]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(RqaeError, match=r"RQAE layers: expected different ones from 0 to 11; seen \[3, 12\]"):
+    with pytest.raises(RqaeError, match=r"RQAE layers: expected distinct layers from 0 to 11; seen \[3, 12\]"):
         model.decode_layers(codes, [3, 12])
     with pytest.raises(RqaeError, match=r"seen \[3, 3\]"):
         model.decode_layers(codes, [3, 3])

@@ -65,7 +65,7 @@ def test_an_interrupted_build_goes_on(model: RQAE, tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, model, Corpus(breaks_at=3))
     if flush < 50:
-        with pytest.raises(RqaeError, match="expected a complete store of codes; seen an interrupted one"):
+        with pytest.raises(RqaeError, match="expected a complete store of codes; seen an interrupted build"):
             CodeStore(tmp_path)
     rest = Corpus()
     store = build(tmp_path, model, rest)
@@ -89,7 +89,7 @@ def test_a_shallower_store_is_a_prefix(model: RQAE, tmp_path: Path) -> None:
     store = build(tmp_path, model, Corpus(), depth=4)
     np.testing.assert_array_equal(store.codes, model.encode(TEXT)[:, :4].numpy())
     with pytest.raises(
-        RqaeError, match="expected a store of text by model, depth 9; seen one of text by model, depth 4"
+        RqaeError, match="expected a store of text by model, depth 9; seen a store of text by model, depth 4"
     ):
         build(tmp_path, model, Corpus())
 

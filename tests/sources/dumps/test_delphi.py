@@ -115,7 +115,7 @@ def test_recognised_and_named() -> None:
     assert (one.name, one.site) == ("mine", Site("other", "layers.7"))
     assert (one.info.kind, one.info.width) == ("delphi", WIDTH)
     assert one.info.declared == {"negatives": "verified: every activation is cached"}
-    with pytest.raises(BadConfig, match="one hook point with the option name=; seen 2"):
+    with pytest.raises(BadConfig, match="one hook point, because the option name= is given; seen 2 hook points"):
         reader.read(LATENTS, name="mine")
     with pytest.raises(MissingFile, match="no such folder at or below it"):
         reader.read(TOKENIZER)
@@ -304,9 +304,9 @@ def test_the_tokenizer_is_that_of_the_config_or_the_option(copy: Path, tmp_path:
     with pytest.raises(MissingFile) as caught:
         source(copy, tokenizer=str(tmp_path / "none")).examples(["3"])
     assert str(caught.value).startswith(
-        f"tokenizer {tmp_path}/none of {copy}: expected the tokenizer of the model that was"
+        f"tokenizer {tmp_path}/none of {copy}: expected the tokenizer of the cached model"
     )
-    assert "fix: name a folder with it as the dictionary's option tokenizer" in str(caught.value)
+    assert "fix: set the dictionary's option tokenizer to a folder with it" in str(caught.value)
     rewrite(copy / "0_15.safetensors", lambda held: held["tokens"].__setitem__((4, 2), 300))
     with pytest.raises(BadFile, match=r"below 300; seen 300 in sequence 4"):
         source(copy).examples(["3"])
@@ -318,7 +318,7 @@ def test_unknown_features_and_too_many_activations(copy: Path, monkeypatch: pyte
             source().examples([feature])
     monkeypatch.setattr(delphi, "_MOST_ENTRIES", 100)
     with pytest.raises(
-        CorpusError, match=r"at most 100 activations of the asked features .* fix: ask for fewer features"
+        CorpusError, match=r"at most 100 activations of the selected features .* fix: select fewer features"
     ):
         source().examples(["0", "1", "2"])
 
@@ -345,11 +345,11 @@ def at(name: str, place: Any, value: Any) -> Callable[[dict[str, np.ndarray]], N
 BAD: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
     (
         lambda h: h.pop("activations"),
-        "0_15.safetensors: activations: expected a tensor of that name; seen only locations",
+        "0_15.safetensors: activations: expected a tensor with this name; seen only these tensors: locations",
     ),
     (
         lambda h: h.pop("locations"),
-        "0_15.safetensors: locations: expected a tensor of that name; seen only activations",
+        "0_15.safetensors: locations: expected a tensor with this name; seen only these tensors: activations",
     ),
     (lambda h: put("locations", h["locations"][:-1].copy())(h), r"locations: expected shape \(\d+, 3\); seen shape"),
     (lambda h: put("locations", h["locations"][:, :2].copy())(h), r"locations: expected shape \(\d+, 3\); seen shape"),
@@ -363,11 +363,11 @@ BAD: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
         lambda h: put("tokens", h["tokens"][:-1].copy())(h),
         r"the same tokens in every split; seen shape \(72, 48\), and",
     ),
-    (lambda h: put("tokens", h["tokens"].astype(np.float32))(h), "tokens: expected one of I16"),
-    (lambda h: put("locations", h["locations"].astype(np.float16))(h), "locations: expected one of I16"),
+    (lambda h: put("tokens", h["tokens"].astype(np.float32))(h), "tokens: expected dtype I16"),
+    (lambda h: put("locations", h["locations"].astype(np.float16))(h), "locations: expected dtype I16"),
     (
         lambda h: put("activations", h["locations"][:, 0].copy())(h),
-        "activations: expected one of F16, F32, F64; seen U16",
+        "activations: expected dtype F16, F32, F64; seen dtype U16",
     ),
     (at("locations", (5, 0), 72), "locations: expected sequences from 0 to 71; seen 72 in entry 5"),
     (at("locations", (6, 1), 48), "locations: expected positions from 0 to 47; seen 48 in entry 6"),
@@ -381,7 +381,7 @@ BAD: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
         lambda h: (put("activations", h["activations"].astype(np.float32))(h), at("activations", 3, np.inf)(h)),
         "activations: expected finite numbers; seen inf in entry 3",
     ),
-    (at("tokens", (4, 2), -5), "tokens: expected token ids from 0; seen -5"),
+    (at("tokens", (4, 2), -5), "tokens: expected token ids of 0 or more; seen -5"),
 ]
 
 
@@ -411,11 +411,15 @@ def test_torn_and_foreign_files_are_one_line(copy: Path) -> None:
 
 def test_configs_and_names_are_checked(copy: Path) -> None:
     shutil.copy(copy / "0_15.safetensors", copy / "8_19.safetensors")
-    refused(copy, BadFile, f"{copy}: expected splits of different latents; seen 0_15.safetensors and 8_19.safetensors")
+    refused(copy, BadFile, f"{copy}: expected splits that do not overlap; seen 0_15.safetensors and 8_19.safetensors")
     (copy / "8_19.safetensors").rename(copy / "99_4000000000.safetensors")
-    refused(copy, BadFile, "expected a name FIRST_LAST of latents below 4194304; seen 99_4000000000.safetensors")
+    refused(
+        copy,
+        BadFile,
+        "and LAST below 4194304; seen 99_4000000000.safetensors",
+    )
     (copy / "99_4000000000.safetensors").unlink()
-    for text, message in (("{", "a JSON object"), ("{}", "the name of the model that was read; seen None")):
+    for text, message in (("{", "a JSON object"), ("{}", "the name of the cached model; seen None")):
         (copy / "config.json").write_text(text)
         refused(copy, BadFile, message)
 
@@ -426,7 +430,7 @@ def test_a_cache_without_tokens_is_refused(copy: Path) -> None:
     refused(
         copy,
         BadFile,
-        "tokens: expected the tokens beside the activations; seen none; fix: cache the latents again with",
+        "tokens: expected tokens in at least one split; seen none; fix: cache the latents again with",
     )
 
 

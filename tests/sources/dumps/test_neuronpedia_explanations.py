@@ -44,7 +44,7 @@ def test_several_sources_are_not_guessed_between(dump: Path, tmp_path: Path) -> 
     other = dump.with_name("20-other")
     write_lines(other / "explanations" / "batch-0.jsonl", [line(0, "x", layer="20-other")])
     for path in (dump.parent, tmp_path):
-        with pytest.raises(BadConfig, match="expected the explanations of one source; seen those of 2, such as "):
+        with pytest.raises(BadConfig, match="expected the explanations of one source; seen 2 sources, such as "):
             ExportedExplanations.find(path)
     assert [one.text for one in ExportedExplanations.find(other).of("0")] == ["x"]
 
@@ -71,9 +71,9 @@ def test_files_are_read_once(dump: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (line(0, None), "expected a description; seen NoneType"),
-        (line(0, ["x"]), "expected a description; seen list"),
-        (line(-1, "x"), "expected index, the number of a feature; seen -1"),
+        (line(0, None), "expected description as a string; seen NoneType"),
+        (line(0, ["x"]), "expected description as a string; seen list"),
+        (line(-1, "x"), "expected index as a feature number; seen -1"),
         (line(0, "x", layer="8-other"), f"expected modelId {MODEL} and layer {SOURCE}; seen {MODEL} and 8-other"),
     ],
 )
@@ -85,7 +85,7 @@ def test_bad_lines_are_named(tmp_path: Path, bad: dict[str, Any], message: str) 
 
 def test_a_first_line_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
     write_lines(tmp_path / "explanations" / "batch-0.jsonl", [line(0, "x", modelId=None)])
-    with pytest.raises(BadFile, match="line 1: expected modelId and layer, as names; seen None and"):
+    with pytest.raises(BadFile, match="line 1: expected modelId and layer as non-empty strings; seen None and"):
         ExportedExplanations.find(tmp_path).of("0")
 
 
@@ -95,7 +95,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = write_lines(tmp_path / "explanations" / "batch-0.jsonl", lines)
     assert len(ExportedExplanations.find(tmp_path).of("1")[0].explainer) == len("neuronpedia:") + 200
     write_lines(path, [*lines, line(2, "x" * 40)])
-    with pytest.raises(BadFile, match=r"line 3: expected at most .* explanations of 100 characters; seen more"):
+    with pytest.raises(BadFile, match=r"line 3: expected at most .* explanations, 100 characters in all; seen more"):
         ExportedExplanations.find(tmp_path).of("0")
 
 
@@ -103,5 +103,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"none: expected a folder of a Neuronpedia export .* seen no such folder"):
         ExportedExplanations.find(tmp_path / "none")
     (tmp_path / "explanations").mkdir()
-    with pytest.raises(MissingFile, match="seen no such batch there; fix: download v1/MODEL/SOURCE/explanations/"):
+    with pytest.raises(
+        MissingFile, match="seen no such batch in this folder; fix: download v1/MODEL/SOURCE/explanations/"
+    ):
         ExportedExplanations.find(tmp_path)

@@ -166,7 +166,7 @@ SQUARE = torch.ones(N, N)
         ("Standard", {"bias": torch.ones(D, dtype=torch.int64)}, {}, BadFile, ("bias", "a floating-point tensor")),
         ("Standard", {}, {"dict_size": 10**15}, BadShape, ("encoder.weight", f"shape ({10**15}, 12)", "(32, 12)")),
         ("Standard", {}, {"activation_dim": 16}, BadShape, ("encoder.weight", "shape (32, 16)", "config belongs")),
-        ("Standard", {}, {"dict_size": -4}, BadConfig, ("trainer.dict_size", "a whole number from 1", "-4")),
+        ("Standard", {}, {"dict_size": -4}, BadConfig, ("trainer.dict_size", "a whole number of at least 1", "-4")),
         ("Standard", {}, {"dict_class": "AutoEncoderNew"}, BadFile, ("decoder.bias", "seen only bias,")),
         ("Standard", {}, {"dict_class": "GatedAutoEncoder"}, BadFile, ("decoder_bias", "seen only bias,")),
         ("Standard", {}, {"dict_class": "JumpReluAutoEncoder"}, BadFile, ("W_enc", "seen only bias,")),
@@ -182,7 +182,7 @@ SQUARE = torch.ones(N, N)
         ("TopK", {}, {"k": 5}, BadConfig, ("config.json: trainer.k", "1 to 32, the width, and 4 as ae.pt has it", "5")),
         ("TopK", {"k": None}, {"k": 33}, BadConfig, ("trainer.k", "1 to 32, the width; seen 33")),
         ("TopK", {"k": None}, {"k": None}, BadConfig, ("trainer.k", "seen none")),
-        ("BatchTopK", {}, {"k": 2.5}, BadConfig, ("trainer.k", "a whole number from 1", "2.5")),
+        ("BatchTopK", {}, {"k": 2.5}, BadConfig, ("trainer.k", "a whole number of at least 1", "2.5")),
         ("Standard", {}, {"layer": 3}, BadConfig, ("trainer.layer", "8, as in resid_post_layer_8", "3")),
         ("Standard", {}, {"submodule_name": "mine"}, BadConfig, ("the hook 'mine'", "--site layers.12")),
         ("Standard", {}, {"lm_name": None}, BadConfig, ("the model it was trained on", "model=gemma-2-2b")),
@@ -266,5 +266,5 @@ def test_configs_that_cannot_be_read(tmp_path: Path) -> None:
         DictionaryLearningReader().read(folder)
     with pytest.raises(MissingFile, match=r"a folder with ae\.pt and config\.json.*seen no such file or folder"):
         DictionaryLearningReader().read(tmp_path / "absent")
-    with pytest.raises(BadConfig, match="one dictionary with the option l0=; seen 2"):
+    with pytest.raises(BadConfig, match="one dictionary, because the option l0= is given; seen 2 dictionaries"):
         DictionaryLearningReader().read(DATA / "TopK", l0=3)

@@ -97,7 +97,7 @@ def test_it_is_calibrated_and_reconstructs_nothing(tmp_path: Path) -> None:
 def test_name_site_and_card(tmp_path: Path) -> None:
     file = store(tmp_path / "mine" / "probes.npz", arrays(other=np.ones((3, D), np.float32), shift=BIAS))
     with pytest.raises(
-        BadConfig, match=r"expected one matrix, or the option tensor= with the name of one; seen 2: other"
+        BadConfig, match=r"expected one matrix, or the option tensor= with the name of one; seen 2 matrices: other"
     ):
         read(file)
     source = read(file, tensor="probe", bias="shift", site="blocks.4.hook_resid_post")
@@ -163,7 +163,7 @@ def changed(**values: Any) -> Arrays:
         ({"v": np.ones((3, D), np.int64)}, {}, BadFile, ("no floating-point tensor",)),
         (arrays(), {"tensor": "nope"}, BadFile, ("nope", "seen only probe")),
         (changed(bias=BIAS), {"tensor": "bias"}, BadShape, ("bias", "shape (any, any)", "(7,)")),
-        (changed(bias=BIAS), {"bias": "b"}, BadFile, ("b: expected a floating-point tensor of that name",)),
+        (changed(bias=BIAS), {"bias": "b"}, BadFile, ("b: expected a floating-point tensor with this name",)),
         (changed(c=np.ones(3)), {"bias": "c"}, BadShape, ("c", "shape (7)", "(3,)")),
         (changed(bias=np.full(N, np.nan)), {}, BadFile, ("bias", "finite", "7 of 7")),
         ({"probe": np.ones((0, D), np.float32)}, {}, BadShape, ("probe", "(0, 12)")),
@@ -260,5 +260,5 @@ def test_nothing_there(tmp_path: Path) -> None:
         read(tmp_path)
     store(tmp_path / "a.npz", arrays())
     store(tmp_path / "b.npz", arrays())
-    with pytest.raises(MissingFile, match=r"seen a\.npz, b\.npz; fix: name the file"):
+    with pytest.raises(MissingFile, match=r"seen a\.npz, b\.npz; fix: give the path of the file"):
         read(tmp_path)

@@ -137,7 +137,7 @@ def test_options_come_before_the_repository(tmp_path: Path) -> None:
     reader = GemmaScopeReader()
     (source,) = reader.read(tmp_path, site="layers.2.mlp:in", out="layers.2.mlp", model="m")
     assert (source.site, source.transform()) == (Site("m", "layers.2.mlp:in", "layers.2.mlp"), "RMS norm")
-    with pytest.raises(BadConfig, match="one SAE with the options name= and l0=; seen 2 SAEs"):
+    with pytest.raises(BadConfig, match="one SAE, because the option name= or l0= is given; seen 2 SAEs"):
         store(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_8" / "width_1k" / "average_l0_9", arrays())
         reader.read(tmp_path, l0=5)
     store(tmp_path / "gemma-scope-2b-pt-other" / "layer_7" / "width_1k" / "average_l0_9", arrays())
@@ -180,7 +180,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         f"{tmp_path / 'absent'}: expected a params.npz, or a folder such as layer_12/width_16k/average_l0_82 with one; "
         "seen no such file or folder; fix: check the path, or download the folder again"
     )
-    with pytest.raises(MissingFile, match=r"no params\.npz there"):
+    with pytest.raises(MissingFile, match=r"no params\.npz in this folder"):
         GemmaScopeReader().read(tmp_path)
 
 
@@ -249,7 +249,7 @@ def test_torn_files_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_lies_about_its_width(tmp_path: Path) -> None:
     file = store(tmp_path / "layer_1" / "width_16k" / "average_l0_9", arrays())
-    with pytest.raises(BadShape, match="about 16384 latents, as the folder says; seen 1024"):
+    with pytest.raises(BadShape, match="about 16384 latents, as in the folder's name; seen 1024"):
         GemmaScopeReader().read(file, model="toy")
 
 

@@ -156,13 +156,23 @@ def test_the_registry_knows_it(tmp_path: Path) -> None:
         ({**arrays(), "w_enc": np.zeros(N, np.float32)}, RESID, BadShape, "w_enc: expected a matrix"),
         ({**arrays(), "b_enc": np.full(N, np.nan, np.float32)}, RESID, BadFile, "1024 of 1024 are NaN"),
         ({**arrays(), "threshold": np.zeros(N, np.int32)}, RESID, BadFile, "threshold: expected the tensors"),
-        (arrays(), {**RESID, "width": 4096}, BadShape, "expected 4096 latents, as config.json says; seen 1024"),
+        (arrays(), {**RESID, "width": 4096}, BadShape, "expected 4096 latents, as in config.json; seen 1024"),
         (arrays(), {**RESID, "architecture": "topk"}, BadConfig, "architecture: expected jump_relu; seen 'topk'"),
         (arrays(), {**RESID, "type": "crosscoder"}, BadConfig, "type: expected sae or transcoder"),
-        (arrays(), {**RESID, "affine_connection": True}, BadFile, "affine_skip_connection: expected that tensor"),
-        (arrays(D, True), {**RESID, "affine_connection": False}, BadFile, "expected no such tensor"),
-        (arrays(), {"model_name": "m"}, BadConfig, "expected metadata with the hook it reads"),
-        (arrays(), {**RESID, "hf_hook_point_in": 3}, BadConfig, "expected metadata with the hook it reads"),
+        (
+            arrays(),
+            {**RESID, "affine_connection": True},
+            BadFile,
+            "True in config.json, and no such tensor",
+        ),
+        (
+            arrays(D, True),
+            {**RESID, "affine_connection": False},
+            BadFile,
+            "False in config.json, and this tensor",
+        ),
+        (arrays(), {"model_name": "m"}, BadConfig, "expected metadata with the hook that it reads"),
+        (arrays(), {**RESID, "hf_hook_point_in": 3}, BadConfig, "expected metadata with the hook that it reads"),
         (arrays(), {"hf_hook_point_in": "model.layers.1.output"}, BadConfig, "with the model it was trained on"),
         (
             {**arrays(D, True), "affine_skip_connection": np.zeros((3, 3), np.float32)},
@@ -184,7 +194,7 @@ def test_files_that_do_not_fit(
 
 def test_a_folder_that_lies_about_its_width(tmp_path: Path) -> None:
     folder = store(tmp_path / "resid_post" / "layer_1_width_16k_l0_small", arrays(), RESID)
-    with pytest.raises(BadShape, match="expected about 16384 latents, as the folder says; seen 1024"):
+    with pytest.raises(BadShape, match="expected about 16384 latents, as in the folder's name; seen 1024"):
         GemmaScope2Reader().read(folder)
 
 
@@ -202,12 +212,12 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         with pytest.raises(BadFile, match=r"plain tensors in a \.safetensors file"):
             reader.read(folder)
     with pytest.raises(
-        MissingFile, match=r"a folder with params\.safetensors, or one above several; seen no such file"
+        MissingFile, match=r"a folder with params\.safetensors, or a folder above several; seen no such file"
     ):
         reader.read(tmp_path / "none")
     cross = tmp_path / "clt" / "width_1k_l0_big"
     cross.mkdir(parents=True)
     (cross / "params_layer_0.safetensors").write_bytes(data)
     assert reader.matches(cross)
-    with pytest.raises(BadConfig, match="a dictionary that reads one layer; seen params_layer"):
+    with pytest.raises(BadConfig, match="a dictionary that reads one layer; seen a cross-layer transcoder"):
         reader.read(cross)

@@ -119,8 +119,8 @@ def test_without_the_running_average_of_squares(tmp_path: Path) -> None:
     ("changed", "error", "words"),
     [
         ({"W_dec": None}, BadFile, ("W_dec", "seen only W_enc, b_dec, b_enc")),
-        ({"average": None}, BadFile, (AVERAGE, "a floating-point tensor of that name")),
-        ({"average": torch.zeros(1)}, BadFile, (AVERAGE, "the mean length of a state, above 0", "seen 0")),
+        ({"average": None}, BadFile, (AVERAGE, "a floating-point tensor with this name")),
+        ({"average": torch.zeros(1)}, BadFile, (AVERAGE, "the mean norm of a state, above 0", "seen 0")),
         ({"average": torch.tensor([-2.0])}, BadFile, (AVERAGE, "above 0", "seen -2")),
         ({"average": torch.tensor([torch.inf])}, BadFile, (AVERAGE, "finite numbers", "1 of 1")),
         ({"average": torch.ones(2)}, BadShape, (AVERAGE, "shape (1)", "shape (2,)")),
@@ -182,10 +182,10 @@ def test_what_is_missing(tmp_path: Path) -> None:
         NabeshimaReader().read(file, site="layers.1")
     with pytest.raises(BadConfig, match="expected the options l0, model, name, site, subject; seen layer"):
         NabeshimaReader().read(file, layer=3)
-    with pytest.raises(BadConfig, match="one dictionary with the option name=; seen 2"):
+    with pytest.raises(BadConfig, match="one dictionary, because the option name= is given; seen 2 dictionaries"):
         NabeshimaReader().read(DATA, model="toy", name="mine")
     with pytest.raises(
         MissingFile,
-        match=r"a folder with \.pt or \.safetensors of normalizer\.running_avg.*seen no such file or folder",
+        match=r"a folder with \.pt or \.safetensors files that hold normalizer\.running_avg.*seen no such file or folder",
     ):
         NabeshimaReader().read(tmp_path / "absent")

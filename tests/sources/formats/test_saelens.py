@@ -188,7 +188,7 @@ def test_several_in_one_folder(tmp_path: Path) -> None:
         "gemma-2-2b/layers.12/sae/width-32/inner",
     ] * 2
     assert len({source.name for source in open_dictionary(tmp_path)}) == 4
-    with pytest.raises(BadConfig, match=r"one dictionary with the option name=; seen 4"):
+    with pytest.raises(BadConfig, match=r"one dictionary, because the option name= is given; seen 4 dictionaries"):
         SaeLensReader().read(tmp_path, name="x")
     assert len({source.name for source in open_dictionary(DATA)}) == len(NAMES)
 
@@ -289,9 +289,9 @@ def test_an_average_norm_comes_from_the_scaler_or_the_option(tmp_path: Path) -> 
         with pytest.raises(BadConfig) as caught:
             opened(folder)
         assert str(caught.value) == (
-            f"{folder / CONFIG}: expected a scaling factor beside expected_average_only_in: activation_scaler.json, or the "
-            "option norm=; seen weights that it has not been folded into; fix: give norm=, the mean norm of the training "
-            "states (3.4641 if folded)"
+            f"{folder / CONFIG}: expected a scaling factor for expected_average_only_in: a file activation_scaler.json, or "
+            "the option norm=; seen neither; fix: give norm=, the mean norm of the training states, or norm=3.4641 if the "
+            "factor is folded into the weights"
         )
     assert opened(folder, norm=3.5).steps == (Scale(pytest.approx(0.98974, rel=1e-4)),)
     old = copied(tmp_path, "old_topk", normalize_activations=True)
@@ -359,7 +359,7 @@ CROSSED = "check that the config belongs to these weights"
             "skip_transcoder",
             {"normalize_activations": "layer_norm"},
             BadFile,
-            ("none beside a skip path", "'layer_norm'"),
+            ("none, because the skip path reads the raw state", "'layer_norm'"),
         ),
         ("transcoder", {"normalize_activations": "expected_average_only_in"}, BadFile, ("for a transcoder",)),
         (
@@ -383,8 +383,8 @@ CROSSED = "check that the config belongs to these weights"
         ("standard", {"d_sae": 10**12}, BadShape, ("W_enc: expected shape (12, 1000000000000); seen shape (12, 32)",)),
         ("standard", {"d_in": -1}, BadFile, ("d_in: expected a whole number above 0; seen -1",)),
         ("transcoder", {"d_out": 12}, BadShape, ("W_dec: expected shape (32, 12); seen shape (32, 16)",)),
-        ("standard", {"architecture": "gated"}, BadFile, ("b_gate: expected a floating-point tensor of that name",)),
-        ("standard", {"architecture": "jumprelu"}, BadFile, ("threshold: expected a floating-point tensor of that",)),
+        ("standard", {"architecture": "gated"}, BadFile, ("b_gate: expected a floating-point tensor with this name",)),
+        ("standard", {"architecture": "jumprelu"}, BadFile, ("threshold: expected a floating-point tensor with",)),
         ("standard", {"architecture": "batchtopk"}, BadFile, ("topk_threshold: expected a floating-point tensor",)),
         ("transcoder", {"architecture": "skip_transcoder"}, BadFile, ("W_skip: expected a floating-point tensor",)),
         ("transcoder", {"metadata": {"hook_name_out": None}}, BadConfig, ("hook_name_out", "out=layers.12.mlp")),
@@ -484,12 +484,12 @@ def test_pickles_do_not_run_and_torn_files_are_named(tmp_path: Path) -> None:
 
 def test_configs_that_are_none(tmp_path: Path) -> None:
     folder = copied(tmp_path, "standard")
-    for text, seen in (("{", "Expecting"), ("[1]", "a list"), ("[" * 100_000, "recursion")):
+    for text, seen in (("{", "invalid JSON .line 1"), ("[1]", "a list"), ("[" * 100_000, "JSON that is nested too")):
         (folder / CONFIG).write_text(text)
-        with pytest.raises(BadFile, match=rf"cfg\.json: expected a JSON object; seen .*{seen}"):
+        with pytest.raises(BadFile, match=rf"cfg\.json: expected a JSON object; seen {seen}"):
             opened(folder)
     (folder / CONFIG).unlink()
-    with pytest.raises(MissingFile, match=r"with cfg\.json and sae_weights\.safetensors, or one above several"):
+    with pytest.raises(MissingFile, match=r"with cfg\.json and sae_weights\.safetensors, or a folder above several"):
         opened(folder)
     with pytest.raises(MissingFile, match=r"seen no such file or folder"):
         opened(tmp_path / "none")

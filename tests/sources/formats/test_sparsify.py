@@ -115,7 +115,7 @@ def test_one_source_for_each_hook_point_and_nothing_read_before_it_is_asked_for(
         isinstance(source.weights.w_enc, Stored) and isinstance(source.weights.w_dec, Stored) for source in sources
     )
     assert [source.l0 for source in sources] == [3.0] * 3
-    with pytest.raises(BadConfig, match="one dictionary with the option name=; seen 3"):
+    with pytest.raises(BadConfig, match="one dictionary, because the option name= is given; seen 3 dictionaries"):
         SparsifyReader().read(tmp_path, subject="toy", name="mine")
     (named,) = SparsifyReader().read(tmp_path / "layers.1", subject="toy", name="mine")
     assert named.name == "mine"
@@ -195,18 +195,18 @@ def test_width_from_the_expansion_factor(tmp_path: Path) -> None:
         (tensors(encoder__bias=torch.ones(N - 1)), {}, BadShape, ("encoder.bias", "shape (16)", "shape (15,)")),
         (tensors(b_dec=torch.full((D,), torch.nan)), {}, BadFile, ("b_dec", "finite numbers", "6 of 6")),
         (None, {"num_latents": 10**18}, BadShape, ("encoder.weight", f"shape ({10**18}, 6)", "shape (16, 6)")),
-        (None, {"num_latents": -1}, BadConfig, ("cfg.json: num_latents", "a whole number from 0", "-1")),
-        (None, {"d_in": 7}, BadShape, ("encoder.weight", "shape (16, 7)", "config belongs to it")),
-        (None, {"d_in": "6"}, BadConfig, ("cfg.json: d_in", "a whole number from 1", "'6'")),
+        (None, {"num_latents": -1}, BadConfig, ("cfg.json: num_latents", "a whole number of at least 0", "-1")),
+        (None, {"d_in": 7}, BadShape, ("encoder.weight", "shape (16, 7)", "config belongs to these weights")),
+        (None, {"d_in": "6"}, BadConfig, ("cfg.json: d_in", "a whole number of at least 1", "'6'")),
         (None, {"k": 17}, BadConfig, ("cfg.json: k", "1 to 16, the width", "17")),
         (None, {"k": None}, BadConfig, ("cfg.json: k", "1 to 16, the width", "none")),
         (None, {"k": True}, BadConfig, ("cfg.json: k", "a whole number", "True")),
-        (None, {"activation": "groupmax", "k": 5}, BadConfig, ("cfg.json: k", "which it divides", "5")),
+        (None, {"activation": "groupmax", "k": 5}, BadConfig, ("cfg.json: k", "a divisor of it", "5")),
         (None, {"activation": "relu"}, BadConfig, ("cfg.json: activation", "topk or groupmax", "'relu'")),
         (None, {"activation": ["topk"]}, BadConfig, ("cfg.json: activation", "topk or groupmax")),
-        (None, {"signed": True}, BadConfig, ("cfg.json: signed", "above zero", "signed topk")),
+        (None, {"signed": True}, BadConfig, ("cfg.json: signed", "unsigned topk", "signed topk")),
         (None, {"skip_connection": True}, BadFile, ("W_skip", "skip_connection True and no such tensor")),
-        (tensors(W_skip=torch.ones(D, D)), {}, BadFile, ("W_skip", "skip_connection False and a tensor")),
+        (tensors(W_skip=torch.ones(D, D)), {}, BadFile, ("W_skip", "skip_connection False and this tensor")),
     ],
 )
 def test_wrong_tensors_and_configs_are_named(
@@ -261,7 +261,7 @@ def test_configs_that_cannot_be_read_or_say_too_little(tmp_path: Path) -> None:
         SparsifyReader().read(folder)
     with pytest.raises(BadConfig, match="expected the options l0, model, name, site, subject; seen layer"):
         SparsifyReader().read(folder, layer=3)
-    with pytest.raises(BadConfig, match="seen the hook 'mine', which stands for no known module"):
+    with pytest.raises(BadConfig, match="seen the hook 'mine', which matches no known module"):
         SparsifyReader().read(store(tmp_path / "mine"), model="toy")
     (folder.parent / "config.json").write_text("{")  # of something else: no reason to fail
     assert len(SparsifyReader().read(folder, model="toy")) == 1

@@ -104,7 +104,7 @@ def test_depths_share_one_encoding(sources, monkeypatch):
 
 def test_thresholds(sources):
     source = sources[0]
-    with pytest.raises(BadConfig, match="expected a threshold: the intensity that a share of the corpus exceeds"):
+    with pytest.raises(BadConfig, match=r"expected a threshold \(a quantile of the feature's intensity over tokens\)"):
         source.threshold("a")
     marked = source.with_thresholds({"a": 0.25, "b": -0.5})
     assert marked.threshold("a") == 0.25 and marked.threshold("b") == -0.5
@@ -121,11 +121,11 @@ def test_unknown_features_and_unbound_sources(sources, folder):
     )
     fresh = RqaeReader().read(folder, depths=4)[0]
     assert fresh.features() == ()
-    with pytest.raises(UnknownFeature, match="make features first: call with_centres"):
+    with pytest.raises(UnknownFeature, match="set features first: call with_centres"):
         fresh.threshold("a")
     with pytest.raises(BadConfig, match="call bind first"):
         fresh.reconstruct(HIDDEN)
-    with pytest.raises(BadConfig, match="seen one twice"):
+    with pytest.raises(BadConfig, match="seen an id more than once"):
         sources[0].with_centres(HIDDEN[0, :2], ["a", "a"])
     with pytest.raises(BadShape, match=r"expected shape \(2, 4 or more\); seen \(2, 3\)"):
         sources[0].with_features(["a", "b"], torch.zeros(2, 3, dtype=torch.int64))

@@ -50,5 +50,5 @@ def test_words() -> None:
     "text", ["", "scale", "scale:-1", "scale:nan", "centre:2", "none,centre", "norm", "unit-norm:x", "scale:0"]
 )
 def test_other_words_are_refused(text: str) -> None:
-    with pytest.raises(BadConfig, match="transform: expected none, or some of"):
+    with pytest.raises(BadConfig, match="transform: expected none, or a comma-separated list of"):
         parse_transform(text)

@@ -1,7 +1,7 @@
-"""The command line: thin Typer commands over the library. Data on stdout; progress and logs on stderr.
+"""The command line: thin Typer commands over the library.
 
-An ``EvalkitError`` becomes one line and exit code 2; ``--debug`` shows the traceback. Heavy imports happen inside the
-commands, so ``evalkit --help`` is fast.
+Data goes to stdout, progress and logs to stderr. An ``EvalkitError`` becomes one line on stderr and exit code 2;
+``--debug`` shows the traceback. Heavy imports happen inside the commands, so that ``evalkit --help`` is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="evalkit",
-    help="How interpretable are the features of a dictionary of a language model, and how sure are we?",
+    help="Measure how interpretable the features of a language model's dictionaries are, with standard errors.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -42,7 +42,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress bars; log warnings only.")] = False,
 ) -> None:
     from rich.console import Console
     from rich.logging import RichHandler

@@ -1,4 +1,4 @@
-"""The terminal: one console on stderr and the progress bars drawn on it. Knows nothing of evaluation."""
+"""The terminal: one console on stderr and its progress bars. Knows nothing of evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STDERR = Console(stderr=True)
 
 
 class _Bars:
-    """Rich bars with rate and remaining time; plain lines every half minute where stderr is no terminal."""
+    """Rich bars with elapsed and remaining time; if stderr is not a terminal, plain lines every half minute."""
 
     PERIOD_S = 30.0
 
@@ -59,18 +59,18 @@ class _Bars:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[ProgressReporter]:
-    """Bars while the block runs; silent with --quiet."""
+    """Shows progress bars while the block runs, unless --quiet is given. On Ctrl-C, prints how to resume."""
     try:
         with _bars() as reporter:
             yield reporter
     except KeyboardInterrupt:
-        told = "stopped; what is complete is kept, the same command goes on from there"
+        told = "stopped; finished work is kept; run the same command to resume"
         sys.stderr.write(f"\n{told}:\n  {_command()}\n")
         raise
 
 
 def _command() -> str:
-    """What was typed to start this process, for a shell in the same folder."""
+    """The command line that started this process, quoted for a shell in the same folder."""
     program = Path(sys.argv[0])
     called = [program.name if shutil.which(program.name) == str(program) else str(program)]
     if program.name == "__main__.py":

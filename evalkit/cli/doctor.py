@@ -1,4 +1,4 @@
-"""``evalkit doctor``: what is installed and reachable, and the commands that mend the rest."""
+"""``evalkit doctor``: reports what is installed and reachable, and prints the commands that fix the rest."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "note": "cyan"}
-_HEADINGS = {"broken": "to mend", "missing": "to add what is missing, if you want it", "note": "if you need it"}
+_HEADINGS = {"broken": "to fix", "missing": "optional parts that are missing", "note": "only if you need it"}
 _COMMANDS = {"evalkit", "export", "mv", "pip"}
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
-    app.command(rich_help_panel="Look around")(doctor)
+    app.command(rich_help_panel="Inspect and check")(doctor)
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     client: Annotated[
-        str | None, typer.Option(help="Client to ask one tiny question: NAME:VALUE, e.g. openai:MODEL or vllm:MODEL.")
+        str | None,
+        typer.Option(help="Client to test with one short request: NAME:VALUE, e.g. openai:MODEL or vllm:MODEL."),
     ] = None,
     base_url: Annotated[
-        list[str] | None, typer.Option(help="Server that the client asks; repeat for several, each is asked.")
+        list[str] | None, typer.Option(help="Server for the test request; repeat for several, each gets one.")
     ] = None,
     client_option: Annotated[
-        list[str] | None, typer.Option(help="Further option of the client, as KEY=VALUE; repeat for several.")
+        list[str] | None, typer.Option(help="Option of the client, as KEY=VALUE; repeat for several.")
     ] = None,
 ) -> None:
-    """Say what is installed, which models, devices and keys there are, and how to get what is missing.
+    """List installed packages, models, devices and keys, and the commands that install or fix the rest.
 
-    With --client, also whether that model answers. Ends with 1 if something is broken or does not answer; an optional
-    part that is missing is no failure. Of keys it says only whether they are set.
+    With --client, also test whether that model answers. The exit code is 1 if something is broken or does not answer; a
+    missing optional part is not a failure. The report says whether a key is set and never shows the key.
 
     Example: `evalkit doctor --client openai:my-model --base-url http://localhost:8000/v1`
     """
@@ -50,10 +51,11 @@ def doctor(
 
     if client is None and (base_url or client_option):
         option = "--base-url" if base_url else "--client-option"
-        raise BadConfig(option, expected="a client to use it", seen="no --client", fix="add --client NAME:VALUE")
+        raise BadConfig(option, expected="a client that uses it", seen="no --client", fix="add --client NAME:VALUE")
     if client is not None:
-        STDERR.print(f"asking {client.partition(':')[0]}; an engine takes a while to start", highlight=False)
-    with contextlib.redirect_stdout(sys.stderr):  # what plug-ins and engines print is no part of the report
+        name = client.partition(":")[0]
+        STDERR.print(f"sending a test request to {name}; an engine takes a while to start", highlight=False)
+    with contextlib.redirect_stdout(sys.stderr):  # output of plug-ins and engines is not part of the report
         findings = diagnose(client, base_urls=base_url or (), client_options=client_option or ())
     if as_json:
         from dataclasses import asdict
@@ -84,7 +86,7 @@ def _print_table(findings: list[Finding]) -> None:
 
 
 def _print_fixes(findings: list[Finding]) -> None:
-    """Lines to copy into a shell, none of them wrapped; advice that is no command stands as a comment."""
+    """Prints unwrapped lines to copy into a shell; a fix that is not a command is printed as a comment."""
     seen: set[str] = set()
     for state, heading in _HEADINGS.items():
         lines = []

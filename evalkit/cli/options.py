@@ -1,4 +1,4 @@
-"""The options that several commands share, and how they become a configuration. Knows no command."""
+"""The options that several commands share, and their conversion to a ``RunConfig``. Knows no command."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ __all__ = [
     "config_of_run",
 ]
 
-_SCORED, _TEXT, _TEST, _SPEED = "What is scored", "Text", "How it is tested", "Speed and place"
-_MODEL = "Language model of LLM explainers and judges"
+_SCORED, _TEXT, _TEST, _SPEED = "Dictionaries and features", "Text", "Explanations and tests", "Execution and output"
+_MODEL = "Language model for explainers and judges"
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`. Needed unless the "
-        "dictionaries are dumps with ready examples.",
+        help="Subject model: a hub id, a folder, a .gguf file, or a name known to `evalkit models pull`. Not needed for "
+        "dumps with ready examples.",
         envvar="EVALKIT_MODEL",
         rich_help_panel=_SCORED,
     ),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Revision of what comes from a hub: model and corpus.", rich_help_panel=_SCORED)
+    str | None, typer.Option(help="Revision of a model and a corpus from the hub.", rich_help_panel=_SCORED)
 ]
 Dictionaries = Annotated[
     list[str],
@@ -92,8 +92,8 @@ Scorers = Annotated[
 ClientOption = Annotated[
     str | None,
     typer.Option(
-        help="vllm:MODEL (in this process), openai:MODEL (an API or server), openai-batch:MODEL (the same within a day, "
-        "cheaper), replay:FILE (recorded answers), or a plug-in.",
+        help="vllm:MODEL (vLLM in this process), openai:MODEL (an API or server), openai-batch:MODEL (a batch API: "
+        "cheaper, answers within a day), replay:FILE (recorded answers), or a plug-in.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -107,35 +107,38 @@ ClientSettings = Annotated[
     list[str] | None,
     typer.Option(
         "--client-option",
-        help="KEY=VALUE of the client, e.g. temperature=0.5, concurrency=16, requests_per_minute=500, "
+        help="Option of the client, as KEY=VALUE, e.g. temperature=0.5, concurrency=16, requests_per_minute=500, "
         "tensor_parallel_size=2; repeat for several.",
         rich_help_panel=_MODEL,
     ),
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="File of recorded answers that is shared with other runs.", rich_help_panel=_MODEL),
+    typer.Option(help="File of recorded answers that several runs share.", rich_help_panel=_MODEL),
 ]
 Prices = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file: per model, prompt and completion in US dollars per million tokens.", rich_help_panel=_MODEL
+        help="TOML file with a model's prices for prompt and completion, in US dollars per million tokens.",
+        rich_help_panel=_MODEL,
     ),
 ]
 MaxCalls = Annotated[
-    int | None, typer.Option(help="Stop before the run has sent more requests than this.", rich_help_panel=_MODEL)
+    int | None, typer.Option(help="Stop before the run exceeds this number of requests.", rich_help_panel=_MODEL)
 ]
 MaxCost = Annotated[
     float | None,
-    typer.Option(
-        help="Stop before the run has cost more than this, in US dollars; needs --prices.", rich_help_panel=_MODEL
-    ),
+    typer.Option(help="Stop before the run exceeds this cost in US dollars; needs --prices.", rich_help_panel=_MODEL),
 ]
 Site = Annotated[
     str | None,
-    typer.Option(help="Site to read, e.g. layers.15; default: what the dictionary says.", rich_help_panel=_SCORED),
+    typer.Option(
+        help="Site to read, e.g. layers.15; default: the site that the dictionary names.", rich_help_panel=_SCORED
+    ),
 ]
-Depths = Annotated[str, typer.Option(help="RQAE depths, in quantizers, comma-separated.", rich_help_panel=_SCORED)]
+Depths = Annotated[
+    str, typer.Option(help="Depths of an RQAE, in quantizers, comma-separated.", rich_help_panel=_SCORED)
+]
 Density = Annotated[
     float, typer.Option(help="Share of tokens on which an RQAE feature counts as active.", rich_help_panel=_SCORED)
 ]
@@ -150,20 +153,23 @@ Features = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Format of the dictionaries (see `evalkit plugins`); default: told by the files.", rich_help_panel=_SCORED
+        help="Format of the dictionaries (see `evalkit plugins`); default: detected from the files.",
+        rich_help_panel=_SCORED,
     ),
 ]
 Transform = Annotated[
     str | None,
     typer.Option(
-        help="Input transform instead of the declared one: none, centre, scale:0.16, unit-norm, layer-norm, rms-norm.",
+        help="Input transform, replaces the declared one: none, centre, scale:0.16, unit-norm, layer-norm, rms-norm.",
         rich_help_panel=_SCORED,
     ),
 ]
 Force = Annotated[
     bool,
     typer.Option(
-        "--force", help="Go on where the fit check refuses a dictionary; results are marked.", rich_help_panel=_SPEED
+        "--force",
+        help="Continue with dictionaries that fail the fit check; their results are marked.",
+        rich_help_panel=_SPEED,
     ),
 ]
 Corpus = Annotated[
@@ -174,39 +180,41 @@ Corpus = Annotated[
     ),
 ]
 TextField = Annotated[
-    str, typer.Option(help="Field of the text in jsonl, parquet and datasets.", rich_help_panel=_TEXT)
+    str, typer.Option(help="Field that holds the text in jsonl, parquet and `datasets` corpora.", rich_help_panel=_TEXT)
 ]
 Split = Annotated[str, typer.Option(help="Split of a `datasets` corpus.", rich_help_panel=_TEXT)]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Stop reading the corpus after so many tokens.", rich_help_panel=_TEXT)
+    int | None, typer.Option(help="Stop reading the corpus after this many tokens.", rich_help_panel=_TEXT)
 ]
 ContextLength = Annotated[int, typer.Option(help="Tokens per context.", rich_help_panel=_TEXT)]
 WindowLength = Annotated[
-    int, typer.Option(help="Tokens per window shown to explainer and judge.", rich_help_panel=_TEXT)
+    int, typer.Option(help="Tokens per window shown to explainers and judges.", rich_help_panel=_TEXT)
 ]
 Examples = Annotated[int, typer.Option(help="Windows shown to the explainer, per feature.", rich_help_panel=_TEST)]
 ExplainBy = Annotated[
     str,
     typer.Option(
-        help="Active windows to show: deciles (spread over activation deciles), top, random, importance (by squared "
-        "activation), mixed (top and importance).",
+        help="How active windows are chosen for the explainer: deciles (spread over activation deciles), top, random, "
+        "importance (by squared activation), mixed (top and importance).",
         rich_help_panel=_TEST,
     ),
 ]
-PositivesBy = Annotated[str, typer.Option(help="Active windows to test: as for --explain-by.", rich_help_panel=_TEST)]
+PositivesBy = Annotated[
+    str, typer.Option(help="How active windows are chosen for tests; see --explain-by.", rich_help_panel=_TEST)
+]
 Repeats = Annotated[
     int,
     typer.Option(
-        help="Times that a judge which asks a language model is asked, each in another order and with another seed; from 2 "
-        "on the table splits the variance.",
+        help="How many times a judge that uses a language model repeats each test, in a different order and with a "
+        "different seed; with 2 or more, the table's footer splits the variance.",
         rich_help_panel=_TEST,
     ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Test as others do, where options are not given: delphi, saebench or paper. The table says what is wrong "
-        "with it.",
+        help="Published protocol that sets the options you leave out: delphi, saebench or paper. The table's footer "
+        "lists its limitations.",
         rich_help_panel=_TEST,
     ),
 ]
@@ -214,20 +222,22 @@ Positives = Annotated[int, typer.Option(help="Active windows per feature and tes
 Negatives = Annotated[int, typer.Option(help="Inactive windows per feature.", rich_help_panel=_TEST)]
 Controls = Annotated[
     str,
-    typer.Option(help="Controls to run beside the dictionaries, comma-separated; '' for none.", rich_help_panel=_TEST),
+    typer.Option(help="Controls to run with the dictionaries, comma-separated; '' for none.", rich_help_panel=_TEST),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_TEST)]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.", rich_help_panel=_TEST)]
 Embedding = Annotated[
     str | None, typer.Option(help="Embedding model of the embedding judge: folder or hub id.", rich_help_panel=_TEST)
 ]
-BatchSize = Annotated[int, typer.Option(help="Contexts per forward pass; changes no result.", rich_help_panel=_SPEED)]
+BatchSize = Annotated[
+    int, typer.Option(help="Contexts per forward pass; does not change the results.", rich_help_panel=_SPEED)
+]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.", rich_help_panel=_SPEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_SPEED)]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Say what would be done: features, calls, tokens, cost.", rich_help_panel=_SPEED),
+    typer.Option("--dry-run", help="Print the plan and stop: features, calls, tokens, cost.", rich_help_panel=_SPEED),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.", rich_help_panel=_SPEED)]
+AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.", rich_help_panel=_SPEED)]
 
 _FIELDS = {
     "dictionary": "dictionaries",
@@ -241,9 +251,9 @@ _FIELDS = {
 
 
 def config_of_run(options: dict[str, Any]) -> Any:
-    """The configuration that the options of ``run`` or ``collect`` give. Raises BadConfig.
+    """The configuration from the options of ``run`` or ``collect``. Raises BadConfig if an option is invalid.
 
-    ``options``: all arguments of the command, its context among them.
+    ``options``: all arguments of the command, including its context.
     """
     from evalkit.config.feature_selection import parse_features
     from evalkit.config.run_config import RunConfig
@@ -263,8 +273,8 @@ def config_of_run(options: dict[str, Any]) -> Any:
 
 
 def _given(options: dict[str, Any], context: typer.Context) -> dict[str, Any]:
-    """The options set on the command line or by an environment variable; a preset decides about the others."""
-    # by name: recent Typer releases bring their own parser, whose sources are not those of the package click
+    """The options set on the command line or by an environment variable; a preset may set the others."""
+    # Compared by name: recent Typer releases have their own parser, whose ParameterSource is not that of the package click.
     return {
         name: value
         for name, value in options.items()
@@ -273,14 +283,17 @@ def _given(options: dict[str, Any], context: typer.Context) -> dict[str, Any]:
 
 
 def config_of_folder(run: Path, **options: Any) -> Any:
-    """The configuration of an existing run, with what the options change. Raises MissingFile, BadConfig."""
+    """The configuration of an existing run, updated with ``options``.
+
+    Raises MissingFile if the folder holds no run, and BadConfig if an option is invalid.
+    """
     from evalkit.pipeline.stages import load_config
 
     return load_config(run, **_fields(options))
 
 
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as fields of the configuration; those that were not given are left to its defaults."""
+    """The given options as fields of ``RunConfig``; options that are None are left out."""
     from evalkit.registry import parse_option
 
     given = {_FIELDS.get(key, key): value for key, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Prints what a run would do and cost (``--dry-run``), and afterwards what it cost beside what was expected."""
+"""Prints the plan and cost estimate of a run (``--dry-run``), and after a run its usage next to the estimate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["print_plan", "print_spending"]
 
 
 def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
-    """The plan on stdout."""
+    """Prints the plan on stdout, as JSON or as tables."""
     from evalkit.pipeline.plan import plan
 
     planned = plan(config, folder)
@@ -41,26 +41,27 @@ def print_plan(config: Any, folder: Path, *, as_json: bool) -> None:
     console.print(facts)
     asking = planned["language_model"]
     if asking is None:
-        console.print("No language model is asked.")
+        console.print("No language model is used.")
         return
-    parts = Table("asked of " + asking["model"], "calls", "prompt tokens", box=None)
+    parts = Table("requests to " + asking["model"], "calls", "prompt tokens", box=None)
     for name, part in asking["parts"].items():
         parts.add_row(name, f"{part['calls']:,}", f"{part['prompt_tokens']:,}")
     console.print()
     console.print(parts)
-    console.print(f"\n{_sentence(asking)} Estimated on {asking['basis']}.", highlight=False)
+    console.print(f"\n{_sentence(asking)} Estimated from {asking['basis']}.", highlight=False)
 
 
 def _sentence(asking: dict[str, Any]) -> str:
     cost = "no price given (--prices)" if asking["cost_usd"] is None else f"${asking['cost_usd']:,.4f}"
     if asking["batches"] is None:
-        time = f"about {_duration(asking['seconds'])} at {asking['seconds_per_call']:g} s a call"
+        time = f"about {_duration(asking['seconds'])} at {asking['seconds_per_call']:g} s per call"
     else:
         waves, window = asking["batches"]["waves"], asking["batches"]["window"]
         time = f"in {waves} {'wave' if waves == 1 else 'waves'} of batches, each answered within {window}"
     return (
-        f"{asking['calls']:,} calls ({asking['recorded_calls']:,} of them recorded already), "
-        f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay, {cost}, {time}."
+        f"{asking['calls']:,} calls ({asking['recorded_calls']:,} of them already recorded), "
+        f"{asking['prompt_tokens']:,} prompt and {asking['completion_tokens']:,} completion tokens to pay for, {cost}, "
+        f"{time}."
     )
 
 
@@ -75,7 +76,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_spending(folder: Path) -> None:
-    """What language models were asked for a run, beside the estimate of its first command, on stderr."""
+    """Prints a run's language-model usage, next to the estimate made by its first command, on stderr."""
     from evalkit.store.run_store import RunStore
 
     with RunStore.open(folder) as store:

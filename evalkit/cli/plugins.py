@@ -1,4 +1,4 @@
-"""``evalkit plugins``."""
+"""``evalkit plugins``: lists everything that the registry knows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
-    app.command(rich_help_panel="Look around")(plugins)
+    app.command(rich_help_panel="Inspect and check")(plugins)
 
 
-def plugins(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False) -> None:
-    """List explainers, judges, scorers, sources and clients, with where each comes from.
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List explainers, judges, scorers, sources and clients, and the package that provides each of them.
 
     Example: `evalkit plugins --json`
     """

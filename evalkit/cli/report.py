@@ -1,4 +1,4 @@
-"""``evalkit table``, ``compare`` and ``plot``: results from the records alone, without torch or a model."""
+"""``evalkit table``, ``compare`` and ``plot``: results from a run's records, without torch or a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 __all__ = ["register"]
 
 Run = Annotated[Path, typer.Argument(help="Run folder.")]
-Format = Annotated[str, typer.Option("--format", "-f", help="markdown, csv, json, latex or parquet.")]
+Format = Annotated[str, typer.Option("--format", "-f", help="Output format: markdown, csv, json, latex or parquet.")]
 File = Annotated[Path | None, typer.Option(help="File to write instead of stdout.")]
 
 
@@ -29,16 +29,18 @@ def table(
     out: File = None,
     short: Annotated[
         bool,
-        typer.Option("--short", help="One line per dictionary and scorer: AUROC and balanced accuracy as mean ± SE."),
+        typer.Option(
+            "--short", help="Print one line per dictionary and scorer: AUROC and balanced accuracy as mean ± SE."
+        ),
     ] = False,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="balanced_accuracy, f1, auroc, auprc, f1_base_rate, auprc_base_rate, accuracy; repeat for several. "
-            "Default: the first four. …_base_rate: with as large a share of positives as the feature has in the corpus."
+            help="balanced_accuracy, f1, auroc, auprc, f1_base_rate, auprc_base_rate or accuracy; repeat for several. "
+            "Default: the first four. The _base_rate metrics weight positives by the feature's frequency in the corpus."
         ),
     ] = None,
-    by: Annotated[str | None, typer.Option(help="decile: a row per activation decile of the positives.")] = None,
+    by: Annotated[str | None, typer.Option(help="decile: one row per activation decile of the positives.")] = None,
 ) -> None:
     """Print the scores of a run, one row per dictionary, scorer, explainer, judge and metric, with standard errors.
 
@@ -66,21 +68,25 @@ def table(
 
 def compare(
     run: Run,
-    metric: Annotated[str, typer.Option(help="What is compared; as for `evalkit table --metric`.")] = "auroc",
+    metric: Annotated[str, typer.Option(help="Metric to compare, as for `evalkit table --metric`.")] = "auroc",
     between: Annotated[
         list[str] | None,
-        typer.Option(help="dictionaries, explainers or judges; repeat for several. Default: all of them."),
+        typer.Option(help="Compare dictionaries, explainers or judges; repeat for several. Default: all three."),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Name of one of them: only the pairs with it, which then stands second.")
+        str | None,
+        typer.Option(
+            help="Name of a dictionary, explainer or judge: show only pairs with it, as the second of the pair."
+        ),
     ] = None,
-    controls: Annotated[bool, typer.Option("--controls", help="Null dictionaries too.")] = False,
+    controls: Annotated[bool, typer.Option("--controls", help="Include control dictionaries.")] = False,
     format: Format = "markdown",
     out: File = None,
 ) -> None:
-    """Print the differences between a run's dictionaries, explainers and judges, with their own errors and p-values.
+    """Print the differences between a run's dictionaries, explainers and judges, with standard errors and p-values.
 
-    Paired where both have the same features, else Welch; Holm's correction over the printed table.
+    Differences are paired if both sides have the same features; otherwise the test is Welch's. Holm's correction covers all
+    rows of the printed table.
 
     Example: `evalkit compare runs/demo --metric auroc --between dictionaries`
     """
@@ -108,10 +114,10 @@ def _print(table: Any, format: str, notes: Sequence[str], out: Path | None) -> N
 
 def plot(
     run: Run,
-    out: Annotated[Path | None, typer.Option(help="Folder of the figures; default: RUN/plots.")] = None,
-    metric: Annotated[str, typer.Option(help="auroc, balanced_accuracy, f1 or auprc.")] = "auroc",
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: RUN/plots.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric to plot: auroc, balanced_accuracy, f1 or auprc.")] = "auroc",
 ) -> None:
-    """Draw the scores of a run against L0 and width, and their distributions over features; prints the files' paths.
+    """Draw the scores of a run against L0 and width, and their distributions over features; print the files' paths.
 
     Example: `evalkit plot runs/demo --metric balanced_accuracy`
     """

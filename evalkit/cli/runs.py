@@ -61,7 +61,7 @@ from evalkit.config import defaults
 
 __all__ = ["register"]
 
-# As they are written on the command line.
+# Defaults in the form in which they are written on the command line.
 _DEPTHS, _FEATURES = ",".join(map(str, defaults.DEPTHS)), str(defaults.N_FEATURES)
 _CONTROLS = ",".join(defaults.CONTROLS)
 _NOT_CONFIGURED = ("run", "dry_run", "as_json")
@@ -162,7 +162,7 @@ def collect(
     device: Device = defaults.DEVICE,
     force: Force = False,
 ) -> None:
-    """Only the first stage of `run`: find where the features fire and draw the examples.
+    """Run only the first stage of `run`: find where the features fire and draw the examples.
 
     Example: `evalkit collect --model smollm2-135m -d bundled:rqae-256 --out runs/first`
     """
@@ -187,7 +187,7 @@ def explain(
     Example: `evalkit explain runs/first --explainer default --client openai:MODEL --base-url http://localhost:8000/v1`
     """
     options = {key: value for key, value in locals().items() if key not in _NOT_CONFIGURED}
-    options["judge"] = []  # only the explainer is asked
+    options["judge"] = []  # this stage runs explainers only
     _execute(config_of_folder(run, **options), run, ("explain",), dry_run=dry_run, as_json=as_json)
 
 
@@ -213,7 +213,7 @@ def score(
     Example: `evalkit score runs/first --judge llm --client vllm:MODEL --scorer detection`
     """
     options = {key: value for key, value in locals().items() if key not in _NOT_CONFIGURED}
-    options["explainer"] = explainer or []  # none named: all that there are explanations of
+    options["explainer"] = explainer or []  # by default, all explainers whose explanations the run holds
     _execute(config_of_folder(run, **options), run, ("score",), dry_run=dry_run, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""``evalkit sweep``: a whole comparison from one file."""
+"""``evalkit sweep``: a whole comparison, described in one file."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; an unfinished sweep is resumed. Default: runs/NAME-OF-SPEC.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Subject model instead of the file's.")] = None,
-    corpus: Annotated[str | None, typer.Option(help="Corpus instead of the file's.")] = None,
-    client: Annotated[str | None, typer.Option(help="Language model instead of the file's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Contexts per forward pass; changes no result.")] = None,
+    model: Annotated[str | None, typer.Option(help="Subject model; overrides the file.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Corpus; overrides the file.")] = None,
+    client: Annotated[str | None, typer.Option(help="Client of the language model; overrides the file.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Contexts per forward pass; does not change the results.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score several dictionaries under one protocol, from one file; print the table and draw the plots.
+    """Score the dictionaries of one file under the same protocol; print the table and draw the plots.
 
     Example: `evalkit sweep results/sweeps/gemma2_2b.toml --dry-run`
     """

@@ -1,4 +1,4 @@
-"""``evalkit train sae`` and ``evalkit train rqae``: a dictionary of one site of a subject model, from text."""
+"""``evalkit train sae`` and ``evalkit train rqae``: train a dictionary for one site of a subject model on text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Train a dictionary of one site of a subject model.", no_args_is_help=True)
+app = typer.Typer(help="Train a dictionary for one site of a subject model.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="Subject model: hub id, folder or .gguf file.", envvar="EVALKIT_MODEL")]
 Site = Annotated[str, typer.Option(help="Site to read, e.g. layers.15: the residual stream after block 15.")]
 Corpus = Annotated[str, typer.Option(help="Training text, as for `evalkit run`.")]
-HeldOut = Annotated[str, typer.Option(help="Text of other documents, to measure on.")]
-Work = Annotated[Path, typer.Option(help="Folder of the hidden states; dictionaries of one site may share it.")]
-Tokens = Annotated[int | None, typer.Option(help="Distinct tokens to collect at most.")]
-Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
+HeldOut = Annotated[str, typer.Option(help="Held-out text, from other documents, for measurements.")]
+Work = Annotated[Path, typer.Option(help="Folder for hidden states; dictionaries for the same site can share it.")]
+Tokens = Annotated[int | None, typer.Option(help="Maximum number of distinct tokens to collect.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial weights and the order of tokens.")]
 DtypeName = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
@@ -41,15 +41,15 @@ def sae(
     held_out: HeldOut,
     out: Annotated[Path, typer.Option(help="Folder under which layer_N/width_W/average_l0_L/ is written.")],
     work: Work = Path("text/states"),
-    width: Annotated[int, typer.Option(help="Latents.")] = 2048,
-    l0: Annotated[float, typer.Option(help="Active latents per token wanted.")] = 32.0,
+    width: Annotated[int, typer.Option(help="Number of latents.")] = 2048,
+    l0: Annotated[float, typer.Option(help="Target number of active latents per token.")] = 32.0,
     max_tokens: Tokens = None,
-    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, repeats counted.")] = 4_000_000,
+    train_tokens: Annotated[int, typer.Option(help="Tokens to train on, counting repeats.")] = 4_000_000,
     seed: Seed = 0,
     dtype: DtypeName = "bfloat16",
     device: Device = "auto",
 ) -> None:
-    """Train a batch-top-k SAE, stored as JumpReLU in Gemma Scope's layout with a card; prints its folder.
+    """Train a batch-top-k SAE, write it as JumpReLU in Gemma Scope's layout with a card, and print its folder.
 
     Example: `evalkit train sae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_saes`
     """
@@ -78,29 +78,37 @@ def rqae(
     held_out: HeldOut,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     work: Work = Path("text/states"),
-    quantizers: Annotated[int, typer.Option(help="Quantizers.")] = 256,
+    quantizers: Annotated[int, typer.Option(help="Number of quantizers.")] = 256,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate, relative to the size of the weights.")] = 2e-2,
-    init_tokens: Annotated[int, typer.Option(help="Tokens that the start is fitted on, and shuffled among.")] = 65_536,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate, relative to the size of the weights.")
+    ] = 2e-2,
+    init_tokens: Annotated[
+        int, typer.Option(help="Tokens to initialise the weights from; also the size of the shuffle buffer.")
+    ] = 65_536,
     precision: Annotated[
-        str, typer.Option(help="Of the gradients: float32, or bfloat16 where that is faster.")
+        str, typer.Option(help="Precision of the gradients: float32, or bfloat16 on hardware where it is faster.")
     ] = "float32",
     nested_depths: Annotated[
-        str, typer.Option(help="Depths whose reconstructions count too, e.g. 16,64: for use cut at these.")
+        str,
+        typer.Option(
+            help="Depths whose error is added to the loss, e.g. 16,64; for an RQAE that is also used at these."
+        ),
     ] = "",
     stream: Annotated[
-        bool, typer.Option("--stream", help="Keep no hidden states on disk; resuming computes them again.")
+        bool, typer.Option("--stream", help="Store no hidden states on disk; resuming computes them again.")
     ] = False,
     max_tokens: Tokens = None,
     seed: Seed = 0,
     dtype: DtypeName = "bfloat16",
     device: Device = "auto",
 ) -> None:
-    """Train an RQAE on final-normed hidden states, in upstream's checkpoint layout; prints its folder.
+    """Train an RQAE on final-normed hidden states, write it in upstream's checkpoint layout, and print its folder.
 
-    All quantizers together, straight through, the residual detached. Beside the weights: a card (FVU by depth, loss of the
-    language model, codes in use, all on held-out text) and a plot of the training. The same command resumes after a stop.
+    All quantizers are trained together, with straight-through gradients and detached residuals. The folder also holds a
+    card (FVU per depth, next-token loss and codes in use, measured on held-out text) and a plot of the training. After an
+    interruption, run the same command to resume.
 
     Example: `evalkit train rqae --model smollm2-135m --site layers.15 --corpus a.jsonl --held-out b.jsonl --out my_rqae`
     """
@@ -155,7 +163,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise BadConfig(
-            option, expected="numbers with commas", seen=repr(text), fix="write for example 16,64"
+            option, expected="whole numbers separated by commas", seen=repr(text), fix="for example 16,64"
         ) from error
 
 

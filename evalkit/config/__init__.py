@@ -1,1 +1,1 @@
-"""What a run is: its options, presets, which features, and comparisons read from one file."""
+"""The configuration of a run: options, presets, the choice of features, and sweeps read from a TOML file."""

@@ -1,6 +1,6 @@
-"""The defaults of a run's options, for ``RunConfig`` and for the command line.
+"""Defaults of a run's options, shared by ``RunConfig`` and the command line.
 
-Plain values in a module of their own: the command line shows them in its help texts without loading pydantic.
+They are plain values in a separate module, so that the command line can show them in help texts without importing pydantic.
 """
 
 from __future__ import annotations

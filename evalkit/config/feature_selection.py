@@ -1,6 +1,7 @@
-"""Which features of a dictionary are scored: so many at random among those that fire, given ids, or a band of density.
+"""Parses ``--features``: which features of a dictionary are scored.
 
-Reads ``--features`` as people write it. Opens no file but a list of ids that it is pointed at; knows no dictionary.
+The choices are a number of random features that fire, explicit ids, or features within a range of density. Knows nothing
+of dictionaries. Reads the file of a ``file:`` choice and no other; writes nothing.
 """
 
 from __future__ import annotations
@@ -17,27 +18,33 @@ __all__ = ["Choice", "parse_features"]
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _BAND = re.compile(r"density:([0-9.e+-]+?)\.\.([0-9.e+-]+?)(?::(\d+))?")
-_MOST = 1_000_000  # ids of one choice
+_MOST = 1_000_000  # maximum number of ids in one choice
 _FORMS = "50 (at random among those that fire), ids:0-99,512, file:IDS.txt, or density:1e-4..1e-2:50"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """``n`` features; ``ids`` where they are named; ``band``: least and greatest share of tokens that they fire on."""
+    """A choice of features.
+
+    ``n``: number of features.
+    ``ids``: their ids; None if they are drawn at random.
+    ``band``: lowest and highest share of tokens on which a feature fires; None for no limits.
+    """
 
     n: int
     ids: tuple[str, ...] | None = None
     band: tuple[float, float] | None = None
 
     def fields(self) -> dict[str, Any]:
-        """As fields of a run's configuration."""
+        """The choice as fields of ``RunConfig``."""
         return {"n_features": self.n, "feature_ids": self.ids, "density_band": self.band}
 
 
 def parse_features(text: str | int, default: int = N_FEATURES) -> Choice:
-    """``50``, ``ids:0-99,512``, ``file:PATH`` (ids by line, comma or blank), ``density:LOW..HIGH[:N]``.
+    """Parses ``50``, ``ids:0-99,512``, ``file:PATH`` or ``density:LOW..HIGH[:N]``.
 
-    Raises BadConfig, MissingFile.
+    Ids in a file are separated by newlines, commas or spaces. ``default``: number of features for ``density:`` without N.
+    Raises BadConfig if the text has none of these forms, and MissingFile if the file does not exist.
     """
     text = str(text).strip()
     if text.isdecimal() and int(text) > 0:
@@ -51,11 +58,12 @@ def parse_features(text: str | int, default: int = N_FEATURES) -> Choice:
             words = re.split(r"[\s,]+", path.read_text("utf-8"))
         except FileNotFoundError as error:
             raise MissingFile(
-                str(path), expected="a file of feature ids", seen="nothing there", fix="check the path"
+                str(path), expected="a file of feature ids", seen="no such file", fix="check the path"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
+            seen = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"unreadable: {error.strerror}"
             raise BadConfig(
-                str(path), expected="a text file of feature ids", seen=str(error), fix="one id a line"
+                str(path), expected="a text file of feature ids", seen=seen, fix="write one id per line"
             ) from error
         ids = _ids(words, text)
         return Choice(len(ids), ids)
@@ -66,7 +74,7 @@ def parse_features(text: str | int, default: int = N_FEATURES) -> Choice:
             low, high = 1.0, 0.0
         if 0 <= low < high <= 1:
             return Choice(int(found[3] or default), None, (low, high))
-    raise BadConfig("--features", expected=_FORMS, seen=repr(text), fix="write it in one of these forms")
+    raise BadConfig("--features", expected=_FORMS, seen=repr(text), fix="use one of these forms")
 
 
 def _ids(words: list[str], text: str) -> tuple[str, ...]:
@@ -79,8 +87,8 @@ def _ids(words: list[str], text: str) -> tuple[str, ...]:
             )
         first, last = int(parts[1]), int(parts[2] or parts[1])
         if len(found) + last - first >= _MOST:
-            raise BadConfig("--features", expected=f"fewer than {_MOST:,} ids", seen=word, fix="name fewer")
+            raise BadConfig("--features", expected=f"fewer than {_MOST:,} ids", seen=word, fix="choose fewer features")
         found.update((str(index), None) for index in range(first, last + 1))
     if not found:
-        raise BadConfig("--features", expected="some feature ids", seen=repr(text), fix="name at least one")
+        raise BadConfig("--features", expected="feature ids", seen=repr(text), fix="give at least one id")
     return tuple(found)

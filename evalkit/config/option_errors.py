@@ -1,6 +1,6 @@
-"""Turns a failed validation of options into one error in our words: the option, what was expected, seen, and the fix.
+"""Turns a failed validation of options into one BadConfig, which names the option and says how to fix it.
 
-Knows pydantic's kinds of errors, but shows none of its messages.
+Knows pydantic's error types, but shows none of its messages. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bad_option"]
 
-# By pydantic's kind of error; braces hold the limits that come with it.
+# Wording by pydantic's error type; names in braces are filled in from the error's context.
 _EXPECTED = {
     "greater_than_equal": "a number of at least {ge:g}",
     "greater_than": "a number above {gt:g}",
@@ -33,23 +33,24 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "string_type": "a text",
+    "string_type": "text",
     "path_type": "a path",
     "tuple_type": "a list",
     "dict_type": "a table of options",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of {min_length} or more entries",
+    "too_long": "a list of at most {max_length} entries",
     "missing": "a value",
 }
-_UNION_BRANCHES = ("str", "DictionarySpec")  # how pydantic marks the two forms of a dictionary in an error's location
-_MOST_SHOWN = 80  # characters of a value
+# A dictionary is given as text or as a table; pydantic puts these names of the two forms into an error's location.
+_UNION_BRANCHES = ("str", "DictionarySpec")
+_MOST_SHOWN = 80  # characters of a rejected value that a message shows
 
 
 def bad_option(error: ValidationError, known: Collection[str], of_dictionary: Collection[str]) -> BadConfig:
-    """The first mistake as a BadConfig.
+    """The first failure as a BadConfig; the message suggests a known name for a misspelt one.
 
-    known, of_dictionary: names of the run's options, and of those of a single dictionary; one of them is suggested for a
-    misspelt name.
+    ``known``: names of the run's options.
+    ``of_dictionary``: names of the options of a single dictionary.
     """
     first = _first(error.errors(include_url=False))
     option = ".".join(str(part) for part in first["loc"] if part not in _UNION_BRANCHES) or "options"
@@ -59,7 +60,7 @@ def bad_option(error: ValidationError, known: Collection[str], of_dictionary: Co
         name = str(first["loc"][-1])
         near = difflib.get_close_matches(name, known if len(first["loc"]) == 1 else of_dictionary, n=1)
         fix = f"did you mean {near[0]!r}?" if near else "remove it"
-        return BadConfig(option, expected="the name of an option", seen=repr(name), fix=fix)
+        return BadConfig(option, expected="the name of an existing option", seen=repr(name), fix=fix)
     if first["type"] == "missing":
         seen = "none"
     shown = seen if len(seen) <= _MOST_SHOWN else f"{seen[:_MOST_SHOWN]}…"
@@ -67,7 +68,11 @@ def bad_option(error: ValidationError, known: Collection[str], of_dictionary: Co
 
 
 def _first(errors: list[ErrorDetails]) -> ErrorDetails:
-    """The first error; of a dictionary given as a table, the one inside the table and not that it is no text."""
+    """The first useful error.
+
+    pydantic also tries to read a dictionary given as a table as text. For such a table this skips the error that it is not
+    text and returns the error inside the table.
+    """
     first = errors[0]
     if first["loc"][-1:] == ("str",) and isinstance(first["input"], Mapping):
         return next((one for one in errors if "DictionarySpec" in one["loc"]), first)

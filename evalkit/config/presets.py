@@ -1,7 +1,8 @@
-"""Protocols of others, as far as they can be had with ours: how a run is set, how its table counts, what is wrong with it.
+"""Presets that imitate published protocols as closely as a run can: option values, metrics, and known limitations.
 
-Knows names and numbers only. Facts about eai-delphi are of version 0.1.3, those of SAEBench of its automated
-interpretability evaluation (2024), those of the paper of H. Kamath, Residual Quantization Autoencoders, 2024.
+Knows names and numbers only; reads and writes nothing. Facts about eai-delphi refer to version 0.1.3, those about SAEBench
+to its automated interpretability evaluation (2024), and those about the paper to H. Kamath, Residual Quantization
+Autoencoders, 2024.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ __all__ = ["PRESETS", "Preset", "find_preset"]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``options``: fields of a run's configuration, where they are not given. ``metrics``: what the table shows.
+    """One preset.
 
-    ``pooled``: metrics over all judgements of a dictionary at once, instead of the mean over features. ``wrong``: what a
-    reader must know, for the table's footer.
+    ``options``: values of ``RunConfig`` fields that the user does not set.
+    ``metrics``: the metrics that the table shows.
+    ``wrong``: limitations of the protocol and differences from the original, printed in the table's footer.
+    ``pooled``: whether a metric pools all judgements of a dictionary, instead of averaging over features.
     """
 
     options: Mapping[str, Any]
@@ -41,10 +44,11 @@ PRESETS: dict[str, Preset] = {
             "scorers": ("detection", "fuzzing"),
         },
         ("balanced_accuracy", "f1", "accuracy"),
-        "examples and questions as eai-delphi asks them, metrics pooled over all judgements. Pooling lets features with "
-        "more answers weigh more and hides that features differ; the errors printed here are clustered by feature and "
-        "window all the same. Windows, marks, prompts and negatives are ours: theirs drops the last, shorter batch of a "
-        "feature, loses replies it cannot read without counting them, and may show the explainer's examples again.",
+        "numbers of examples and questions as in eai-delphi, and metrics pooled over all judgements. Pooling gives more "
+        "weight to features with more answers and hides differences between features; the errors printed here are still "
+        "clustered by feature and window. Windows, marks, prompts and negatives are ours. eai-delphi drops a feature's "
+        "last batch if it is shorter, drops replies it cannot parse without counting them, and may reuse the explainer's "
+        "examples.",
         pooled=True,
     ),
     "saebench": Preset(
@@ -61,9 +65,9 @@ PRESETS: dict[str, Preset] = {
             "scorers": ("detection",),
         },
         ("accuracy",),
-        "14 windows per feature in one question, 4 of them active, plain accuracy as SAEBench counts it. A judge that "
-        "always says no scores 0.714, so that is the floor, and a feature's score moves in steps of 0.07. Their negatives "
-        "are not checked to be inactive; ours are.",
+        "one question per feature with 14 windows, 4 of them active, and plain accuracy, as in SAEBench. A judge that "
+        "always says no scores 0.714, so that is the floor, and a feature's score moves in steps of 0.07. SAEBench does "
+        "not check that the feature is inactive on its negatives; this run does.",
     ),
     "paper": Preset(
         {
@@ -76,16 +80,16 @@ PRESETS: dict[str, Preset] = {
             "scorers": ("detection", "fuzzing"),
         },
         ("accuracy",),
-        "five judgements of windows of radius 8 per feature, accuracy, mean ± SE over 100 features, as in the paper on "
-        "RQAE. Five judgements tell little about a feature, and with three positives of five a judge that always says "
-        "yes scores 0.6 in detection. The paper zeroes intensities below the 90th percentile of each window; here a "
-        "feature's θ is the same everywhere.",
+        "five judgements per feature on windows of radius 8, and accuracy as mean ± SE over 100 features, as in the RQAE "
+        "paper. Five judgements say little about a feature; with three positives among them, a judge that always says "
+        "yes scores 0.6 in detection. The paper sets intensities below the 90th percentile of each window to zero; here "
+        "a feature has one threshold θ for all windows.",
     ),
 }
 
 
 def find_preset(name: object) -> Preset | None:
-    """The preset of this name, None for None. Raises BadConfig for an unknown name."""
+    """The preset called ``name``; None if ``name`` is None. Raises BadConfig if there is no such preset."""
     if name is None:
         return None
     if not isinstance(name, str) or name not in PRESETS:

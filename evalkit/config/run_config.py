@@ -1,7 +1,6 @@
-"""The options of a run, their defaults and their checks.
+"""The options of a run and their validation.
 
-The defaults are in ``defaults``. Knows names and numbers only; opens no file except the TOML file given to
-``read_toml``.
+Their defaults are in ``defaults``. Knows names and numbers only. Reads the file given to ``read_toml``; writes nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +18,25 @@ from evalkit.errors import BadConfig, MissingFile
 
 __all__ = ["CONTROLS", "NULL_SOURCES", "PROTOCOL_VERSION", "DictionarySpec", "RunConfig", "read_toml"]
 
-PROTOCOL_VERSION = "2"  # to be raised whenever the same configuration gives other numbers
+PROTOCOL_VERSION = "2"  # increase it whenever a change makes the same configuration give different numbers
 Control: TypeAlias = Literal["shuffled", "random-directions", "random-codes", "planted", "permuted", "lexical"]
 CONTROLS: tuple[Control, ...] = defaults.CONTROLS
-# The controls that are dictionaries of their own.
+# The controls that are added to the run as separate dictionaries.
 NULL_SOURCES: tuple[Control, ...] = ("random-directions", "random-codes", "planted", "permuted")
 
-# Not part of a run's identity: what records are keyed by anyway, what limits spending, and what changes speed only.
+# Options that are not part of a run's identity: records are already keyed by some of them, the others only limit spending
+# or change the speed.
 _OUTSIDE_IDENTITY = {
     *("explainers", "judges", "scorers", "repeats", "client", "client_options", "batch_size", "device"),
     *("cache", "prices", "max_calls", "max_cost", "force"),
 }
 
 Count = Annotated[int, Field(ge=1)]
-Way: TypeAlias = Literal["deciles", "top", "random", "importance", "mixed"]  # see ``sampling.order_by``
+Way: TypeAlias = Literal["deciles", "top", "random", "importance", "mixed"]  # defined in ``sampling.order_by``
 
 
 class DictionarySpec(BaseModel):
-    """A dictionary with options of its own, which override the run's. A format uses those that it knows."""
+    """A dictionary with its own options, which override the run's. Each format uses the options it supports."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,11 +50,13 @@ class DictionarySpec(BaseModel):
     revision: str | None = None
     l0: float | None = None
     model: str | None = None
-    out: str | None = None  # what a transcoder reconstructs
-    norm: Annotated[float, Field(gt=0)] | None = None  # mean norm that a SAELens dictionary was trained with
+    out: str | None = None  # site that a transcoder reconstructs
+    norm: Annotated[float, Field(gt=0)] | None = (
+        None  # mean norm of the states that a SAELens dictionary was trained on
+    )
     centre: bool | None = None
-    folder: str | None = None  # of a SAELens release
-    tensor: str | None = None  # of a file of directions
+    folder: str | None = None  # folder of the dictionary within a SAELens release
+    tensor: str | None = None  # tensor to read from a file of directions
     bias: str | None = None
     signed: bool | None = None
 
@@ -62,17 +64,17 @@ class DictionarySpec(BaseModel):
 class RunConfig(BaseModel):
     """The options of one run. Counts are per feature and per pool unless noted; lengths are in tokens.
 
-    model: the subject model; not needed for dumps with ready examples.
-    dictionaries: paths, hub ids or ``bundled:NAME`` patterns; a ``DictionarySpec`` to give one options of its own.
-    transform: replaces the input transform that the dictionaries declare.
-    n_features, feature_ids, density_band: which features are scored (see ``feature_selection``).
-    explainers, judges, scorers, client: registered names, with options where they take some (``llm:single``).
-    repeats: how many times judges that ask a language model are asked.
-    max_calls, max_cost: limits on requests and on US dollars.
-    preset: takes the values of another protocol for options that are not given, and its way to count (see ``presets``).
-    force: continue with dictionaries that fail the fit check; their results are marked.
+    ``model``: the subject model; not needed for dumps with ready examples.
+    ``dictionaries``: paths, hub ids, ``bundled:NAME`` patterns, or a ``DictionarySpec`` for one with its own options.
+    ``transform``: replaces the input transform that the dictionaries declare.
+    ``n_features``, ``feature_ids``, ``density_band``: which features are scored (see ``feature_selection``).
+    ``explainers``, ``judges``, ``scorers``, ``client``: registered names, with their options if any (``llm:single``).
+    ``repeats``: how many times a judge that uses a language model judges each test.
+    ``max_calls``, ``max_cost``: limits on the number of requests and on their cost in US dollars.
+    ``preset``: a published protocol that sets the options not given here and the metrics of the table (see ``presets``).
+    ``force``: continue with dictionaries that fail the fit check; their results are marked.
 
-    The options in ``_OUTSIDE_IDENTITY`` may differ from one command to the next on the same run folder.
+    Commands on the same run folder may differ in the options listed in ``_OUTSIDE_IDENTITY``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -126,7 +128,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
-        """The given options, and the preset's values for those that are not given."""
+        """The given options, with the preset's values for options that are not given."""
         if isinstance(given, dict) and (preset := find_preset(given.get("preset"))) is not None:
             return {**preset.options, **given}
         return given
@@ -143,7 +145,7 @@ class RunConfig(BaseModel):
         if self.feature_ids is not None and len(self.feature_ids) != self.n_features:
             raise BadConfig(
                 "feature_ids",
-                expected=f"as many ids as n_features, {self.n_features}",
+                expected=f"as many ids as n_features ({self.n_features})",
                 seen=f"{len(self.feature_ids)} ids",
                 fix="set n_features to the number of ids",
             )
@@ -155,25 +157,25 @@ class RunConfig(BaseModel):
 
     @classmethod
     def create(cls, **options: Any) -> RunConfig:
-        """A checked configuration. Raises BadConfig, which names the option."""
+        """A validated configuration. Raises BadConfig, naming the option, if a value is invalid."""
         try:
             return cls(**options)
         except ValidationError as error:
             raise bad_option(error, cls.model_fields, DictionarySpec.model_fields) from error
 
     def subject(self) -> str:
-        """The subject model. Raises BadConfig if the run names none."""
+        """The subject model. Raises BadConfig if none is configured."""
         if not self.model:
             raise BadConfig(
                 "model",
                 expected="the language model that the dictionaries were trained on",
                 seen="none",
-                fix="name it: --model with a hub id, a folder or a .gguf file",
+                fix="add --model with a hub id, a folder or a .gguf file",
             )
         return self.model
 
     def specs(self) -> tuple[DictionarySpec, ...]:
-        """Every dictionary with its options: its own ones, else the run's."""
+        """Every dictionary with its options: its own where given, otherwise the run's."""
         shared = ("site", "format", "transform", "depths", "density", "revision")
         inherited = {name: value for name in shared if (value := getattr(self, name)) is not None}
         own_options = [
@@ -183,7 +185,7 @@ class RunConfig(BaseModel):
         return tuple(DictionarySpec(**{**inherited, **own}) for own in own_options)
 
     def counts(self) -> dict[str, Any]:
-        """How many windows a feature gets, and how they are chosen: the fields of ``sampling.Counts``."""
+        """The fields of ``sampling.Counts``: how many windows each feature gets and how they are drawn."""
         return {
             "explain": self.n_explain,
             "positives": self.n_positives,
@@ -193,7 +195,7 @@ class RunConfig(BaseModel):
         }
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide the results, as JSON types: what a run folder is checked against."""
+        """The options that decide the results, as JSON types. A run folder accepts only runs with the same identity."""
         return {
             "protocol": PROTOCOL_VERSION,
             **self.model_dump(mode="json", exclude=_OUTSIDE_IDENTITY),
@@ -201,10 +203,10 @@ class RunConfig(BaseModel):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises MissingFile, or BadConfig with the line."""
+    """Reads a TOML file. Raises MissingFile if it does not exist, and BadConfig, naming the line, if it is invalid."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingFile(str(path), expected="a TOML file", seen="nothing there", fix="check the path") from error
+        raise MissingFile(str(path), expected="a TOML file", seen="no such file", fix="check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(str(path), expected="valid TOML", seen=str(error), fix="correct that line") from error

@@ -1,8 +1,8 @@
-"""A sweep as one file: the subject model, the dictionaries and the protocol, as TOML.
+"""Reads a sweep from one TOML file: the subject model, the dictionaries and the protocol.
 
-Its keys are those of a run's configuration (``config.RunConfig``), and ``features`` as ``--features`` has it. A
-dictionary is a path, or a table with ``path`` and options of its own. Relative paths are relative to where the command is
-run. Reads the file; knows no stage.
+The keys are the fields of ``RunConfig``, plus ``features`` in the form of ``--features``. A dictionary is a path, or a
+table with ``path`` and its own options. Relative paths start at the current directory. Knows nothing of the stages;
+writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ __all__ = ["read_sweep"]
 
 
 def read_sweep(path: Path, **changes: Any) -> RunConfig:
-    """The configuration of a sweep, with what ``changes`` replace. Raises MissingFile, BadConfig (naming the key)."""
+    """The configuration of a sweep; ``changes`` that are not None replace values of the file.
+
+    Raises MissingFile if the file does not exist, and BadConfig, naming the key, if a value is invalid.
+    """
     spec = read_toml(path)
     unknown = sorted(spec.keys() - RunConfig.model_fields.keys() - {"features"})
     if unknown:
@@ -28,15 +31,20 @@ def read_sweep(path: Path, **changes: Any) -> RunConfig:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise BadConfig(
             f"{path}: {unknown[0]}",
-            expected=f"some of the keys {', '.join(known)}",
+            expected=f"one of the keys {', '.join(known)}",
             seen=unknown[0],
             fix=f"did you mean {near[0]}?" if near else "remove it",
         )
     if "features" in spec:
         if clash := sorted(spec.keys() & {"n_features", "feature_ids", "density_band"}):
-            raise BadConfig(f"{path}: features", expected="it, or its parts", seen=f"also {clash[0]}", fix="keep one")
+            raise BadConfig(
+                f"{path}: features",
+                expected="either features, or n_features, feature_ids and density_band",
+                seen=f"features and {clash[0]}",
+                fix="remove one of them",
+            )
         spec |= parse_features(spec.pop("features")).fields()
     given = {name: value for name, value in changes.items() if value is not None}
     if "dictionaries" not in spec.keys() | given.keys():
-        raise BadConfig(f"{path}: dictionaries", expected="a value", seen="none", fix="add a line dictionaries = …")
+        raise BadConfig(f"{path}: dictionaries", expected="a list", seen="none", fix="add dictionaries = […]")
     return RunConfig.create(**{**spec, **given})

@@ -1,8 +1,10 @@
-"""Does a dictionary belong to this model, site and normalisation? Asked on a few thousand tokens before a run spends more.
+"""The fit check: does a dictionary belong to this model, site and normalisation?
 
-A dictionary that is fed the wrong layer, or misses a normalisation, still gives activations, explanations and scores;
-only its reconstruction tells. So every source reconstructs its own site and both neighbouring layers, and an SAE also as
-if other normalisations or biases had been declared. It passes when nothing fits better than that. Knows no text.
+A dictionary that reads the wrong layer, or lacks a normalisation, still produces activations, explanations and scores;
+only its reconstruction error reveals the mistake. So the check, on a few thousand tokens, reconstructs the source's own
+site and both neighbouring layers; for an SAE it also tries other normalisations and biases. The source passes if none of
+these alternatives fits clearly better than the declared one and it reconstructs better than the mean. Knows no text.
+Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,22 +32,24 @@ if TYPE_CHECKING:
 __all__ = ["FitReport", "check_fit", "fit_sites", "gather_states"]
 
 _LOG = logging.getLogger(__name__)
-_TOKENS, _FEWEST, _OTHERWISE = (
-    4096,
-    512,
-    512,
-)  # tokens at its own site and neighbours; the least; for other declarations
-_JUDGED = 64  # tokens that a verdict needs
-_WORK, _ACTIVATING = (
-    1 << 37,
-    512,
-)  # multiply-adds of a check that are worth full samples; an activation counts as so many
-_BETTER = 0.85  # another declaration must leave so little of the error to be believed
-_NEARER = 0.98  # and a neighbouring layer so little: less is no evidence (right ones were seen at 0.92 and below)
-_TIE = 1e-4  # of FVU: rounding, where a dictionary reconstructs any state
-_OFFSET = 0.7  # and so must taking away the mean error
-_LIKELY = "likely a wrong layer, normalisation (√d, average norm), b_dec, decoder or model"
-_DECLARED = 1.5  # how far measured FVU and L0 may be from the declared ones
+_TOKENS = 4096  # tokens to reconstruct at each site
+_FEWEST = 512  # a very wide SAE gets fewer than _TOKENS, but at least this many
+_OTHERWISE = 512  # tokens to reconstruct under each alternative declaration
+_JUDGED = 64  # minimum number of tokens for a verdict
+
+# Multiply-adds that the check of one SAE may take before it uses fewer tokens. Per token, a latent costs d_model of them,
+# or _ACTIVATING if that is more.
+_WORK = 1 << 37
+_ACTIVATING = 512
+
+# An alternative counts as better than the declaration if its FVU is below this fraction of the declared FVU.
+_BETTER = 0.85  # other normalisations and biases
+_NEARER = 0.98  # neighbouring layers; where one of them was the right layer, the fraction was 0.92 or less
+_OFFSET = 0.7  # the same reconstruction after its mean error is subtracted
+_TIE = 1e-4  # smaller differences of FVU are rounding, seen where a dictionary reconstructs any state
+
+_LIKELY = "check the layer, the normalisation (√d, average norm), b_dec, the decoder and the model"
+_DECLARED = 1.5  # factor by which measured FVU and L0 may deviate from the declared ones before there is a warning
 
 
 class _Subject(Protocol):
@@ -56,7 +60,12 @@ class _Subject(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What the check found of one source. ``refusal`` is the error it would stop the run with, None where it passes."""
+    """The result of the check for one source.
+
+    ``own``: the fit at the source's own site; None if nothing was measured.
+    ``neighbours``: FVU by neighbouring site.
+    ``refusal``: the error that stops the run unless forced; None if the source passes.
+    """
 
     name: str
     own: Fit | None = None
@@ -65,7 +74,7 @@ class FitReport:
     refusal: SiteMismatch | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For the run's record of the source."""
+        """The fields that the run's record of the source gets."""
         found: dict[str, Any] = {"fit_neighbours": dict(self.neighbours)} if self.neighbours else {}
         if self.own is not None:
             measured = self.own.as_json()
@@ -79,7 +88,7 @@ class FitReport:
 
 
 def fit_sites(subject: _Subject, site: Site) -> list[tuple[str, str]]:
-    """Where a source reads and what it reconstructs: its own pair first, then those one layer earlier and later."""
+    """Pairs (site read, site reconstructed): the source's own pair first, then those of the neighbouring layers."""
     pairs = [(site.path, site.out)]
     if site.reconstructs is None:
         return pairs + [(near, near) for near in subject.layer_neighbours(site.path)]
@@ -90,7 +99,10 @@ def fit_sites(subject: _Subject, site: Site) -> list[tuple[str, str]]:
 def gather_states(
     subject: _Subject, batches: Sequence[TokenBatch], sites: Sequence[str], progress: Progress = SILENT
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Per site, states (batch, pos, d) and norms-checked valid marks of each batch; attention sinks are masked."""
+    """For each site and batch, the hidden states (batch, pos, d) and a mask of valid tokens (batch, pos).
+
+    The mask excludes the corpus's masked tokens and attention sinks, which have extreme norms.
+    """
     states: dict[str, list[Tensor]] = {site: [] for site in sites}
     task = progress.start("fit check: hidden states", sum(batch.token_ids.size for batch in batches), "tokens")
     for batch in batches:
@@ -109,15 +121,19 @@ def gather_states(
 def check_fit(
     source: FeatureSource, pairs: Sequence[tuple[str, str]], states: Mapping[str, list[tuple[Tensor, Tensor]]]
 ) -> FitReport:
-    """The verdict on one bound source: ``pairs`` from ``fit_sites``, ``states`` of all of them from ``gather_states``."""
+    """The verdict on one bound source.
+
+    ``pairs``: the result of ``fit_sites``.
+    ``states``: the result of ``gather_states`` for all sites in ``pairs``.
+    """
     if not reconstructs(source):
         return FitReport(source.name)
     sets = [_rows(states, read, out) for read, out in pairs]
     own = sets[0]
-    if (
-        min(len(one.read) for one in sets) < _JUDGED
-    ):  # too few to say anything; whether a run has enough is said elsewhere
-        return FitReport(source.name, warnings=(f"no fit check: {len(own.read)} tokens, {_JUDGED} needed",))
+    if min(len(one.read) for one in sets) < _JUDGED:  # only a warning: other checks reject a corpus too small for a run
+        return FitReport(
+            source.name, warnings=(f"fit check skipped: it needs {_JUDGED} tokens, the sample has {len(own.read)}",)
+        )
     if isinstance(source, SaeSource):
         count = _n_tokens(source, len(own.read))
         sets = [replace(one, read=one.read[:count], target=one.target[:count]) for one in sets]
@@ -132,7 +148,7 @@ def check_fit(
 
 
 def _rows(states: Mapping[str, list[tuple[Tensor, Tensor]]], read: str, out: str) -> States:
-    """The tokens that are valid at both sites, one under the other."""
+    """The states of all tokens that are valid at both sites, concatenated over batches."""
     marks = [first[1] & second[1] for first, second in zip(states[read], states[out], strict=True)]
     x, target = (
         torch.cat([part[mark] for (part, _), mark in zip(states[site], marks, strict=True)]) for site in (read, out)
@@ -141,13 +157,13 @@ def _rows(states: Mapping[str, list[tuple[Tensor, Tensor]]], read: str, out: str
 
 
 def _n_tokens(source: SaeSource, there: int) -> int:
-    """Fewer tokens for a very wide dictionary."""
+    """How many of the ``there`` available tokens to use; fewer for a very wide dictionary."""
     affordable = _WORK // (source.weights.width * max(_ACTIVATING, source.weights.d_model))
     return max(min(there, _FEWEST), min(there, _TOKENS, affordable))
 
 
 def _otherwise(source: SaeSource, own: States) -> dict[str, States]:
-    """The same states, read as they would be if something else had been declared; by the words for it."""
+    """The same states under every alternative declaration, keyed by a description for messages."""
     d = own.read.shape[-1]
     norm = float(own.read.float().norm(dim=-1).mean())
     found = {
@@ -181,7 +197,7 @@ def _judged(
     better = min(found, key=lambda one: one.fvu, default=None)
     refusal = None
     if own.fired is not None and not bool((own.fired > 0).any()):
-        refusal = _refused(source, "latents that fire", f"none on {own.n_tokens} tokens", _LIKELY)
+        refusal = _refused(source, "latents that fire", f"no latent fires on {own.n_tokens} tokens", _LIKELY)
     elif better is not None and better.fvu < 1:
         refusal = _refused(source, better.expected, better.seen, better.fix)
     elif better is not None or not own.fvu < 1:
@@ -191,7 +207,7 @@ def _judged(
 
 @dataclass(frozen=True, slots=True)
 class _Explanation:
-    """Something that leaves less error (``fvu``) than what is declared."""
+    """An alternative with less error than the declaration: its FVU, and the parts of the message about it."""
 
     fvu: float
     expected: str
@@ -206,16 +222,16 @@ def _explanations(
     for site, fvu in near.items():
         if fvu < _NEARER * own.fvu - _TIE:
             seen = f"FVU {own.fvu:.3f}, and {fvu:.3f} at {site}"
-            found.append(_Explanation(fvu, f"the least error at its own site {path}", seen, f"try --site {site}"))
+            found.append(_Explanation(fvu, f"the lowest error at its own site {path}", seen, f"try --site {site}"))
     for words, (fvu, declared) in others.items():
         if fvu < _BETTER * declared - _TIE:
             seen = f"FVU {declared:.3f}, and {fvu:.3f} when the states are {words}"
             fix = "declare that input transform (wrong or missing normalisation)"
-            found.append(_Explanation(fvu, "the least error as declared", seen, fix))
+            found.append(_Explanation(fvu, "the lowest error with the declared transform", seen, fix))
     if own.fvu_centred < _OFFSET * own.fvu - _TIE:
         seen = f"FVU {own.fvu:.3f}, of which {1 - own.fvu_centred / own.fvu:.0%} is one constant vector"
-        fix = "check b_dec (added twice?) and the centring of the input"
-        found.append(_Explanation(own.fvu_centred, "a reconstruction that is right on average", seen, fix))
+        fix = "check whether b_dec is added twice and whether the input must be centred"
+        found.append(_Explanation(own.fvu_centred, "a reconstruction error with a mean near zero", seen, fix))
     return found
 
 
@@ -229,7 +245,7 @@ def _warnings(source: FeatureSource, own: Fit) -> list[str]:
     info = source.info
     found = []
     if isinstance(fvu := info.declared.get("fvu"), int | float) and own.fvu > _DECLARED * fvu:
-        found.append(f"FVU is {own.fvu:.3f} on this corpus, {fvu:.3f} is declared")
+        found.append(f"FVU is {own.fvu:.3f} on this corpus, but declared as {fvu:.3f}")
     if info.l0 and own.l0 is not None and not 1 / _DECLARED < own.l0 / info.l0 < _DECLARED:
-        found.append(f"L0 is {own.l0:.1f} on this corpus, {info.l0:g} is declared")
+        found.append(f"L0 is {own.l0:.1f} on this corpus, but declared as {info.l0:g}")
     return found

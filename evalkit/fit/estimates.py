@@ -1,6 +1,6 @@
-"""Means with standard errors for the tables of an inspection, by the formulas of ``evalkit.stats.standard_errors``.
+"""Means with standard errors for the tables of an inspection, with the formulas of ``evalkit.stats.standard_errors``.
 
-Pure. Knows neither what the values are nor where they come from.
+Pure functions. Knows nothing of the meaning or the source of the values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ __all__ = ["over_features", "over_tokens"]
 
 
 def over_features(values: NDArray[np.floating]) -> Estimate:
-    """The mean of one value a feature, NaN left out; SE over features. Features share tokens, which it does not contain."""
+    """The mean of ``values`` (feature,), ignoring NaN, and its SE over features.
+
+    The features were measured on the same tokens; the SE does not account for that.
+    """
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     places = np.arange(len(known))
@@ -26,7 +29,10 @@ def over_features(values: NDArray[np.floating]) -> Estimate:
 
 
 def over_tokens(values: NDArray[np.floating], documents: NDArray[np.integer[Any]]) -> tuple[float, float]:
-    """The mean of one value a token and its SE clustered by document (NaN below two documents), both (token,)."""
+    """The mean of ``values`` (token,) and its SE clustered by ``documents`` (token,).
+
+    The SE is NaN if there are fewer than two documents; both are NaN if there are no values.
+    """
     values = np.asarray(values, np.float64)
     if not len(values):
         return math.nan, math.nan

@@ -1,6 +1,7 @@
-"""Lets dictionaries into a run: the fit check of every source, made once, kept, and refused or marked.
+"""Runs the fit check once per dictionary and rejects dictionaries that fail it; with ``force`` it only marks them.
 
-Reads and writes ``fit.json`` in the run folder. Knows subject model and corpus only as what gives states and tokens.
+Reads and writes ``fit.json`` in the run folder. Takes hidden states from the subject model and tokens from the corpus;
+knows nothing else of them.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["admit"]
 
 _LOG = logging.getLogger(__name__)
-_TOKENS = 4096  # of the sample, together with what is masked
-_BATCH = 16  # contexts per forward
-_COLUMNS = 16  # encoder columns in a fingerprint
+_TOKENS = 4096  # tokens in the sample, including masked ones
+_BATCH = 16  # contexts per forward pass
+_COLUMNS = 16  # encoder columns, and decoder rows, that enter a fingerprint
 
 
 class _Subject(Protocol):
@@ -63,9 +64,10 @@ def admit(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, Any]]:
-    """What was measured of each bound source, by name. Checks only those that ``path`` does not know with these weights.
+    """Returns the measurements of the bound sources, by name.
 
-    Raises SiteMismatch for the first that is refused, unless ``force``; its record then says ``fit_refused``.
+    Sources whose measurements are in ``path`` with the same weights are not checked again. Raises SiteMismatch for the
+    first source that fails; with ``force``, logs a warning instead, and the source's record has the key ``fit_refused``.
     """
     known = _read(path)
     prints = {source.name: _fingerprint(source) for source in sources}
@@ -81,7 +83,7 @@ def admit(
         if refused := found.get("fit_refused"):
             if not force:
                 raise SiteMismatch(source.name, **refused)
-            _LOG.warning("%s: fit check failed, continuing because of --force: seen %s", source.name, refused["seen"])
+            _LOG.warning("%s: fit check failed, continuing because of --force: %s", source.name, refused["seen"])
     return {name: {key: value for key, value in one.items() if key != "fingerprint"} for name, one in known.items()}
 
 
@@ -105,7 +107,7 @@ def _check(
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What is kept; nothing where it cannot be read, as it is quickly made again."""
+    """The recorded measurements; empty if the file cannot be read, because the check is quick to repeat."""
     try:
         held = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -114,7 +116,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(source: FeatureSource) -> str:
-    """Changes when the weights behind a name do: of an SAE its vectors and some columns, else only the name."""
+    """A hash to detect that a name now stands for other weights.
+
+    For an SAE it covers the bias and threshold vectors and a sample of latents; for other sources only the name.
+    """
     digest = hashlib.blake2b(source.name.encode(), digest_size=12)
     if isinstance(source, SaeSource):
         weights = source.weights

@@ -1,7 +1,7 @@
-"""What it costs the language model when hidden states at a site are replaced: next-token loss with them, minus without.
+"""Measures how much the next-token loss rises when the hidden states at a site are replaced.
 
 BOS, the first token of a context and attention sinks keep their own states, as in the published model. A prediction counts
-where neither the token it is made at nor the one it predicts is masked in the corpus. Knows nothing of dictionaries: a
+if the corpus masks neither the token at its position nor the token that it predicts. Knows nothing of dictionaries: a
 replacement is any function of hidden states. Reads and writes nothing.
 """
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["LossChange", "Losses", "Replacement", "measure_losses"]
 
-Replacement: TypeAlias = "Callable[[Tensor], Tensor]"  # hidden states (batch, pos, d_model) → as many
+Replacement: TypeAlias = "Callable[[Tensor], Tensor]"  # maps hidden states (batch, pos, d_model) to the same shape
 
 
 @dataclass(frozen=True, slots=True)
 class LossChange:
-    """Mean loss with a replacement minus without, in nats a token, and its SE clustered by document."""
+    """Mean loss with a replacement minus the loss without it, in nats per token, and its SE clustered by document."""
 
     mean: float
     se: float
@@ -42,18 +42,25 @@ class LossChange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """Losses in nats, (token,): without replacement (``clean``), and with each of the replacements."""
+    """Next-token losses in nats.
+
+    ``clean``: (token,), without a replacement.
+    ``replaced``: (token,) for each replacement, by its name.
+    ``documents``: (token,), the document of each token.
+    """
 
     clean: NDArray[np.float32]
     replaced: dict[str, NDArray[np.float32]]
     documents: NDArray[np.int64]
 
     def change(self, name: str) -> LossChange:
-        """What a replacement costs."""
+        """The mean rise in loss that a replacement causes."""
         return LossChange(*over_tokens(self.replaced[name].astype(np.float64) - self.clean, self.documents))
 
     def recovered(self, name: str, ablation: str) -> float:
-        """1 - cost of a replacement / cost of an ablation: 1 is a perfect replacement, 0 is no better than ablating.
+        """1 − rise in loss of the replacement / rise in loss of the ablation; NaN if the ablation changes nothing.
+
+        1 means a perfect replacement, 0 means no better than the ablation.
 
         Source: "loss recovered" in Gemma Scope, arXiv 2408.05147, section 4.
         """
@@ -70,9 +77,12 @@ def measure_losses(
     replacements: Mapping[str, Replacement],
     progress: Progress = SILENT,
 ) -> Losses:
-    """Losses over some contexts, without and with each replacement of all states at ``site`` that are not left alone.
+    """Losses over the given contexts, without and with each replacement at ``site``.
 
-    ``limit`` is the norm above which a state is an attention sink's. Raises CorpusError where no prediction counts.
+    ``contexts``: (context,), rows of the corpus.
+    ``limit``: states with a larger norm count as attention sinks and are not replaced.
+
+    Raises CorpusError if no prediction counts.
     """
     task = progress.start("next-token losses", len(contexts) * (1 + len(replacements)), "contexts")
     clean: list[Tensor] = []
@@ -102,7 +112,7 @@ def _batches(corpus: Corpus, contexts: NDArray[np.int64], size: int) -> Iterator
 
 
 def _leaving_alone(replacement: Replacement, batch: TokenBatch, limit: float) -> Replacement:
-    """The replacement where states are valid; masked tokens and attention sinks keep theirs."""
+    """A version of ``replacement`` in which masked tokens and attention sinks keep their own states."""
 
     def patch(hidden: Tensor) -> Tensor:
         return torch.where(valid_tokens(hidden, batch, limit)[..., None], replacement(hidden), hidden)

@@ -1,7 +1,7 @@
 """The figures of an inspection, one per part: PNG and SVG files in a folder.
 
-Uses the saved parts only, no model; the same parts give the same bytes. The ``panels`` modules draw; this one sets up the
-figure and saves it.
+Needs only the saved parts, no model; the same parts give the same bytes. The ``panels`` modules draw the contents; this
+module creates and saves the figures.
 """
 
 from __future__ import annotations

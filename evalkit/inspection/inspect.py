@@ -1,7 +1,7 @@
-"""Runs an inspection: opens the dictionary, loads the saved parts, measures and saves the missing ones.
+"""Runs an inspection: opens the dictionary, loads the saved parts, and measures and saves the missing ones.
 
-What depends on the kind of dictionary is in its plan: the arguments of each part and how it is measured. Writes the
-inspection's folder; draws nothing.
+The plan for a kind of dictionary gives the arguments of each part and measures it. Reads and writes the inspection's
+folder; draws nothing.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = ["Inspection", "inspect_dictionary"]
 class Inspection:
     """A finished inspection.
 
-    about: name, format, kind, width, site, l0 and fvu of the dictionary, and more for SAEs.
-    parts: in the order of the tables.
-    folder: where the parts are saved.
+    ``about``: name, format, kind, width, site, l0 and fvu of the dictionary, and more for SAEs.
+    ``parts``: the parts, in the order of the tables.
+    ``folder``: the folder in which the parts are saved.
     """
 
     about: dict[str, Any]
@@ -49,10 +49,10 @@ class Inspection:
 
 
 class Plan(Protocol):
-    """How one kind of dictionary is inspected.
+    """Knows how to inspect one kind of dictionary.
 
-    needs_text: the parts that need tokens of a corpus.
-    text: identifies the model, site and corpus whose tokens and codes the folder holds.
+    ``needs_text``: the parts that need tokens of a corpus.
+    ``text``: identifies the model, site and corpus whose tokens and codes the folder holds.
     """
 
     @property
@@ -62,40 +62,40 @@ class Plan(Protocol):
     def text(self) -> dict[str, Any]: ...
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """By part, everything that its numbers depend on."""
+        """For each part, everything that its numbers depend on."""
 
     def measures(
         self, folder: Path, missing: Sequence[str], progress: Progress
     ) -> Mapping[str, Callable[[], Measured]]:
-        """A function that measures each missing part, in order."""
+        """For each missing part, in order, the function that measures it."""
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """Facts about the dictionary as a whole."""
+        """Facts about the whole dictionary; ``fit`` is the part of that name, None if it was not measured."""
 
 
 def inspect_dictionary(
     settings: Settings, folder: Path | None = None, only: Sequence[str] = (), progress: Progress = SILENT
 ) -> Inspection:
-    """Inspect a dictionary; measure only parts that are not saved in ``folder`` (default: ``runs/inspect-NAME``).
+    """Inspect a dictionary, measuring only the parts that are not saved in ``folder`` (default: ``runs/inspect-NAME``).
 
-    ``only``: names of parts, each entry one or several with commas; empty: all parts but those on request.
+    ``only``: names of parts; an entry may be a comma-separated list. Empty: all parts that are measured by default.
 
-    Raises MissingFile, BadFile, BadConfig (no such part or depth, several dictionaries, a kind that has no parts),
-    SiteMismatch, CorpusError, RunMismatch (the folder holds the codes of another text or model), RunLocked, StorageError.
+    Raises MissingFile, BadFile, BadConfig (unknown part or depth, several dictionaries, a kind without parts),
+    SiteMismatch, CorpusError, RunMismatch (the folder holds codes of another text or model), RunLocked, StorageError.
     """
     source = _open(settings)
     kind = source.info.kind
     if kind not in PARTS_OF:
         raise BadConfig(
             settings.dictionary,
-            expected=f"a dictionary of kind {', '.join(PARTS_OF)}, which have parts to measure",
+            expected=f"a dictionary of a kind that can be inspected ({', '.join(PARTS_OF)})",
             seen=f"one of kind {kind}",
-            fix="name another dictionary, or score this one with `evalkit run`",
+            fix="choose another dictionary, or score this one with `evalkit run`",
         )
     if settings.sae is not None and kind != "rqae":
         raise BadConfig(
             "--sae",
-            expected="an RQAE to look for the latents of that SAE in",
+            expected="an RQAE to compare with that SAE",
             seen=f"{source.name}, a dictionary of kind {kind}",
             fix="leave --sae out",
         )
@@ -142,7 +142,7 @@ def _parts(plan: Plan, parts: Sequence[str], folder: Path, progress: Progress) -
 
 
 def _open(settings: Settings) -> FeatureSource | ExampleSource:
-    """The one dictionary at the path; an RQAE at its full depth."""
+    """Opens the dictionary at the path, an RQAE at its full depth. Raises BadConfig if there are several."""
     options: dict[str, Any] = {
         "site": settings.site,
         "subject": Path(settings.model).name if settings.model else None,
@@ -155,7 +155,10 @@ def _open(settings: Settings) -> FeatureSource | ExampleSource:
 
 
 def _folder(settings: Settings, source: FeatureSource | ExampleSource) -> Path:
-    """Named after an RQAE's folder, else after the dictionary: folders of SAEs often carry only an L0 or a trainer."""
+    """The default folder, named after the folder of an RQAE or the name of any other dictionary.
+
+    The folders of SAEs are not used, because their names often give only an L0 or a trainer.
+    """
     path = Path(settings.dictionary.removeprefix("bundled:"))
     called = (path.name or "rqae") if isinstance(source, RqaeSource) else source.name
     return Path("runs") / f"inspect-{re.sub(r'[^A-Za-z0-9._-]+', '-', called).strip('-.')}"

@@ -1,6 +1,6 @@
-"""Inspection plans for plain directions and for exports of examples: neither reconstructs anything or needs a text.
+"""Inspection plans for plain directions and for exports of examples, which reconstruct nothing and need no corpus.
 
-For directions the geometry is measured; an export declares how often its features fire.
+For directions, the geometry is measured; for an export, the declared firing rates of its features are summarised.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class _Plan:
 
 
 class DirectionsPlan(_Plan):
-    """The geometry of a matrix of directions."""
+    """Plan for a matrix of directions: its geometry."""
 
     def __init__(self, settings: Settings, source: DirectionsSource) -> None:
         self._settings, self._source = settings, source
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of each part."""
+        """For each part, everything that its numbers depend on."""
         return {"geometry": {"of": digest((self._source.vectors,)), "seed": self._settings.seed}}
 
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
-        """What computes each missing part."""
+        """For each missing part, the function that measures it."""
         vectors, settings = self._source.vectors, self._settings
         known = {"geometry": lambda: geometry(vectors, settings, progress, "directions", "directions")}
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """The number of features, and when one counts as active."""
+        """Facts about the whole matrix, including the share of tokens on which a feature counts as active."""
         source = self._source
         return {
             **self._about(source),
@@ -63,25 +63,25 @@ class DirectionsPlan(_Plan):
 
 
 class ExportPlan(_Plan):
-    """How often the features of an export fire."""
+    """Plan for an export: how often its features fire."""
 
     def __init__(self, source: NeuronpediaSource) -> None:
         self._source = source
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of each part: the files, by name, size and time of change."""
+        """For each part, everything that its numbers depend on: the files, by name, size and modification time."""
         files = [
             (file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in self._source.feature_files()
         ]
         return {"density": {"of": [str(self._source.folder.resolve()), *map(list, files)]}}
 
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
-        """What computes each missing part."""
+        """For each missing part, the function that measures it."""
         known = {"density": self._density}
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """What is known without the dictionary; ``width`` counts features with a text: an export has no dead ones."""
+        """Facts that the export gives; ``width`` counts only features with a text, because an export omits dead ones."""
         return {**self._about(self._source), "format": "neuronpedia", "width": len(self._source.features())}
 
     def _density(self) -> Measured:
@@ -91,7 +91,7 @@ class ExportPlan(_Plan):
                 str(self._source.folder / "features"),
                 expected="frac_nonzero of the features, in features/batch-N.jsonl.gz",
                 seen="none",
-                fix="download all batches of features/ too",
+                fix="also download all batches of features/",
             )
         features = np.array([int(feature) for feature in shares])
         return firing_shares(np.array(list(shares.values())), features, None, "features")

@@ -1,4 +1,4 @@
-"""An inspection as text: a table per part in markdown, one table of all parts in csv, one object in JSON.
+"""Renders an inspection as text: markdown with one table per part, csv with one table for all parts, or one JSON object.
 
 Formats the columns of the parts; measures nothing. Reads and writes no files.
 """
@@ -32,20 +32,20 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 def check_format(format: str) -> str:
-    """The format itself. Raises BadConfig where it is none of FORMATS."""
+    """Returns the format. Raises BadConfig if it is not one of FORMATS."""
     if format not in FORMATS:
         raise BadConfig("format", expected=f"one of {', '.join(FORMATS)}", seen=repr(format), fix=f"use {FORMATS[0]!r}")
     return format
 
 
 def render_inspection(about: Mapping[str, Any], parts: list[Part], format: str = "markdown") -> str:
-    """The parts in one of FORMATS, ending in a newline. Raises BadConfig for another format.
+    """The parts in one of FORMATS, ending in a newline. Raises BadConfig for any other format.
 
-    markdown: rounded, with notes, and with only some quantizers of the layer weights.
-    csv: one table with the columns of all parts, whose first column names the part; full precision, every row.
-    json: ``about``, and the rows of each part under ``parts``; full precision, every row.
+    markdown: rounded, with notes; of the layer weights, only some quantizers.
+    csv: one table with the columns of all parts and a first column ``part``; full precision, every row.
+    json: the facts of ``about``, and the rows of each part under ``parts``; full precision, every row.
 
-    Facts about an SAE as a whole are a table of their own, in csv the part ``about``.
+    For dictionaries other than RQAEs, ``about`` is also shown in markdown (as a table) and csv (as the part ``about``).
     """
     is_sae = about["kind"] != "rqae"
     match check_format(format):
@@ -83,7 +83,7 @@ def _table(lines: list[dict[str, str]], notes: Sequence[str] = ()) -> str:
 
 
 def _matches(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One line per depth, with a column for each way of making features and each set of examples."""
+    """One line per depth, with a column for each pair of a way of making features and a set of examples."""
     lines: dict[int, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(row["depth"], {"depth": str(row["depth"])})
@@ -92,7 +92,7 @@ def _matches(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _shown(quantizer: int, count: int) -> bool:
-    """Powers of two, and the last."""
+    """Whether markdown shows this quantizer: powers of two and the last one."""
     return quantizer & (quantizer - 1) == 0 or quantizer == count
 
 
@@ -123,7 +123,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     },
     "cosines": {
         "pairs": lambda row: str(row["kind"]),
-        "there are": lambda row: f"{row['pairs']:,}" if row["pairs"] else MISSING,
+        "number": lambda row: f"{row['pairs']:,}" if row["pairs"] else MISSING,
         "measured": _sampled,
         "small": _of("small", ".2%"),
         "mean": _of("mean", ".4f"),

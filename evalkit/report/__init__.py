@@ -1,1 +1,1 @@
-"""Tables of finished runs."""
+"""Tables and figures of finished runs."""

@@ -1,7 +1,7 @@
-"""Differences between the rows of a run's table: which of two dictionaries, explainers or judges scores higher, how surely.
+"""Differences between dictionaries, explainers or judges of a run, with standard errors and p-values.
 
-Decides which rows are held against each other and which of these pairs share their features. Knows no file formats.
-Reads and writes nothing.
+Decides which rows of the run's table are compared and which of these pairs have the same features. Knows nothing of file
+formats. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMPARE_COLUMNS = (
 )
 _PART = {"dictionaries": "dictionary", "explainers": "explainer", "judges": "judge"}
 BETWEEN = tuple(_PART)
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05  # adjusted p-value below which the notes count a difference
 
 
 def compare_rows(
@@ -40,18 +40,22 @@ def compare_rows(
     baseline: str | None = None,
     controls: bool = False,
 ) -> pd.DataFrame:
-    """One row per pair with ``COMPARE_COLUMNS``: first − second, its own standard error, 95% interval and p-value.
+    """One row per pair with ``COMPARE_COLUMNS``: first − second, its standard error, 95% interval and p-value.
 
-    Dictionaries are compared under one scorer, explainer and judge; explainers and judges on one dictionary with all else
-    equal. Paired where both have the same features (the same dictionary, or RQAEs read at the same tokens), else Welch.
-    p is two-sided by Student's t; p_holm is Holm's over all rows of this table. ``baseline``: only pairs with the
-    dictionary, explainer or judge of this name, which then stands second. ``controls``: null dictionaries too.
+    The two rows of a pair differ in exactly one of dictionary, explainer and judge. A pair is paired if both rows have the
+    same features (from the same dictionary, or from RQAEs read at the same tokens); otherwise the test is Welch's.
+    p is two-sided by Student's t; p_holm is Holm's, over all rows of this table.
 
-    Raises BadConfig for names that are not there, InputError for frames that do not fit or hold nothing to compare.
+    ``between``: what may differ within a pair, some of BETWEEN.
+    ``baseline``: keep only pairs with the dictionary, explainer or judge of this name, and make it the second of the pair.
+    ``controls``: include control dictionaries.
+
+    Raises BadConfig for an unknown ``between`` or metric, and InputError if the frames are inconsistent or hold nothing to
+    compare.
     """
     for name in between:
         if name not in BETWEEN:
-            raise BadConfig("between", expected=f"some of {', '.join(BETWEEN)}", seen=repr(name), fix="name these")
+            raise BadConfig("between", expected=f"some of {', '.join(BETWEEN)}", seen=repr(name), fix="use these names")
     rows = [row for row in score_rows(frames, (metric,)) if len(row.real.values)]
     rows = [row for row in rows if controls or not row.source.is_null]
     pairs = [
@@ -71,7 +75,7 @@ def compare_rows(
             + (f"one of them {baseline!r}, " if baseline else "")
             + "with scores",
             seen=f"scores of {seen or 'nothing'}"[:400],
-            fix="score another one into this run, or name one of these",
+            fix="add scores to this run, or choose among these",
         )
     preset = find_preset(frames.meta.get("preset"))
     pooled = preset is not None and preset.pooled
@@ -90,7 +94,10 @@ def _differ_only_in(part: str, first: Row, second: Row) -> bool:
 
 
 def _alike(first: Source, second: Source) -> bool:
-    """Features matched to an RQAE's density are compared with RQAEs only; the whole dictionary has its own rows."""
+    """Whether two dictionaries may be compared: a density-matched selection is compared with RQAEs only.
+
+    The whole dictionary has its own rows for all other comparisons.
+    """
     if not (first.matched or second.matched):
         return True
     return (first.is_rqae and second.matched) or (first.matched and second.is_rqae)
@@ -106,7 +113,10 @@ def _with_second(baseline: str, between: str, first: Row, second: Row) -> tuple[
 
 
 def _paired(first: Row, second: Row, *, pooled: bool) -> bool:
-    """Whether both are about the same features; pooled scores, which cannot be had of some, must be of all the same."""
+    """Whether a pair is paired: the same dictionary, or two RQAEs, with at least two features in common.
+
+    A pooled score belongs to all features of its row at once, so pooled rows need exactly the same features.
+    """
     related = first.source.name == second.source.name or (first.source.is_rqae and second.source.is_rqae)
     common = np.intersect1d(first.real.features, second.real.features)
     if pooled:
@@ -138,14 +148,14 @@ def _cells(between: str, first: Row, second: Row, *, pooled: bool) -> dict[str, 
 
 
 def _p_value(found: Estimate) -> float:
-    """Two-sided; 1 where both rows are the same without any error, NaN where there is no error."""
+    """The two-sided p-value; 1 if difference and standard error are both zero, NaN if the standard error is NaN."""
     if found.se == 0 and np.isnan(found.z):
         return 1.0
     return 2 * float(stats.t.sf(abs(found.z), found.df))
 
 
 def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Holm's step-down p-values of a family (p,); NaN stays NaN and does not count.
+    """Holm's step-down adjustment of a family of p-values (p,); NaN stays NaN and is not part of the family.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics.
     """
@@ -158,11 +168,12 @@ def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def compare_notes(table: pd.DataFrame) -> list[str]:
-    """What must be said below: how errors and p-values were made, and how many differences are beyond doubt."""
+    """The notes below the table: how errors and p-values were computed, and how many differences are significant."""
     sure = int((table["p_holm"] < SIGNIFICANT).sum())
     return [
-        "difference: first − second, mean over features. SE: two-way clustered by feature and window where features are "
-        "paired, both rows' errors in square (Welch) where not; it has nothing of the spread between training seeds.",
+        "difference: first − second, mean over features. SE: if features are paired, two-way clustered by feature and "
+        "window; otherwise the squared errors of both rows add up (Welch). It does not contain the spread between training "
+        "seeds.",
         f"p: two-sided, Student's t. p_holm: Holm's over the {len(table)} rows of this table, {sure} of them below "
         f"{SIGNIFICANT}.",
     ]

@@ -1,6 +1,7 @@
-"""Scores by activation decile: are explanations right about strong activations only?
+"""Scores by activation decile, to see whether explanations describe only the strong activations.
 
-Each decile's positives are tested against all negatives of the feature. Knows no file formats. Reads and writes nothing.
+Each decile's positives are scored together with all negatives of the feature. Knows nothing of file formats. Reads and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ DECILE_COLUMNS = (
 
 
 def decile_table(frames: RunFrames, metrics: tuple[str, ...] = ("auroc",)) -> pd.DataFrame:
-    """One row per row of the main table and decile (0 weakest, 9 strongest), with ``DECILE_COLUMNS``.
+    """One row for each row of the main table and each decile (0 weakest, 9 strongest), with ``DECILE_COLUMNS``.
 
-    Deciles are of a feature's active windows by peak. Fuzzing's negatives, which are active windows too, stay with every
-    decile. n_judgements: positives of that decile. Raises InputError where no judgement carries a decile.
+    A decile is that of a window's peak among the feature's active windows. Negatives count in every decile, even those of
+    fuzzing, which are active windows. n_judgements: number of positives in the decile. Raises InputError if no judgement
+    has a decile.
     """
     positives = frames.judgements["label"].astype(bool)
     found: list[dict[str, Any]] = []
@@ -39,7 +41,7 @@ def decile_table(frames: RunFrames, metrics: tuple[str, ...] = ("auroc",)) -> pd
     for decile in deciles:
         chosen = frames.judgements.loc[~positives | (frames.judgements["decile"] == decile).fillna(False)]
         for row in score_rows(replace(frames, judgements=chosen), metrics):
-            if row.n_judgements and not row.n_positive:  # a scorer without deciles
+            if row.n_judgements and not row.n_positive:  # a scorer whose judgements have no deciles
                 continue
             mean = macro_mean(row.real)
             found.append(
@@ -66,8 +68,8 @@ def decile_table(frames: RunFrames, metrics: tuple[str, ...] = ("auroc",)) -> pd
 
 
 def decile_notes() -> list[str]:
-    """What must be said below."""
+    """The notes below the table."""
     return [
-        "decile: of a feature's active windows by peak, 0 weakest, 9 strongest. Its positives against all negatives.",
+        "decile: of a feature's active windows by peak, 0 weakest, 9 strongest; its positives with all negatives.",
         "SE: two-way clustered by feature and window; it does not contain the spread between training seeds.",
     ]

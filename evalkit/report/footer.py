@@ -1,6 +1,6 @@
-"""What must be said below a run's table: how its numbers came about, how far they reach, every warning they have earned.
+"""The footer of a run's table: the origin and the limits of its numbers, and all warnings that apply.
 
-Knows no file formats. Reads and writes nothing.
+Knows nothing of file formats. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from evalkit.store.frames import RunFrames
 
 __all__ = ["footer"]
 
-SURE = 0.975  # one-sided: so sure it must be that a row is above its shuffled null
-MUCH_UNSCORED = 0.05  # share of unscored judgements above which the footer says so
-APART = 0.02  # of two dictionaries, for the number of features that it takes
+SURE = 0.975  # one-sided confidence level at which a row must be above its shuffled null
+MUCH_UNSCORED = 0.05  # share of unscored judgements above which the footer warns
+APART = 0.02  # difference between two dictionaries for which the footer gives the number of features needed
 
 
 def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
-    """The lines that belong below the table: what was run, what the errors hold, and every warning it has earned."""
+    """The lines below the table: what was run, what the errors include, and all warnings that apply."""
     lines = [_provenance(frames, table), *notes([*table["explainer"], *table["judge"]])]
     if (preset := find_preset(frames.meta.get("preset"))) is not None:
         lines.append(f"Preset {frames.meta['preset']}: {preset.wrong}")
     lines.append("SE: two-way clustered by feature and window; it does not contain the spread between training seeds.")
     if table["scorer"].str.match(r"intruder\b").any():
-        lines.append("Chance of intruder: one in as many texts as are shown together, five where n_texts is not given.")
+        lines.append("Chance of intruder: one in as many texts as a question shows (n_texts, by default five).")
     lines += [*_caveats(frames), *_survivorship(frames, table), *_precision(frames)]
     share = table["n_unscored"] / table["n_judgements"].where(table["n_judgements"] > 0)
     if (much := table.loc[share > MUCH_UNSCORED]).size:
@@ -53,8 +53,8 @@ def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
 
 
 def _precision(frames: RunFrames) -> list[str]:
-    """How many features it takes to tell dictionaries apart and, where questions were asked again, what varies."""
-    alone = replace(frames, meta={**frames.meta, "preset": None})  # pooled, features do not differ
+    """The number of features that a comparison needs and, if questions were repeated, the sources of variance."""
+    alone = replace(frames, meta={**frames.meta, "preset": None})  # without pooling, which gives all features one score
     rows = [row for row in score_rows(alone, ("auroc",)) if not row.source.is_null and not row.source.matched]
     needed: dict[str, list[int]] = {}
     shares: dict[str, list[tuple[float, ...]]] = {}
@@ -70,8 +70,8 @@ def _precision(frames: RunFrames) -> list[str]:
     if needed:
         told = ", ".join(f"{name} {int(np.median(counts)):,}" for name, counts in needed.items())
         lines.append(
-            f"Features of each dictionary it takes to tell two {APART} apart (95% level, 80% power; median over "
-            f"dictionaries): {told}."
+            f"Features per dictionary needed to detect a difference of {APART} between two dictionaries (95% level, 80% "
+            f"power; median over dictionaries): {told}."
         )
     for name, found in shares.items():
         features, examples, judge = np.mean(found, axis=0)
@@ -83,7 +83,7 @@ def _precision(frames: RunFrames) -> list[str]:
 
 
 def _asked(row: Row, rows: Sequence[Row]) -> str:
-    """The scorer and metric, with explainer and judge where there are several."""
+    """The scorer and metric, with the explainer or judge if the rows have several."""
     several = [one for place, one in enumerate(row.setup[1:], 1) if len({other.setup[place] for other in rows}) > 1]
     return f"{' · '.join([row.scorer, *several])} ({row.metric})"
 
@@ -105,14 +105,14 @@ def _amount(value: Any) -> str:
 
 
 def _caveats(frames: RunFrames) -> list[str]:
-    """A line per dictionary that was scored although the fit check refused it, or whose negatives nobody verified."""
+    """A line for each dictionary that failed the fit check, or whose negatives are not verified to be inactive."""
     if "measured" not in frames.sources:
         return []
     lines = []
     for record in frames.sources.to_dict("records"):
         measured = json.loads(record["measured"]) if isinstance(record["measured"], str) else {}
         if refused := measured.get("fit_refused"):
-            lines.append(f"FIT CHECK FAILED, scored by --force: {record['name']}: {refused['seen']}.")
+            lines.append(f"FIT CHECK FAILED, scored because of --force: {record['name']}: {refused['seen']}.")
         if measured.get("negatives_unverified"):
             lines.append(f"Negatives are texts of other features, not verified to be inactive: {record['name']}.")
     return lines
@@ -126,13 +126,13 @@ def _survivorship(frames: RunFrames, table: pd.DataFrame) -> list[str]:
     left_out = table["n_tried"] - table["n_ineligible"] - table["n_features"]
     if (rows := table.loc[left_out > 0]).size:
         lines.append(
-            f"Some features have no score, for lack of answers or of one of the two classes: {_name_rows(rows)}."
+            f"Some features have no score, because answers or one of the two classes are missing: {_name_rows(rows)}."
         )
     return lines
 
 
 def _name_rows(rows: pd.DataFrame) -> str:
-    """Rows by name: "sae-a detection (auroc, f1), fuzzing (auroc); sae-b detection (f1)"."""
+    """The rows as text: "sae-a detection (auroc, f1), fuzzing (auroc); sae-b detection (f1)"."""
     several = [name for name in ("explainer", "judge") if rows[name].nunique() > 1]
     named: dict[str, dict[str, list[str]]] = {}
     for row in rows.to_dict("records"):

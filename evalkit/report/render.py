@@ -1,6 +1,6 @@
-"""A table of a run as text or bytes: markdown, csv, json, latex, parquet.
+"""Renders a table as markdown, csv, json, latex or parquet.
 
-Knows how numbers are written, nothing of how they came about. Writes nothing to disk.
+Knows how to format numbers, but nothing of their meaning. Writes nothing to disk.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ _LATEX = {
 
 
 def render(table: pd.DataFrame, format: str = "markdown", footer: Sequence[str] = ()) -> str | bytes:
-    """The table in one of ``FORMATS``; parquet is bytes, the others text ending in a newline.
+    """The table in one of ``FORMATS``: bytes for parquet, otherwise text that ends in a newline.
 
-    Markdown and latex round to three digits, print missing values as a dash and carry the footer lines. csv and parquet
-    keep full precision; json is a list of records with null for missing and for infinite values. These three hold data
-    only, no footer. Raises BadConfig for another format.
+    markdown, latex: rounded to three digits, missing values as a dash, followed by the footer lines.
+    csv, parquet: full precision, no footer.
+    json: a list of records in full precision; missing and infinite values are null; no footer.
+
+    Raises BadConfig for any other format.
     """
     match format:
         case "markdown":
@@ -65,7 +67,7 @@ def render(table: pd.DataFrame, format: str = "markdown", footer: Sequence[str] 
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: numpy scalars unwrapped; NaN, NA and infinities are null."""
+    """The value for JSON: numpy scalars become Python numbers; NaN, NA and infinities become None."""
     if pd.isna(value):
         return None
     value = value.item() if hasattr(value, "item") else value
@@ -73,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def _cell(column: object, value: Any) -> str:
-    """A cell for people: counts as they are, L0 and z short, other numbers with three digits."""
+    """A cell of a readable table: integers as they are, L0 and z with fewer digits, other numbers with three."""
     if pd.isna(value):
         return MISSING
     if not isinstance(value, float):
@@ -86,7 +88,7 @@ def _cell(column: object, value: Any) -> str:
 
 
 def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool]]:
-    """Header, rows of text, and which columns are numbers."""
+    """The header, the rows as text, and for each column whether it is numeric."""
     header = [str(name) for name in table.columns]
     rows = [[_cell(name, value) for name, value in row.items()] for row in table.to_dict("records")]
     return header, rows, [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]

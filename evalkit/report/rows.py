@@ -1,9 +1,7 @@
-"""From a run's frames to the scores behind each row of its table.
+"""Computes the scores behind each row of a run's table from the run's frames.
 
-A row is one dictionary × scorer × explainer × judge × metric.
-
-Decides what is counted where (tried, ineligible, unscored, real and shuffled) and in which order rows stand. Knows no
-number formats and no plots. Reads and writes nothing.
+A row is one dictionary × scorer × explainer × judge × metric. Decides what counts as tried, ineligible, unscored, real and
+shuffled, and the order of the rows. Knows nothing of number formats and plots. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +27,17 @@ __all__ = ["Row", "Setup", "Source", "check_metric", "is_baseline", "score_rows"
 
 Setup: TypeAlias = tuple[str, str, str]  # scorer, explainer, judge
 
-MATCHED = 5  # features of the density of an RQAE's that are worth a row
+MATCHED = 5  # minimum number of density-matched features for a row of their own
 _ORDER = ["source", "scorer", "explainer", "judge", "control", "feature", "repeat", "item"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A dictionary's columns in a table. ``n_tried`` features were tried, ``n_failed`` of them failed with an error.
+    """The columns of a table that describe a dictionary.
 
-    ``matched``: only its features of about the density of the run's RQAE features are meant.
+    ``n_tried``: number of features tried.
+    ``n_failed``: number of these that failed with an error.
+    ``matched``: whether this is only the dictionary's density-matched selection: features about as dense as the RQAEs'.
     """
 
     name: str
@@ -52,21 +52,24 @@ class Source:
 
     @property
     def is_null(self) -> bool:
-        """Whether it is a control."""
+        """Whether the dictionary is a control."""
         return self.kind.startswith("null")
 
     @property
     def is_rqae(self) -> bool:
-        """Whether it is an RQAE read at one depth."""
+        """Whether the dictionary is an RQAE, read at one depth."""
         return self.kind == "rqae"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """What one row is computed from. ``shuffled`` are the scores under other features' explanations.
+    """The data behind one row.
 
-    ``n_judgements`` asked with the features' own explanations, ``n_positive`` of them about windows with the label True;
-    ``n_judged`` features have at least one of them.
+    ``real``: scores with the features' own explanations.
+    ``shuffled``: scores with other features' explanations.
+    ``n_judgements``: number of judgements with the features' own explanations.
+    ``n_positive``: number of these whose label is True.
+    ``n_judged``: number of features with at least one of these judgements.
     """
 
     source: Source
@@ -82,12 +85,12 @@ class Row:
 
     @property
     def setup(self) -> Setup:
-        """Who asked whom: scorer, explainer, judge."""
+        """Scorer, explainer and judge."""
         return (self.scorer, self.explainer, self.judge)
 
 
 def sorted_sources(frames: RunFrames) -> list[Source]:
-    """RQAEs by depth, then SAEs and others by width and L0, then the controls."""
+    """The dictionaries in the order of the table: RQAEs by depth, SAEs and others by width and L0, then controls."""
     tried = frames.features.groupby("source").size()
     failed = frames.features.loc[frames.features["status"] == "failed"].groupby("source").size()
     sources = [
@@ -113,12 +116,14 @@ def _place(source: Source) -> tuple[int, str, str, float, float, float, str]:
 
 
 def score_rows(frames: RunFrames, metrics: tuple[str, ...] | None = None) -> Iterator[Row]:
-    """Every row, in the order of the table. ``metrics``: by default those of the run's preset, or METRICS.
+    """Every row, in the order of the table.
 
-    Scorers whose tests have one class only, or predict activations, have the one metric that is theirs instead. A
-    dictionary without any judgement of a scorer still gets that scorer's rows, empty, so that survivorship shows. Ranking
-    metrics have rows where any judgement of that scorer, explainer and judge carries a confidence. Raises InputError for
-    frames that do not fit together, BadConfig for unknown metrics.
+    ``metrics``: by default those of the run's preset, or METRICS. Scorers whose tests have only one class get accuracy
+        instead, and scorers that predict activations get pearson. Ranking metrics have rows only if some judgement of the
+        scorer, explainer and judge has a confidence.
+
+    A dictionary without any judgement from a scorer still gets that scorer's rows, empty, so that the gap is visible.
+    Raises InputError if the frames are inconsistent, and BadConfig for an unknown metric.
     """
     preset = find_preset(frames.meta.get("preset"))
     pooled = preset is not None and preset.pooled
@@ -154,9 +159,11 @@ def score_rows(frames: RunFrames, metrics: tuple[str, ...] | None = None) -> Ite
 
 
 def _density_matched(frames: RunFrames, sources: Sequence[Source]) -> dict[str, tuple[Source, set[str]]]:
-    """Beside RQAEs, whose density the threshold fixes: each other dictionary's features that fire about as often.
+    """For a run with RQAEs, the density-matched features of the other dictionaries: (source to show, feature ids) by name.
 
-    From half to twice the median density of RQAE features; None where that is all of them or fewer than ``MATCHED``.
+    An RQAE's thresholds fix the density of its features, so each other dictionary also gets rows for its features with
+    half to twice the median density of the RQAE features. Dictionaries where these are all features, or fewer than
+    ``MATCHED``, are left out.
     """
     features = frames.features.loc[frames.features["status"] == "ok"]
     rqae = features.loc[features["source"].isin({source.name for source in sources if source.is_rqae}), "density"]
@@ -177,12 +184,12 @@ def _density_matched(frames: RunFrames, sources: Sequence[Source]) -> dict[str, 
 
 
 def is_baseline(setup: Setup, setups: Iterable[Setup]) -> bool:
-    """Whether it is the control "lexical" of a scorer that other judges were asked by too, so that it goes beside them."""
+    """Whether ``setup`` is the control "lexical" of a scorer that has other judges; it is shown next to their scores."""
     return setup[1:] == BASELINE and any(other[0] == setup[0] and other[2] != BASELINE[1] for other in setups)
 
 
 def check_metric(metric: str) -> str:
-    """The metric itself. Raises BadConfig where there is no such one."""
+    """Returns the metric. Raises BadConfig if it is unknown."""
     if metric not in ALL_METRICS:
         raise BadConfig(
             "metric", expected=f"one of {', '.join(ALL_METRICS)}", seen=repr(metric), fix="use one of these"
@@ -191,7 +198,7 @@ def check_metric(metric: str) -> str:
 
 
 def _metrics_of(groups: Sequence[pd.DataFrame], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Of the wanted metrics those that these judgements have; or the one that is made for them."""
+    """The wanted metrics that these judgements allow, or the single metric for their kind of test."""
     if any(group["moments"].notna().any() for group in groups):
         return ("pearson",)
     if len({label for group in groups for label in group["label"].unique()}) == 1:
@@ -201,7 +208,7 @@ def _metrics_of(groups: Sequence[pd.DataFrame], wanted: Sequence[str]) -> tuple[
 
 
 def _setups_of(name: str, setups: list[Setup], seen: set[tuple[str, ...]]) -> list[Setup]:
-    """The setups a dictionary has rows for: those it was judged in and, for a scorer it was never judged by, all."""
+    """The setups a dictionary has rows for: those with judgements, and all setups of a scorer that never judged it."""
     scorers = {scorer for source, scorer, *rest in seen if source == name and tuple(rest) != BASELINE}
     return [setup for setup in setups if (name, *setup) in seen or setup[0] not in scorers]
 
@@ -235,19 +242,19 @@ def _scores(metric: str, judgements: pd.DataFrame, *, pooled: bool) -> Scores:
 
 
 def _moments(column: pd.Series[Any]) -> NDArray[np.float64]:
-    """(judgement, 6); NaN where there are none."""
+    """The moments (judgement, 6); NaN for a judgement without moments."""
     missing = [math.nan] * 6
     rows = [json.loads(text) if isinstance(text, str) else missing for text in column]
     return np.array(rows, np.float64).reshape(-1, 6)
 
 
 def _nullable(column: pd.Series[Any]) -> NDArray[np.float64]:
-    """Numbers with NaN where a value is missing."""
+    """The column as floats; missing values become NaN."""
     return np.asarray(column.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan), np.float64)
 
 
 def _with_versions(judgements: pd.DataFrame, part: str) -> pd.Series[str]:
-    """The names of scorers or judges; with their versions where a run holds several, since scores must not be mixed."""
+    """The names of scorers or judges, with the version if a run holds several versions, whose scores must not be mixed."""
     column = f"{part}_version"
     named = judgements[part].astype(str)
     if column not in judgements:

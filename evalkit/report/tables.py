@@ -1,6 +1,6 @@
 """The table of a run: one row per dictionary × scorer × explainer × judge × metric.
 
-Knows no file formats (``evalkit.report.render`` has them) and no terminal. Reads and writes nothing.
+Knows nothing of file formats (see ``evalkit.report.render``) or the terminal. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TABLE_COLUMNS = (
     *("n_tried", "n_ineligible", "n_features", "n_judgements", "n_unscored"),
     *("mean", "se", "ci_low", "ci_high", "null_mean", "null_se", "z"),
 )
-_BESIDE = "balanced acc."  # stands last in a headline, without null and z where there is another metric
+_BESIDE = "balanced acc."  # the last column of a headline; without null and z if there is another metric
 _HEADLINE = {"auroc": "AUROC", "accuracy": "accuracy", "pearson": "Pearson r", "balanced_accuracy": _BESIDE}
 _DTYPES = {"width": "Int64", "l0": "float64", "depth": "Int64"} | dict.fromkeys(
     ("mean", "se", "ci_low", "ci_high", "null_mean", "null_se", "z"), "float64"
@@ -33,13 +33,16 @@ _DTYPES = {"width": "Int64", "l0": "float64", "depth": "Int64"} | dict.fromkeys(
 def summary_table(frames: RunFrames, metrics: tuple[str, ...] | None = None) -> pd.DataFrame:
     """One row per dictionary × scorer × explainer × judge × metric (see ``score_rows``), with ``TABLE_COLUMNS``.
 
-    n_tried: features tried. n_ineligible: those without a judgement in this row (too few examples, or failed).
-    n_features: those with a score; the rest had one class only. n_judgements: items asked with the features' own
-    explanations. n_unscored: those that lack what the metric needs. mean, se, ci_low, ci_high: over features, two-way
-    clustered by feature and window. null_mean, null_se: the same under another feature's explanation. z: the mean
-    paired difference real − shuffled over its own clustered error; infinite if that error is exactly zero.
+    n_tried: number of features tried.
+    n_ineligible: number of these without a judgement in this row (too few examples, or an error).
+    n_features: number of features with a score; the others had judgements of one class only, or none that the metric uses.
+    n_judgements: number of judgements with the features' own explanations.
+    n_unscored: number of these that lack the value the metric needs.
+    mean, se, ci_low, ci_high: over features, two-way clustered by feature and window.
+    null_mean, null_se: the same with another feature's explanation.
+    z: the mean paired difference real − shuffled, divided by its own clustered error; infinite if that error is exactly 0.
 
-    Raises InputError for frames that are empty or do not fit together.
+    Raises InputError if the frames are empty or inconsistent.
     """
     table = pd.DataFrame([_cells(row) for row in score_rows(frames, metrics)], columns=list(TABLE_COLUMNS))
     return table.astype(_DTYPES)
@@ -73,15 +76,15 @@ def _cells(row: Row) -> dict[str, Any]:
 
 
 def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``table`` that have a line of their own in its headline: not the lexical baseline of other judges."""
+    """The rows of ``table`` that get their own line in its headline: all but lexical baselines of other judges."""
     return table[_has_a_line(table)]
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
-    """The view for a terminal: one row per dictionary and scorer, "mean ± se" of AUROC, or the scorer's own metric.
+    """The short table: one row per dictionary and scorer, with "mean ± se" of AUROC or of the scorer's own metric.
 
-    Beside it the shuffled null, z over it and, where it was run, the lexical baseline; then balanced accuracy. Explainer
-    and judge have columns only where there are several; so has the metric, where scorers have different ones.
+    Further columns are the shuffled null, z, the lexical baseline if it was run, and balanced accuracy. Explainer, judge
+    and metric get columns only if there are several of them.
     """
     lined = _has_a_line(table)
     rows, others = table[lined], table[~lined]
@@ -99,7 +102,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
             line[title] = _plus_minus(row["mean"], row["se"])
             continue
         if len(firsts) > 1:
-            if "metric" in line:  # another one of the same scorer
+            if "metric" in line:  # the scorer already has a line for another metric
                 line = lines.setdefault(
                     (*key, title), {**dict(zip(keys, key, strict=True)), "features": line["features"]}
                 )

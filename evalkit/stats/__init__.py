@@ -1,1 +1,1 @@
-"""Numbers: scores per feature, standard errors, where scores vary."""
+"""Statistics of judgements: scores per feature, standard errors, and the sources of variance."""

@@ -1,34 +1,36 @@
-"""Per-feature scores from judgements, and how much each judgement moves them.
+"""Per-feature scores from judgements, and the influence of each judgement on its feature's score.
 
-Pure and vectorised over features. Knows nothing of windows, dictionaries, standard errors or data frames.
+Pure functions, vectorised over features. Knows nothing of window contents, dictionaries, standard errors or data frames.
 
-A judgement has a label y (the explanation should match), a match m (what the judge said, missing when unscored) and a
-confidence c (orders items, missing when the judge gave none). Decision metrics use m, ranking metrics use c as it is;
-a judgement without what its metric needs is left out of that metric and counted. Per feature, with n₊ positives and n₋
-negatives among those used, TP and FP matches:
+A judgement has a label y (whether the explanation should match), a match m (the judge's decision; missing if unscored) and
+a confidence c (orders items; missing if the judge gave none). Decision metrics use m, ranking metrics use only the order
+of c. A judgement that lacks the value a metric needs is left out of that metric and counted. Per feature, with n₊
+positives and n₋ negatives among the judgements used, of which TP and FP match:
 
     balanced_accuracy  (TPR + TNR) / 2, TPR = TP/n₊, TNR = 1 − FP/n₋
     f1                 2·TP / (n₊ + TP + FP); 0 when nothing matches
     auroc              P(c₊ > c₋) + P(c₊ = c₋)/2 over pairs of a positive and a negative
     auprc              average precision: the mean over positives of the precision among items with c ≥ theirs
-    accuracy           the share of m = y; one class is enough
-    pearson            the correlation of predicted x with true y over all tokens of all windows; 0 where x is constant
+    accuracy           the share of judgements with m = y; one class is enough
+    pearson            the correlation of predicted x with true y over all tokens of all windows; 0 if x or y is constant
 
-A feature with only one class among its used judgements has no score (NaN), but for accuracy and pearson. ``…_base_rate``:
-F1 and average precision as if a share π of the items were positives, the feature's own among all windows: positives
-weigh w₊ = π/n₊ and negatives w₋ = (1 − π)/n₋ instead of 1. Balanced accuracy and AUROC do not depend on that share.
+A feature whose used judgements have only one class has no score, except in accuracy and pearson. The ``…_base_rate``
+metrics are F1 and average precision as if a share π of the items were positives, where π is the feature's share of
+positives among all windows: positives get the weight w₊ = π/n₊ and negatives w₋ = (1 − π)/n₋ instead of 1. Balanced
+accuracy and AUROC do not depend on this share.
 
-The influence ψ of a judgement is the first-order change of its feature's score when the judgement gains weight, the
-number of positives and of negatives being fixed, as the protocol fixes them: it sums to zero within each class of each
-feature, and Σψ² estimates the score's variance if judgements were independent. With precision P(c) = w₊TP(c)/W(c) among
-the items at least as confident as c, of weight W(c), and "−mean" meaning "centred within the class":
+The influence ψ of a judgement is the first-order change of its feature's score when the judgement gains weight. The
+numbers of positives and negatives count as fixed, because the protocol fixes them: so ψ sums to zero within each class of
+each feature, and Σψ² estimates the variance that the score would have if judgements were independent. P(c) = w₊TP(c)/W(c)
+is the precision among the items with confidence c or more, whose total weight is W(c); "− mean" means "centred within the
+class":
 
     balanced_accuracy  (m − TPR)/(2n₊) for positives, (FPR − m)/(2n₋) for negatives
     f1                 w₊(2 − F)(m − TPR)/D for positives, −w₋F(m − FPR)/D for negatives, D = w₊n₊ + w₊TP + w₋FP
     auroc              (V₁₀ − A)/n₊ and (V₀₁ − A)/n₋: the structural components of DeLong, DeLong & Clarke-Pearson 1988
     auprc              [y(P(c) − AP) + Σ_{positives i, cᵢ ≤ c} w(y − P(cᵢ))/W(cᵢ)]/n₊ − mean (linearised)
-    accuracy           (1{m = y} − accuracy)/n
-    pearson            Σ over the window's tokens of [zₓz_y − r(zₓ² + z_y²)/2]/N (Fisher's expansion), N tokens in all
+    accuracy           (1{m = y} − share of m = y in the class)/n
+    pearson            Σ over the window's tokens of [zₓz_y − r(zₓ² + z_y²)/2]/N (Fisher's expansion), for N tokens in total
 """
 
 from __future__ import annotations
@@ -51,12 +53,12 @@ __all__ = [
     "score_features",
 ]
 
-METRICS = ("balanced_accuracy", "f1", "auroc", "auprc")  # of tests with both labels
+METRICS = ("balanced_accuracy", "f1", "auroc", "auprc")  # the default metrics; they need both labels
 BASE_RATE_METRICS = ("f1_base_rate", "auprc_base_rate")
 DECISION_METRICS = ("balanced_accuracy", "f1", "f1_base_rate", "accuracy")
 RANKING_METRICS = ("auroc", "auprc", "auprc_base_rate")
 ALL_METRICS = (*METRICS, *BASE_RATE_METRICS, "accuracy", "pearson")
-_ONE_CLASS = ("accuracy", "pearson")  # metrics that one class suffices for
+_ONE_CLASS = ("accuracy", "pearson")  # metrics for which one class is enough
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -65,13 +67,17 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """The scores of one metric, with what their standard error is made of.
+    """The scores of one metric, and the influences that their standard error is computed from.
 
-    ``features`` (feature,) are the ids of the features that have a score, sorted, ``values`` (feature,) their scores.
-    One entry per judgement used: ``feature`` (judgement,) indexes ``features``, ``window`` (judgement,) is its window
-    id, ``influence`` (judgement,) its ψ. ``n_unscored`` judgements, of any feature, lacked what the metric needs;
-    ``n_one_class`` features had judgements but no score. ``bounds``: between which every score lies, None where nothing is
-    known. ``n_classes``: of labels that a feature's judgements have, whose means the influences leave out.
+    ``features``: (feature,), the sorted ids of the features that have a score.
+    ``values``: (feature,), their scores.
+    ``feature``: (judgement,), for each judgement used, the index of its feature in ``features``.
+    ``window``: (judgement,), its window id.
+    ``influence``: (judgement,), its ψ.
+    ``n_unscored``: number of judgements, of any feature, that lack the value the metric needs.
+    ``n_one_class``: number of features with judgements but no score.
+    ``bounds``: lowest and highest possible score; None if unknown.
+    ``n_classes``: number of label classes; the influences leave out their means, which cost a degree of freedom each.
     """
 
     features: NDArray[Any]
@@ -97,13 +103,18 @@ def score_features(
     moments: Floats | None = None,
     pooled: bool = False,
 ) -> Scores:
-    """Score every feature. All arrays are (judgement,), in any order; NaN in ``match`` and ``confidence`` is missing.
+    """Score every feature. All arrays are (judgement,) unless noted, in any order.
 
-    ``match`` is 1 where the judge said that the explanation matches, 0 where not. ``base_rate``: the share of positives
-    among all windows of the judgement's feature, for the metrics that weigh by it; a feature without one has no score.
-    ``moments`` (judgement, 6), for pearson: see ``Judgement``. ``pooled``: every feature gets the score of all judgements
-    together, with influences whose mean over features has that score's error. Raises BadConfig for an unknown metric.
-    Sources: sklearn's definitions of the metrics; DeLong et al. 1988 for the components of the AUROC.
+    ``match``: 1 if the judge said that the explanation matches, 0 if not, NaN if missing.
+    ``confidence``: the judge's confidence; NaN if missing.
+    ``base_rate``: the share of positives among all windows of the judgement's feature, for the ``…_base_rate`` metrics;
+        a feature without it has no score in these.
+    ``moments``: (judgement, 6), for pearson; see ``Judgement``.
+    ``pooled``: give every feature the score of all judgements together; the influences are scaled so that the mean over
+        features has the standard error of that score.
+
+    Raises BadConfig for an unknown metric. Sources: sklearn's definitions of the metrics; DeLong et al. 1988 for the
+    components of the AUROC.
     """
     if metric not in ALL_METRICS:
         raise BadConfig(
@@ -118,7 +129,7 @@ def score_features(
         together = np.zeros(len(feature), np.int64)
         columns = (window, label, match, confidence)
         known = rate[used & ~np.isnan(rate)]
-        share = None if not len(known) else np.full(len(feature), known.mean())  # each feature by its judgements
+        share = None if not len(known) else np.full(len(feature), known.mean())  # mean over judgements, not features
         return _shared(score_features(metric, together, *columns, base_rate=share, moments=moments), feature, used)
     ids, code = np.unique(feature[used], return_inverse=True)
     code, label, value = code.astype(np.int64), label[used].astype(np.bool_), value[used].astype(np.float64)
@@ -158,7 +169,7 @@ def score_features(
 
 
 def _shared(whole: Scores, feature: NDArray[Any], used: Bools) -> Scores:
-    """The one score of ``whole`` as that of every feature with a used judgement."""
+    """Gives the single score of ``whole`` to every feature with a used judgement."""
     n_judged = len(np.unique(feature))
     if not len(whole.values):
         return replace(whole, features=feature[:0], n_one_class=n_judged)
@@ -175,7 +186,7 @@ def _shared(whole: Scores, feature: NDArray[Any], used: Bools) -> Scores:
 
 
 def _count(code: Ints, mask: Bools, n: int) -> Floats:
-    """How many entries of each feature are in the mask. (feature,)"""
+    """The number of entries of each feature that ``mask`` selects. (feature,)"""
     return np.bincount(code[mask], minlength=n).astype(np.float64)
 
 
@@ -209,7 +220,7 @@ def _accuracy(code: Ints, label: Bools, match: Floats, n_pos: Floats, n_neg: Flo
 def _pearson(code: Ints, moments: Floats, n_features: int) -> tuple[Floats, Floats]:
     n, x, y, xx, yy, xy = (np.bincount(code, column, n_features) for column in moments.T)
     mean_x, mean_y = x / n, y / n
-    # of rounding alone no variance is made
+    # Treat a variance as zero if it is no more than rounding error.
     var_x = np.where(xx / n - mean_x**2 > 1e-12 * xx / n, xx / n - mean_x**2, 0.0)
     var_y = np.where(yy / n - mean_y**2 > 1e-12 * yy / n, yy / n - mean_y**2, 0.0)
     varies = (var_x > 0) & (var_y > 0)
@@ -227,8 +238,10 @@ def _pearson(code: Ints, moments: Floats, n_features: int) -> tuple[Floats, Floa
 def _auroc(code: Ints, label: Bools, confidence: Floats, n_pos: Floats, n_neg: Floats) -> tuple[Floats, Floats]:
     block, owner, pos, neg = _tie_blocks(code, label, confidence)
     pos_below, neg_below = _below(pos, owner, len(n_pos)), _below(neg, owner, len(n_pos))
-    beaten = (neg_below + neg / 2) / n_neg[owner]  # (block,) share of negatives that a positive here beats: V10
-    losing = 1 - (pos_below + pos / 2) / n_pos[owner]  # (block,) share of positives that beat a negative here: V01
+    # (block,) V10: share of negatives ranked below a positive of this block
+    beaten = (neg_below + neg / 2) / n_neg[owner]
+    # (block,) V01: share of positives ranked above a negative of this block
+    losing = 1 - (pos_below + pos / 2) / n_pos[owner]
     auroc = np.bincount(owner, pos * beaten, len(n_pos)) / n_pos
     influence = np.where(
         label, (beaten[block] - auroc[code]) / n_pos[code], (losing[block] - auroc[code]) / n_neg[code]
@@ -241,13 +254,14 @@ def _auprc(
 ) -> tuple[Floats, Floats]:
     n = len(n_pos)
     block, owner, pos, neg = _tie_blocks(code, label, confidence)
-    true = w_pos[owner] * (n_pos[owner] - _below(pos, owner, n))  # (block,) weight of positives at least as confident
+    # (block,) weights of the positives and of the negatives with this confidence or more
+    true = w_pos[owner] * (n_pos[owner] - _below(pos, owner, n))
     false = w_neg[owner] * (n_neg[owner] - _below(neg, owner, n))
     total = true + false
-    total = np.where(total > 0, total, 1.0)  # where nothing as confident weighs anything, precision is 0
+    total = np.where(total > 0, total, 1.0)  # if all items with this confidence or more have weight 0, precision is 0
     precision = true / total
     average = np.bincount(owner, pos * precision, n) / n_pos
-    # A judgement counts in the precision at every block not above its own.
+    # A judgement affects the precision at its own block and at every lower block.
     gain, loss = (pos * w_pos[owner] * (1 - precision) / total, pos * w_neg[owner] * precision / total)
     gains, losses = _below(gain, owner, n) + gain, _below(loss, owner, n) + loss
     raw = np.where(label, precision[block] - average[code] + gains[block], -losses[block]) / n_pos[code]
@@ -257,9 +271,10 @@ def _auprc(
 
 
 def _tie_blocks(code: Ints, label: Bools, confidence: Floats) -> tuple[Ints, Ints, Floats, Floats]:
-    """Group judgements of one feature with equal confidence; blocks rise by feature, then confidence.
+    """Group judgements of the same feature with equal confidence into blocks, ordered by feature, then confidence.
 
-    Returns each judgement's block (judgement,), each block's feature, positives and negatives (block,).
+    Returns the block of each judgement (judgement,), and for each block its feature, its number of positives and its number
+    of negatives, all (block,).
     """
     order = np.lexsort((confidence, code))
     owner, level = code[order], confidence[order]
@@ -272,9 +287,9 @@ def _tie_blocks(code: Ints, label: Bools, confidence: Floats) -> tuple[Ints, Int
 
 
 def _below(amount: Floats, owner: Ints, n: int) -> Floats:
-    """Per block, the sum of ``amount`` over the lower blocks of the same feature. (block,)"""
+    """For each block, the sum of ``amount`` over the lower blocks of the same feature. (block,)"""
     totals = np.bincount(owner, amount, n)
-    before = np.cumsum(totals) - totals  # (feature,) everything of earlier features
+    before = np.cumsum(totals) - totals  # (feature,) the sum over all earlier features
     return np.asarray(np.cumsum(amount) - amount - before[owner], np.float64)
 
 

@@ -1,7 +1,7 @@
-"""Means over features, with standard errors that account for judgements sharing a feature or a window.
+"""Means over features, with standard errors that account for judgements that share a feature or a window.
 
-Pure. Takes the per-feature scores and influences of ``evalkit.stats.metrics``; knows nothing of dictionaries, the
-formulas of metrics, or data frames. A standard error here contains the spread over features and windows, not the one
+Pure functions. Takes the per-feature scores and influences of ``evalkit.stats.metrics``; knows nothing of dictionaries, the
+formulas of metrics, or data frames. The standard errors cover the variation between features and between windows, but not
 between training seeds.
 
 Source: Cameron, Gelbach & Miller 2011, "Robust inference with multiway clustering", J. Business & Economic Statistics.
@@ -21,19 +21,19 @@ from evalkit.stats.metrics import Scores
 
 __all__ = ["Estimate", "difference", "macro_mean", "paired_difference", "two_way_variance"]
 
-ROUNDING = 1e-12  # rounding of sums of scores: smaller errors count as zero
+ROUNDING = 1e-12  # rounding error of sums of scores; smaller values count as zero
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over ``n`` features, its standard error and 95% interval (Student t with ``df`` degrees of freedom).
+    """A mean over ``n`` features, its standard error and its 95% interval (Student's t with ``df`` degrees of freedom).
 
-    The interval of a bounded score is symmetric on the scale of log((mean − least)/(most − mean)), of which ``se`` is
-    carried over by the delta method: the nearer a mean is to its bound, the more skewed it is, and symmetric intervals
-    of a mean of 0.95 covered 92% in simulations. ``se`` and the interval are NaN below two features; ``mean`` is NaN
-    without any.
+    The interval of a bounded score is symmetric on the logit scale, log((mean − lowest)/(highest − mean)), to which the
+    delta method transforms ``se``. The reason: the distribution of a mean near a bound is skewed, and in simulations
+    symmetric intervals around a mean of 0.95 covered only 92%. ``se`` and the interval are NaN for fewer than two
+    features; ``mean`` is NaN for none.
     """
 
     n: int
@@ -45,14 +45,14 @@ class Estimate:
 
     @property
     def z(self) -> float:
-        """mean / se. With a standard error of zero: infinite, or NaN when the mean is zero too, but for rounding."""
+        """mean / se. If ``se`` is zero: infinite, or NaN if the mean is zero as well (up to rounding)."""
         if self.se == 0:
             return math.copysign(math.inf, self.mean) if abs(self.mean) > ROUNDING else math.nan
         return self.mean / self.se
 
 
 def macro_mean(scores: Scores) -> Estimate:
-    """The unweighted mean over features, its standard error two-way clustered by feature and window."""
+    """The unweighted mean over features; its standard error is two-way clustered by feature and window."""
     n = len(scores.values)
     if n == 0:
         return _estimate(0, math.nan, math.nan, math.nan)
@@ -67,15 +67,15 @@ def macro_mean(scores: Scores) -> Estimate:
 
 
 def two_way_variance(u: Floats, feature: Ints, window: NDArray[Any]) -> float:
-    """Variance of Σu, clustered by feature and by window: V_feature + V_window − V_both, never below V_feature.
+    """Variance of Σu, clustered by feature and by window: V_feature + V_window − V_both, and at least V_feature.
 
-    ``u``, ``feature`` and ``window`` are (judgement,). A judgement's u is its share of the estimate's error,
+    ``u``, ``feature`` and ``window`` are (judgement,). A judgement's u is its contribution to the error of the estimate,
     u_fw = [ψ_fw + (s_f − mean)/m_f]/n, so that Σ_w u_fw = (s_f − mean)/n and V_feature alone is the textbook SE² over
-    features. Each V sums, over G clusters, the square of the cluster's Σu, times G/(G − 1).
+    features. Each V is the sum over G clusters of the square of the cluster's Σu, times G/(G − 1).
 
-    Why the floor: V_window − V_both estimates the covariance of different features that were shown the same window.
-    A hard window is hard for all of them, so in truth it is not negative; where it comes out so, that is noise, and
-    subtracting noise would print an error smaller than that of features which share nothing.
+    Reason for the minimum: V_window − V_both estimates the covariance of different features tested on the same window. A
+    hard window is hard for all of them, so the true covariance is not negative. A negative estimate is noise, and
+    subtracting it would give a smaller error than for features that share no window.
     """
     pair = feature * (int(window.max()) + 1) + window if _fits(feature, window) else _codes_of_pairs(feature, window)
     by_feature = _clustered(u, feature)
@@ -83,7 +83,7 @@ def two_way_variance(u: Floats, feature: Ints, window: NDArray[Any]) -> float:
 
 
 def _fits(feature: Ints, window: NDArray[Any]) -> bool:
-    """Whether (feature, window) fits one int64 exactly."""
+    """Whether every pair (feature, window) has a unique code in an int64."""
     return bool(window.min() >= 0) and (int(feature.max()) + 1) * (int(window.max()) + 1) < 2**62
 
 
@@ -93,7 +93,7 @@ def _codes_of_pairs(feature: Ints, window: NDArray[Any]) -> Ints:
 
 
 def _clustered(u: Floats, cluster: NDArray[Any]) -> float:
-    """Σ_g (Σ_{i in g} u_i)² · G/(G − 1); without the factor when there is one cluster."""
+    """Σ_g (Σ_{i in g} u_i)² · G/(G − 1); without the factor if there is only one cluster."""
     sums = np.bincount(np.unique(cluster, return_inverse=True)[1], u)
     n = len(sums)
     return float(sums @ sums) * (n / (n - 1) if n > 1 else 1.0)
@@ -102,7 +102,7 @@ def _clustered(u: Floats, cluster: NDArray[Any]) -> float:
 def paired_difference(first: Scores, second: Scores) -> Estimate:
     """The mean of first − second over the features that have both scores, with its own two-way clustered error.
 
-    A window shown for a feature in both counts as one observation of the difference, so what the two share cancels.
+    A window that tests the same feature in both is one observation of the difference, so that their shared error cancels.
     """
     common, left, right = np.intersect1d(first.features, second.features, assume_unique=True, return_indices=True)
     ours, theirs = _rows_of(first, left, len(common)), _rows_of(second, right, len(common))
@@ -120,7 +120,7 @@ def paired_difference(first: Scores, second: Scores) -> Estimate:
 
 
 def _rows_of(scores: Scores, kept: NDArray[np.intp], n: int) -> tuple[Ints, Ints, Floats]:
-    """Feature (renumbered along ``kept``), window and influence of the judgements of the kept features."""
+    """Feature (as an index into ``kept``), window and influence of the judgements of the kept features."""
     position = np.full(len(scores.features), -1, np.int64)
     position[kept] = np.arange(n)
     rows = position[scores.feature] >= 0
@@ -128,11 +128,12 @@ def _rows_of(scores: Scores, kept: NDArray[np.intp], n: int) -> tuple[Ints, Ints
 
 
 def difference(first: Scores, second: Scores, *, paired: bool) -> Estimate:
-    """Mean of first minus mean of second, between two rows of a table.
+    """Mean of first minus mean of second, for two rows of a table.
 
-    ``paired``: the same feature ids stand for the same features in both (two explainers of one dictionary, one token's
-    RQAE feature at two depths). Otherwise Welch: the two errors add in square, Welch–Satterthwaite degrees of freedom.
-    Welch ignores windows that both rows share; sharing makes the true error smaller, so it errs on the wide side.
+    ``paired``: whether equal feature ids mean the same feature in both, as for two explainers of one dictionary, or for
+    RQAE features of the same tokens at two depths. If not, this is Welch's method: the squared errors add up, with
+    Welch–Satterthwaite degrees of freedom. Welch ignores windows that both rows share; sharing makes the true error
+    smaller, so the computed error is at worst too large.
     """
     if paired:
         return paired_difference(first, second)

@@ -1,8 +1,8 @@
-"""Where the spread of feature scores comes from, and how many features it takes to tell two dictionaries apart.
+"""Splits the variance of feature scores by source, and estimates how many features a comparison of dictionaries needs.
 
-Pure. Works on the per-feature scores and influences of ``evalkit.stats.metrics``. A judgement's influence is its share
-of the error of its feature's score, so sums of squares of influences estimate variances of scores (see ``Spread``).
-The covariance of features that share windows is not included; see ``evalkit.stats.standard_errors``.
+Pure functions. Works on the per-feature scores and influences of ``evalkit.stats.metrics``. A judgement's influence is its
+contribution to the error of its feature's score, so sums of squared influences estimate variances of scores (see
+``Spread``). The covariance of features that share windows is left out; see ``evalkit.stats.standard_errors``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from evalkit.stats.metrics import Scores
 
 __all__ = ["Spread", "features_needed", "spread_of"]
 
-POWER = 0.8
+POWER = 0.8  # probability of detecting the difference that ``features_needed`` assumes
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The variance of a feature's score, split: ``features`` + ``examples`` + ``judge`` is its expectation.
+    """The variance of a feature's score, split into three parts whose sum estimates it.
 
-    ``features``: between features with a test of infinite length; never below 0. ``examples``: from the windows that a
-    test happens to show. ``judge``: from asking the same again, None where nothing was. ``n`` features, ``repeats`` of
-    a question. The last two are of the tests as they were held, so ``judge`` halves when all is asked twice as often.
+    ``n``: number of features.
+    ``repeats``: mean number of times that each question was asked.
+    ``features``: variance between features, as a test of infinite length would show it; at least 0.
+    ``examples``: variance from the choice of the windows in a test.
+    ``judge``: variance between repeats of the same question; None if no question was repeated.
+
+    ``examples`` and ``judge`` refer to tests of the size that was run; with twice as many repeats, ``judge`` would halve.
     """
 
     n: int
@@ -41,12 +45,15 @@ class Spread:
 
 
 def spread_of(scores: Scores) -> Spread | None:
-    """The split for one row; None below two features.
+    """The split for one row of a table; None for fewer than two features.
 
-    With Ψ_fw = Σ_r ψ_fwr the part of window w in the error of feature f's score, asked R times: the judge's part is Σ_w
-    R·s²_fw, s² the sample variance over repeats; that of the examples Σ_w Ψ²_fw · W/(W − 2) less the judge's part (two
-    degrees of freedom go to the two classes' means, one where there is one class); that of the features what is left of
-    the variance of scores. The method of moments of a nested analysis of variance.
+    This is the method of moments of a nested analysis of variance. Window w, asked R times, contributes Ψ_fw = Σ_r ψ_fwr to
+    the error of feature f's score. Per feature with W windows:
+
+        judge     Σ_w R·s²_fw, where s²_fw is the sample variance of ψ_fwr over repeats
+        examples  Σ_w Ψ²_fw · W/(W − 2), minus the judge's part; the means of the two classes take two degrees of
+                  freedom (if there is only one class, one)
+        features  the variance of the scores, minus the two parts above
     """
     n = len(scores.values)
     if n < 2:
@@ -71,9 +78,10 @@ def spread_of(scores: Scores) -> Spread | None:
 
 
 def features_needed(variance: float, apart: float = 0.02) -> int:
-    """Features per dictionary for 80% power to tell two means ``apart`` at the 95% level (two-sided, normal).
+    """Features per dictionary needed to detect a difference of ``apart`` between the means of two dictionaries.
 
-    ``variance`` is that of one feature's score, the same in both: n = 2·variance·(z₀.₉₇₅ + z₀.₈)²/apart².
+    For 80% power in a two-sided normal test at the 95% level: n = 2·variance·(z₀.₉₇₅ + z₀.₈)²/apart².
+    ``variance``: variance of one feature's score, assumed equal in both dictionaries.
     """
     z = float(stats.norm.ppf(0.975) + stats.norm.ppf(POWER))
     return max(2, math.ceil(2 * variance * z**2 / apart**2))

@@ -156,7 +156,7 @@ def test_dry_run_loads_no_model_and_writes_nothing(
     assert code == 0
     assert json.loads(out)["features"] == 4 * 4 and json.loads(out)["language_model"] is None
     code, out, _ = call(capsys, monkeypatch, "run", *options, "--dry-run")
-    assert code == 0 and "16 at most" in out and "No language model is asked." in out
+    assert code == 0 and "16 at most" in out and "No language model is used." in out
     assert not (tmp_path / "run").exists()
 
 
@@ -292,7 +292,7 @@ def test_ctrl_c_says_how_to_go_on(good: dict[str, object], tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.count("stopped; what is complete is kept, the same command goes on from there") == 1
+    assert err.count("stopped; finished work is kept; run the same command to resume") == 1
     assert "Traceback" not in err
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
 

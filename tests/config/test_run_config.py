@@ -26,12 +26,15 @@ def make(**options: object) -> RunConfig:
         ({"seed": None}, "seed: expected a whole number; seen None; fix: see `evalkit run --help`"),
         ({"force": "maybe"}, "force: expected true or false; seen 'maybe'; fix: see `evalkit run --help`"),
         ({"force": None}, "force: expected true or false; seen None; fix: see `evalkit run --help`"),
-        ({"corpus": 5}, "corpus: expected a text; seen 5; fix: see `evalkit run --help`"),
+        ({"corpus": 5}, "corpus: expected text; seen 5; fix: see `evalkit run --help`"),
         ({"cache": 5}, "cache: expected a path; seen 5; fix: see `evalkit run --help`"),
         ({"scorers": "fuzzing"}, "scorers: expected a list; seen 'fuzzing'; fix: see `evalkit run --help`"),
-        ({"scorers": (5,)}, "scorers.0: expected a text; seen 5; fix: see `evalkit run --help`"),
+        ({"scorers": (5,)}, "scorers.0: expected text; seen 5; fix: see `evalkit run --help`"),
         ({"client_options": 5}, "client_options: expected a table of options; seen 5; fix: see `evalkit run --help`"),
-        ({"dictionaries": ()}, "dictionaries: expected a list of at least 1; seen (); fix: see `evalkit run --help`"),
+        (
+            {"dictionaries": ()},
+            "dictionaries: expected a list of 1 or more entries; seen (); fix: see `evalkit run --help`",
+        ),
         (
             {"dictionaries": (5,)},
             "dictionaries.0: expected a path, or a table with path and options; seen 5; fix: see `evalkit run --help`",
@@ -46,7 +49,7 @@ def make(**options: object) -> RunConfig:
         ),
         (
             {"dictionaries": ({"path": "d", "sight": "layers.1"},)},
-            "dictionaries.0.sight: expected the name of an option; seen 'sight'; fix: did you mean 'site'?",
+            "dictionaries.0.sight: expected the name of an existing option; seen 'sight'; fix: did you mean 'site'?",
         ),
         (
             {"dtype": "int8"},
@@ -59,16 +62,16 @@ def make(**options: object) -> RunConfig:
         ),
         (
             {"n_positive": 9},
-            "n_positive: expected the name of an option; seen 'n_positive'; fix: did you mean 'n_positives'?",
+            "n_positive: expected the name of an existing option; seen 'n_positive'; fix: did you mean 'n_positives'?",
         ),
-        ({"qqq": 1}, "qqq: expected the name of an option; seen 'qqq'; fix: remove it"),
+        ({"qqq": 1}, "qqq: expected the name of an existing option; seen 'qqq'; fix: remove it"),
         (
             {"density_band": (0.1,)},
             "density_band.1: expected a value; seen none; fix: see `evalkit run --help`",
         ),
         (
             {"density_band": (0.1, 0.2, 0.3)},
-            "density_band: expected a list of at most 2; seen (0.1, 0.2, 0.3); fix: see `evalkit run --help`",
+            "density_band: expected a list of at most 2 entries; seen (0.1, 0.2, 0.3); fix: see `evalkit run --help`",
         ),
         (
             {"context_length": 16},
@@ -77,7 +80,7 @@ def make(**options: object) -> RunConfig:
         ),
         (
             {"feature_ids": ("1",)},
-            "feature_ids: expected as many ids as n_features, 50; seen 1 ids; fix: set n_features to the number of ids",
+            "feature_ids: expected as many ids as n_features (50); seen 1 ids; fix: set n_features to the number of ids",
         ),
         ({"depths": (16, 16)}, "depths: expected each depth once; seen (16, 16); fix: remove the repeated depths"),
     ],
@@ -110,7 +113,7 @@ def test_read_toml(tmp_path: Path) -> None:
     good = tmp_path / "run.toml"
     good.write_text('model = "m"\n')
     assert read_toml(good) == {"model": "m"}
-    with pytest.raises(MissingFile, match=r"nothing\.toml: expected a TOML file; seen nothing there"):
+    with pytest.raises(MissingFile, match=r"nothing\.toml: expected a TOML file; seen no such file"):
         read_toml(tmp_path / "nothing.toml")
     good.write_text("model = \n")
     with pytest.raises(BadConfig, match="line 1"):

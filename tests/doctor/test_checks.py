@@ -515,7 +515,7 @@ def test_options_of_no_client_are_refused() -> None:
     result = call("--base-url", "http://localhost:1/v1")
     assert isinstance(result.exception, BadConfig)
     assert str(result.exception) == (
-        "--base-url: expected a client to use it; seen no --client; fix: add --client NAME:VALUE"
+        "--base-url: expected a client that uses it; seen no --client; fix: add --client NAME:VALUE"
     )
 
 

@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_the_batches_and_says_so(folder: Path) -> None:
         assert process.finish(10) == 130 and time.monotonic() - stopped < 3
         said = " ".join(process.said.split())
         assert "keeps working on 11 requests in batches (1); the same command fetches their answers" in said
-        assert "the same command goes on from there" in said and "Traceback" not in said
+        assert "run the same command to resume" in said and "Traceback" not in said
         assert "waiting for" not in said
         other = command(folder, server, "openai")
         assert other.finish() == 0, other.said

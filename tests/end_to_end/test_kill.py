@@ -338,7 +338,7 @@ def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_
     recorded = scoring.recorded(tmp_path)
     assert set(finished) <= set(recorded)
     assert "Traceback" not in process.said and re.search("waiting for [1-4] requests that were sent", process.said)
-    typed = process.said.partition("the same command goes on from there:\n")[2].splitlines()[0]
+    typed = process.said.partition("run the same command to resume:\n")[2].splitlines()[0]
 
     with serving(tmp_path / "more.jsonl", 0, server.port) as server:
         subprocess.run(typed, shell=True, check=True, cwd=ROOT, capture_output=True)
@@ -395,7 +395,7 @@ def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
         assert process.process.poll() is None  # it waits
         process.process.send_signal(signal.SIGINT)
         assert process.finish(10) == 130
-        assert "Traceback" not in process.said and process.said.count("the same command goes on from there") == 1
+        assert "Traceback" not in process.said and process.said.count("run the same command to resume") == 1
         assert re.search(r"process \d+ waits for what was sent and records it", process.said)
 
 

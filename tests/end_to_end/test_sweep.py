@@ -67,10 +67,13 @@ def test_keys_and_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('modle = "m"', r"s\.toml: modle: expected some of the keys .*; fix: did you mean model\?"),
-        ('model = "m"', r"s\.toml: dictionaries: expected a value; seen none"),
+        ('modle = "m"', r"s\.toml: modle: expected one of the keys .*; fix: did you mean model\?"),
+        ('model = "m"', r"s\.toml: dictionaries: expected a list; seen none"),
         ('model = "m"\ndictionaries = ["d"]\nfeatures = "many"', r"--features: expected 50 .*; seen 'many'"),
-        ('model = "m"\ndictionaries = ["d"]\nfeatures = 5\nn_features = 6', r"features: expected it, or its parts"),
+        (
+            'model = "m"\ndictionaries = ["d"]\nfeatures = 5\nn_features = 6',
+            r"features: expected either features, or n_features,",
+        ),
         ('model = "m"\ndictionaries = [{path = "d", sites = 3}]', r"dictionaries\.0.*sites|dictionaries\.0"),
         ('model = "m"\ndictionaries = ["d"]\nseed = "x"', r"seed: expected a whole number; seen 'x'"),
         ("model = ", r"expected valid TOML"),

@@ -181,7 +181,7 @@ def test_too_few_tokens_are_no_verdict(layers: Layers) -> None:
     batch = Tokens().batch(np.arange(1))
     batch.valid[:, 20:] = False
     report = check_fit(right, pairs, gather_states(layers, [batch], [read for read, _ in pairs]))
-    assert report.refusal is None and report.warnings == ("no fit check: 19 tokens, 64 needed",)
+    assert report.refusal is None and report.warnings == ("fit check skipped: it needs 64 tokens, the sample has 19",)
     batch.valid[:] = False
     assert check_fit(right, pairs, gather_states(layers, [batch], [read for read, _ in pairs])).refusal is None
 

@@ -90,7 +90,7 @@ def test_an_export_says_how_often_its_features_fire(export: Path, tmp_path: Path
     assert kept["further"]["most"][0] == {"latent": max(shares, key=shares.get), "rate": max(shares.values())}  # type: ignore[arg-type]
     assert kept["further"]["median"] == pytest.approx(np.median(list(shares.values())))
     _, text, _ = inspect(*arguments)
-    assert "as the export says" in text and "latent" not in text.replace("| latents |", "")
+    assert "as declared by the export" in text and "latent" not in text.replace("| latents |", "")
     assert {path.name for path in (tmp_path / "look" / "plots").iterdir()} == {"density.png", "density.svg"}
 
 

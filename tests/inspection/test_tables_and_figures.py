@@ -90,7 +90,7 @@ def test_markdown_rounds_and_carries_notes(tmp_path: Path) -> None:
     assert "| 1     | 0.5000 | 0.4000     | 0.1000      | 0.9900           | 0.9800           |" in text
     assert "| 4     | 0.500 ± 0.500 | 3/3      |" in text
     assert "| depth | encoder column, top | encoder column, median | top example, top | top example, median |" in text
-    assert "| random directions  | –         | exact    | 70.00% | 0.2000 |" in text
+    assert "| random directions  | –      | exact    | 70.00% | 0.2000 |" in text
     shown = [
         line.split("|")[1].strip()
         for line in text.split("## Layer weights")[1].split("##")[0].splitlines()

@@ -212,7 +212,7 @@ def test_features_with_one_class_only_are_left_out_and_said(frames: RunFrames) -
     assert after["n_ineligible"] == before["n_ineligible"]
     lines = footer(changed, summary_table(changed))
     assert any(
-        line.startswith("Some features have no score, for lack of answers or of one of the two classes: ")
+        line.startswith("Some features have no score, because answers or one of the two classes are missing: ")
         for line in lines
     )
 
@@ -387,7 +387,7 @@ def test_features_of_an_rqaes_density_have_rows_of_their_own(frames: RunFrames) 
 
 
 def test_the_footer_says_how_many_features_it_takes(frames: RunFrames, table: pd.DataFrame) -> None:
-    (line,) = [line for line in footer(frames, table) if line.startswith("Features of each dictionary")]
+    (line,) = [line for line in footer(frames, table) if line.startswith("Features per dictionary needed")]
     real = table.query("metric == 'auroc' and scorer == 'detection' and not kind.str.startswith('null')")
     z = scipy_stats.norm.ppf(0.975) + scipy_stats.norm.ppf(0.8)
     expected = int(np.median(np.ceil(2 * real["n_features"] * real["se"] ** 2 * z**2 / 0.02**2)))

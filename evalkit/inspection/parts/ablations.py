@@ -1,4 +1,4 @@
-"""The two ablations that next-token losses are compared with. Knows hidden states, no dictionaries and no files."""
+"""The two ablations to compare next-token losses with. Knows hidden states, but no dictionaries and no files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ablations"]
 
 
 def ablations(mean: torch.Tensor, d_model: int) -> dict[str, Replacement]:
-    """Replace hidden states (…, d_model) with zeros ("zero") or with their mean (d_model,) ("mean")."""
+    """Two replacements of hidden states (…, d_model): by zeros ("zero") and by ``mean`` (d_model,) ("mean")."""
 
     def at_mean(hidden: torch.Tensor) -> torch.Tensor:
         return mean.to(hidden.device).expand(*hidden.shape[:-1], d_model)

@@ -1,4 +1,4 @@
-"""Drawing helpers that the figures of every kind of dictionary share. Knows matplotlib, no parts and no files."""
+"""Drawing helpers shared by the figures of all kinds of dictionaries. Knows matplotlib, but no parts and no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DASHES = (0, (4, 2))
 
 
 def panels(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
-    """So many panels side by side, tidied."""
+    """Adds ``count`` panels side by side, in the house style."""
     found: list[Axes] = list(figure.subplots(1, max(count, 1), squeeze=False, sharey=share)[0])
     for axes in found:
         style.tidy(axes)
@@ -24,7 +24,7 @@ def panels(figure: Figure, count: int, *, share: bool = False) -> list[Axes]:
 
 
 def head(axes: Axes, letter: str, title: str) -> None:
-    """The letter and title above a panel."""
+    """Writes a letter and a title above a panel."""
     for text, indent, weight in ((letter, 0, "bold"), (title, 12, "normal")):
         axes.annotate(
             text, xy=(0, 1), xycoords="axes fraction", xytext=(indent, 6), textcoords="offset points", fontsize=9,
@@ -33,12 +33,12 @@ def head(axes: Axes, letter: str, title: str) -> None:
 
 
 def percent(axes: Axes) -> None:
-    """Shares on the value axis as percentages."""
+    """Shows the shares on the value axis as percentages."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
 def say(axes: Axes, x: float, y: float, text: str, *, above: bool, indent: float = 0, align: str = "left") -> None:
-    """A small grey remark beside a point."""
+    """Writes a small grey remark next to a point."""
     axes.annotate(
         text, (x, y), xytext=(indent, 3 if above else -3), textcoords="offset points", ha=align,
         va="bottom" if above else "top", fontsize=7.5, color="#555555",

@@ -1,7 +1,7 @@
 """The saved state of an inspection: one JSON file per part with its arguments, and the identity of the folder's codes.
 
-A part saved for the same arguments is loaded instead of measured again. Does not interpret the contents of parts. Reads
-and writes ``PART.json`` and ``inspect.json`` in one folder, atomically.
+A part that was saved with the same arguments is loaded instead of measured again. Does not interpret the contents of
+parts. Reads and writes ``PART.json`` and ``inspect.json`` in one folder, atomically.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["Part", "bind", "digest", "load_part", "save_part"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One part of an inspection. JSON values only; NaN is None.
+    """One part of an inspection. Holds JSON values only; NaN is stored as None.
 
-    arguments: everything that the numbers depend on.
-    rows: of its table.
-    further: other data that its figure needs.
-    notes: lines to print below the table.
-    seconds: how long it took to measure.
+    ``arguments``: everything that the numbers depend on.
+    ``rows``: the rows of its table.
+    ``further``: other data that its figure needs.
+    ``notes``: lines to print below the table.
+    ``seconds``: the time that the measurement took.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Part:
 
 
 def save_part(folder: Path, part: Part) -> Part:
-    """Write the part; return it as it will be loaded. Raises StorageError."""
+    """Write the part and return it in the form in which it will be loaded. Raises StorageError."""
     values = _plain(asdict(part))
     write_bytes(folder / f"{part.name}.json", (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
     return Part(**values)
 
 
 def load_part(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None:
-    """The saved part if its arguments are these, else None. An unreadable file counts as missing."""
+    """The saved part if it has these arguments, otherwise None. An unreadable file counts as missing."""
     try:
         part = Part(**json.loads((folder / f"{name}.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -60,7 +60,10 @@ def load_part(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None
 
 
 def bind(folder: Path, identity: dict[str, Any]) -> None:
-    """Record the identity of the tokens and codes in the folder, or check it. Raises RunMismatch, BadFile."""
+    """Record the identity of the tokens and codes in the folder, or compare it with the recorded one.
+
+    Raises RunMismatch if the folder holds codes with another identity, and BadFile if the record cannot be read.
+    """
     path, wanted = folder / "inspect.json", _plain(identity)
     found: dict[str, Any] | None = None
     if path.exists():
@@ -83,7 +86,7 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
             seen=f"{key} = {found.get(key)!r}",
             fix="use another --out, or delete the folder to start over",
         )
-    if found is not None:  # nothing was encoded yet, so an attempt with wrong options may be replaced
+    if found is not None:  # nothing is encoded yet, so the files of an attempt with other options can be deleted
         for name in ("corpus", "latents"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for limit in folder.glob("norm_limit*.json"):
@@ -92,10 +95,10 @@ def bind(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A hash of everything that defines a dictionary: equal parts in equal order give the same hash.
+    """A hash of everything that defines a dictionary; equal parts in the same order give the same hash.
 
-    Tensors count by shape and values; tensors on disk, which may have gigabytes, by path, size and modification time;
-    dataclasses by their fields; anything else by its repr. None is left out.
+    A tensor enters with its shape and values; a tensor on disk, which may have gigabytes, with the path, size and
+    modification time of its file; a dataclass with its fields; anything else with its repr. None is skipped.
     """
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -105,7 +108,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _pieces(part: Any) -> Iterator[Any]:
-    """The bytes of a value that enter the hash."""
+    """The bytes that represent a value in the hash."""
     if part is None:
         return
     if isinstance(part, torch.Tensor):

@@ -1,6 +1,6 @@
-"""The part ``density`` of an inspection: how many features fire how often.
+"""The part ``density`` of an inspection: the distribution of firing rates over features.
 
-Takes the shares of tokens, measured on a text or declared by an export.
+The rates are measured on a corpus or declared by an export.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from evalkit.inspection.parts.measured import Measured, Rows
 
 __all__ = ["RATE_EDGES", "firing_shares"]
 
-RATE_EDGES = np.linspace(
-    -6, 0, 25
-)  # log10 of the share of tokens a feature fires on; rarer ones count in the first bin
+# Bins of log10 of the share of tokens on which a feature fires; rarer features count in the first bin.
+RATE_EDGES = np.linspace(-6, 0, 25)
 
 
 def firing_shares(
     rates: NDArray[np.float64], features: NDArray[np.int64], n_tokens: int | None, features_are: str = "latents"
 ) -> Measured:
-    """The histogram of ``rates`` (n,), the shares of tokens on which ``features`` (n,) fire. ``n_tokens`` None: unknown."""
+    """The histogram of firing rates.
+
+    ``rates``: (n,), the share of tokens on which each feature fires.
+    ``features``: (n,), the ids of the features.
+    ``n_tokens``: the number of tokens measured; None if an export declares the rates.
+    ``features_are``: the word for the features in figures and notes, in the plural.
+    """
     alive = rates[rates > 0]
     counts = np.histogram(np.clip(np.log10(alive), RATE_EDGES[0], 0), RATE_EDGES)[0]
     rows: Rows = [{"low": None, "high": None, "latents": int((rates == 0).sum())}]
@@ -42,11 +47,11 @@ def firing_shares(
         "features_are": features_are,
     }
     most = ", ".join(f"{one['latent']} ({one['rate']:.1%})" for one in further["most"][:5])
-    of = "of tokens, as the export says," if n_tokens is None else f"of {n_tokens:,} tokens"
+    of = "of tokens, as declared by the export," if n_tokens is None else f"of {n_tokens:,} tokens"
     notes = [
-        f"Bins of log10 of the share {of} on which one of the {features_are} fires; median of those that do: "
+        f"log10 rate: log10 of the share {of} on which each of the {features_are} fires. Median of those that fire: "
         f"{_rate(median)}.",
-        f"Most often: {most or 'none'}.",
+        f"Most frequent: {most or 'none'}.",
     ]
     return Measured(rows, further, notes)
 

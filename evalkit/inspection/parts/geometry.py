@@ -1,4 +1,4 @@
-"""The part ``geometry`` of an inspection: how close the directions of a dictionary lie to each other.
+"""The part ``geometry`` of an inspection: how similar the directions of a dictionary are to each other.
 
 Turns the neighbours found by ``nearest_rows`` into table rows, figure data and notes, for any matrix.
 """
@@ -22,9 +22,9 @@ from evalkit.util.tensor_files import Matrix
 __all__ = ["geometry"]
 
 _COSINE_EDGES = np.linspace(-1, 1, 201)
-_FINE_EDGES = np.linspace(-1, 1, 2001)  # of the curve of random directions
+_FINE_EDGES = np.linspace(-1, 1, 2001)  # bins of the curve of random directions
 _RANKS = (1, 10, 100)
-_SIMULATED_UP_TO = 16_384  # rows; above this, drawing random directions for their in-degrees takes too long
+_SIMULATED_UP_TO = 16_384  # with more rows, simulating the in-degrees of random directions takes too long
 
 
 def geometry(
@@ -34,7 +34,10 @@ def geometry(
     rows_are: str = "decoder rows",
     features_are: str = "latents",
 ) -> Measured:
-    """The nearest neighbours of the rows of (n, d) by cosine, beside those of random directions."""
+    """The nearest neighbours by cosine of the rows of ``matrix`` (n, d), with those of random directions to compare.
+
+    ``rows_are``, ``features_are``: the words for rows and features in figures and notes, in the plural.
+    """
     device = usable_device(settings.device)
     found = nearest_rows(matrix, settings.seed, progress, device)
     n, dim = found.total - found.zero, int(matrix.shape[1])
@@ -86,7 +89,7 @@ def _ordinal(rank: int) -> str:
 
 
 def _random_degrees(n: int, dim: int, seed: int, device: str) -> NDArray[np.int64] | None:
-    """How often each of n random directions is the nearest of another; None where drawing them would take long."""
+    """How often each of n random directions is the nearest neighbour of another; None if that takes too long."""
     if not 1 < n <= _SIMULATED_UP_TO:
         return None
     generator = torch.Generator().manual_seed(derive(seed, "random directions") % 2**63)
@@ -105,13 +108,13 @@ def _degree_row(found: Neighbours, random: NDArray[np.int64] | None, features_ar
 
 def _notes(found: Neighbours, dim: int, rows_are: str) -> list[str]:
     notes = [
-        f"Cosines of {found.total:,} {rows_are}. random: that of as many random directions in {dim} dimensions, in which "
-        "on average so many rows have a nearer neighbour; the largest in-degree is that of one draw of them.",
+        f"Cosines of {found.total:,} {rows_are}. random: the same for as many random directions in {dim} dimensions; "
+        "cosines are expected values, the in-degree is that of one random draw.",
     ]
     if found.sampled:
         notes.append(
-            f"Above {ALL_UP_TO:,} rows a sample drawn by hash looks for its neighbours: {len(found.rows):,} rows against "
-            "all. Ranks and in-degrees are among these."
+            f"With more than {ALL_UP_TO:,} rows, neighbours are searched for a random sample of {len(found.rows):,} rows, "
+            "among all rows. Ranks and in-degrees refer to the sample."
         )
     if found.zero:
         notes.append(f"{found.zero:,} rows are zero and left out.")

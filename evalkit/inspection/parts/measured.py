@@ -12,7 +12,7 @@ Rows: TypeAlias = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """The rows of a part's table, what else its figure needs, and notes to print below (see ``cache.Part``)."""
+    """The rows of a part's table, further data for its figure, and notes to print below (see ``cache.Part``)."""
 
     rows: Rows
     further: dict[str, Any] = field(default_factory=dict)

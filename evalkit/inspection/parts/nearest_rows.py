@@ -1,7 +1,7 @@
-"""The nearest neighbour by cosine of every row of a matrix, and the same for random rows.
+"""Finds the nearest neighbour by cosine of every row of a matrix, and gives the distribution for random rows.
 
-Exact products in float32, tile by tile, so that a decoder on disk is never loaded whole. Above a limit, neighbours are
-searched for a hashed sample of rows, among all rows. Works on matrices only.
+Computes exact products in float32, tile by tile, so that a decoder on disk is never loaded whole. For a large matrix,
+neighbours are searched only for a sample of rows, but among all rows; the sample is drawn by hash. Knows only matrices.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from evalkit.util.tensor_files import Matrix, take
 
 __all__ = ["ALL_UP_TO", "SAMPLE", "Neighbours", "nearest_rows", "random_nearest", "random_rank"]
 
-ALL_UP_TO = 131_072  # rows; above this, neighbours are searched for SAMPLE rows only
+ALL_UP_TO = 131_072  # with more rows, neighbours are searched for only SAMPLE of them
 SAMPLE = 16_384
-_QUERIES = 1 << 14  # rows whose neighbours are searched at a time
-_TILE = 1 << 11  # rows they are compared with at a time
-_NONE = -2.0  # below every cosine
+_QUERIES = 1 << 14  # rows whose neighbours are searched at the same time
+_TILE = 1 << 11  # rows with which they are compared at the same time
+_NONE = -2.0  # stands for "no neighbour"; lower than every cosine
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,12 +37,12 @@ Ints = NDArray[np.int64]
 class Neighbours:
     """Nearest neighbours of the rows of a matrix.
 
-    rows: (m,), ascending.
-    nearest: (m,), for each of ``rows`` the nearest other row of the matrix.
-    cosines: (m,), with that row.
-    total: rows of the matrix.
-    zero: rows that are zero; they have no direction and are neither in ``rows`` nor a neighbour.
-    sampled: whether ``rows`` is a sample.
+    ``rows``: (m,), ascending.
+    ``nearest``: (m,), for each of ``rows``, the nearest other row of the matrix.
+    ``cosines``: (m,), the cosine with that row.
+    ``total``: number of rows of the matrix.
+    ``zero``: number of zero rows; these have no direction and are neither in ``rows`` nor a neighbour.
+    ``sampled``: whether ``rows`` is a sample.
     """
 
     rows: Ints
@@ -54,13 +54,13 @@ class Neighbours:
 
     @property
     def in_degrees(self) -> Ints:
-        """For each row of the matrix, (total,): how many of ``rows`` have it as their nearest neighbour."""
+        """(total,), for each row of the matrix, how many of ``rows`` have it as their nearest neighbour."""
         found: Ints = np.bincount(self.nearest, minlength=self.total)
         return found
 
 
 def nearest_rows(matrix: Matrix, seed: int = 0, progress: Progress = SILENT, device: str = "cpu") -> Neighbours:
-    """The nearest neighbour by cosine of the rows of (n, d); the first of equally near ones. Raises BadFile."""
+    """The nearest neighbour by cosine of each row of ``matrix`` (n, d); of equally near rows, the first. Raises BadFile."""
     n = int(matrix.shape[0])
     sampled = n > ALL_UP_TO
     order = np.argsort(hash_priorities(derive(seed, "decoder rows"), np.arange(n)), kind="stable") if sampled else None
@@ -100,31 +100,31 @@ def _search(matrix: Matrix, chosen: Ints, queries: Tensor, device: str) -> tuple
 
 
 def _directions(matrix: Matrix, index: Ints | slice, device: str) -> tuple[Tensor, Tensor]:
-    """The chosen rows at length 1, and which of them are zero."""
+    """The chosen rows scaled to length 1, and a mask of those that are zero."""
     rows = take(matrix, index, 0).to(device)
     lengths = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths)), lengths[:, 0] == 0
 
 
 def random_nearest(edges: Floats, n: int, dim: int) -> Floats:
-    """The density, between neighbouring ``edges``, of a row's largest cosine with n - 1 random directions, ``dim`` ≥ 2."""
+    """The density, in each bin of ``edges``, of a row's largest cosine with n - 1 random directions, for ``dim`` ≥ 2."""
     share = _below(dim)(edges) ** (n - 1)
     return np.diff(share) / np.diff(edges)
 
 
 def random_rank(rank: int, queries: int, n: int, dim: int) -> float:
-    """The cosine that ``rank`` of ``queries`` rows, on average, exceed with their nearest of n random directions."""
+    """The nearest-neighbour cosine that, on average, ``rank`` of ``queries`` rows exceed, among n random directions."""
     share = max(0.0, 1 - rank / queries)
     if share == 0:
         return -1.0
-    tail = -np.expm1(np.log(share) / (n - 1))  # of one pair: 1 - F(t)
+    tail = -np.expm1(np.log(share) / (n - 1))  # for a single pair: 1 - F(t)
     if tail >= 0.5:
         return float(-np.sqrt(beta.isf(min(1.0, 2 * (1 - tail)), 0.5, (dim - 1) / 2)))
     return float(np.sqrt(beta.isf(2 * tail, 0.5, (dim - 1) / 2)))
 
 
 def _below(dim: int) -> Callable[[Floats], Floats]:
-    """The chance that the cosine of two random directions is below t: cos² is Beta(1/2, (dim - 1)/2)."""
+    """The probability that the cosine of two random directions is below t: cos² is Beta(1/2, (dim - 1)/2)."""
 
     def share(t: Floats) -> Floats:
         inside = betainc(0.5, (dim - 1) / 2, np.clip(t, -1, 1) ** 2)

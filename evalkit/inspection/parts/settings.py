@@ -1,6 +1,6 @@
-"""The options of an inspection, and their checks.
+"""The options of an inspection and their validation.
 
-Opens no files. The device changes numbers by rounding only and is not part of the identity.
+Opens no files. The device is not part of an inspection's identity, because it changes numbers only by rounding.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from evalkit.errors import BadConfig
 
 __all__ = ["PARTS", "PARTS_OF", "Settings", "parse_depths", "parse_parts"]
 
-# in the order of the tables; "sae" needs an SAE to compare the RQAE with
+# In the order of the tables. The part "sae" needs an SAE to compare the RQAE with.
 PARTS = ("prefixes", "cosines", "layers", "fit", "ranks", "sae")
-# "loss" needs the whole model, so it is measured on request only
+# The part "loss" runs the whole model, so it is measured only on request.
 _SAE_PARTS = ("fit", "density", "geometry", "loss")
 PARTS_OF = {
     "rqae": PARTS,
@@ -30,11 +30,18 @@ _DEPTHS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One inspection. ``max_tokens`` bounds the corpus, ``fit_tokens`` the sample for FVU, firing counts and losses.
+    """The options of one inspection. Raises BadConfig if a value is invalid.
 
-    ``model`` None is the one that the dictionary names, ``format_name`` None the format that its files show, ``depths``
-    None the usual ones. ``sae`` is another dictionary of the same site. Counts are in features (``features``), tokens
-    (``top``), contexts (``examples``) and pairs (``pairs``). Raises BadConfig.
+    ``model``, ``site``: None: those that the dictionary names.
+    ``sae``: an SAE for the same site as the RQAE, to compare it with.
+    ``format_name``: format of the dictionary; None: detected from its files.
+    ``max_tokens``: tokens of the corpus to use.
+    ``fit_tokens``: tokens on which FVU, firing counts and losses are measured.
+    ``features``: number of features in the part "ranks" and of latents in the part "sae".
+    ``depths``: depths of an RQAE; None: a default list up to the full depth.
+    ``pairs``: number of pairs of codes of each kind in the part "cosines".
+    ``top``: number of tokens per feature in the part "ranks".
+    ``examples``: number of contexts per latent and set in the part "sae".
     """
 
     dictionary: str
@@ -66,40 +73,47 @@ class Settings:
             raise BadConfig("dtype", expected="bfloat16 or float32", seen=repr(self.dtype), fix="use one of these")
 
     def depths_of(self, quantizers: int) -> tuple[int, ...]:
-        """The depths to measure for an RQAE with this many quantizers, ascending. Raises BadConfig."""
+        """The depths to measure for an RQAE with ``quantizers`` quantizers, ascending.
+
+        Raises BadConfig if a depth is outside 1 to ``quantizers``.
+        """
         if self.depths is None:
             return tuple(sorted({*(depth for depth in _DEPTHS if depth < quantizers), quantizers}))
         if not self.depths or not all(0 < depth <= quantizers for depth in self.depths):
             raise BadConfig(
                 "depths",
-                expected=f"depths from 1 to {quantizers}, the RQAE's quantizers",
+                expected=f"depths from 1 to {quantizers}, the number of quantizers of the RQAE",
                 seen=", ".join(map(str, self.depths)) or "none",
-                fix="leave --depths out, or name some of these",
+                fix="leave --depths out, or give depths in this range",
             )
         return tuple(sorted(set(self.depths)))
 
     def text(self) -> dict[str, Any]:
-        """The options that the tokens and hidden states depend on; a folder holds the codes for one choice of them."""
+        """The options that tokens and hidden states depend on; a folder holds the codes for one set of their values."""
         names = ("model", "corpus", "site", "max_tokens", "context_length", "text_field", "split", "revision", "dtype")
         return {name: getattr(self, name) for name in names}
 
 
 def parse_depths(text: str | None) -> tuple[int, ...] | None:
-    """``16,64,256`` as numbers; None stays None. Raises BadConfig."""
+    """Parses ``16,64,256`` into numbers; None stays None. Raises BadConfig for anything else."""
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise BadConfig(
-            "depths", expected="numbers with commas between them", seen=repr(text), fix="write for example 16,64,256"
+            "depths", expected="whole numbers separated by commas", seen=repr(text), fix="for example 16,64,256"
         ) from error
 
 
 def parse_parts(only: Sequence[str], *, has_sae: bool, kind: str = "rqae") -> tuple[str, ...]:
-    """The parts asked for, each given by name or several with commas, of a dictionary of some kind. Raises BadConfig.
+    """The parts to measure for a dictionary of kind ``kind``, in the order of the tables.
 
-    Without a name: all possible parts except those on request; ``all`` includes these.
+    ``only``: names of parts; an entry may be a comma-separated list. Empty: all possible parts except those measured only
+        on request. "all": all possible parts.
+    ``has_sae``: whether there is an SAE to compare with, which the part "sae" needs.
+
+    Raises BadConfig for an unknown part, and for the part "sae" without an SAE.
     """
     known = PARTS_OF[kind]
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
@@ -107,10 +121,10 @@ def parse_parts(only: Sequence[str], *, has_sae: bool, kind: str = "rqae") -> tu
         if name not in (*known, "all"):
             whose = "" if kind == "rqae" else f", the parts of a dictionary of kind {kind}"
             raise BadConfig(
-                "--only", expected=f"some of {', '.join(known)}{whose}", seen=repr(name), fix="name one of these"
+                "--only", expected=f"some of {', '.join(known)}{whose}", seen=repr(name), fix="use one of these"
             )
         if name == "sae" and not has_sae:
-            raise BadConfig("--only sae", expected="a dictionary to compare with", seen="none", fix="add --sae DICT")
+            raise BadConfig("--only sae", expected="an SAE to compare with", seen="none", fix="add --sae DICT")
     possible = [name for name in known if name != "sae" or has_sae]
     wanted = names or [name for name in possible if name not in _ON_REQUEST]
     return tuple(name for name in known if name in (possible if "all" in wanted else wanted))

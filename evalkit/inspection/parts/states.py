@@ -1,9 +1,9 @@
 """The inputs of an inspection's measurements, computed on first use: subject model, contexts, hidden states, codes.
 
-``States`` serves every kind of dictionary. ``RqaeStates`` adds one pass over the corpus that encodes all tokens and, if an
-SAE is compared, records where its latents fire. The pass can be interrupted and resumes; results on disk are reused.
-Hidden states are never stored: parts that need them compute them again. Writes ``corpus/``,
-``codes/``, ``latents/`` and ``norm_limit.json`` (``norm_limit_out.json`` for a transcoder) under the inspection's folder.
+``States`` serves every kind of dictionary. ``RqaeStates`` adds one pass over the corpus that encodes all tokens and, if
+there is an SAE to compare with, records where its latents fire. After an interruption the pass resumes, and results on disk
+are reused. Hidden states are never stored: parts that need them compute them again. Reads and writes ``corpus/``,
+``codes/``, ``latents/`` and ``norm_limit.json`` (for a transcoder also ``norm_limit_out.json``) in the inspection's folder.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 __all__ = ["RqaeStates", "States"]
 
 Ints = NDArray[np.int64]
-_FORWARD = 16  # contexts per forward
-_LIMIT_CONTEXTS = 32  # on which the norm limit of attention sinks is measured
+_FORWARD = 16  # contexts per forward pass
+_LIMIT_CONTEXTS = 32  # contexts on which the norm limit of attention sinks is measured
 
 
 class States:
-    """The subject model at a dictionary's site, the corpus, and hidden states of it.
+    """The subject model, the corpus, and hidden states at a dictionary's site.
 
-    ``whole``: load the whole model, because losses will be measured.
+    ``whole``: whether to load the whole model, which measuring losses requires.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class States:
 
     @cached_property
     def subject(self) -> Subject:
-        """The subject model, read at the site and, of a transcoder, at the one it reconstructs."""
+        """The subject model, read at the dictionary's site and, for a transcoder, at the site it reconstructs."""
         settings = self._settings
         if self._whole:
             return self.language.subject
@@ -98,7 +98,7 @@ class States:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The contexts."""
+        """The corpus, tokenised into contexts."""
         settings = self._settings
         return tokenize_corpus(
             settings.corpus,
@@ -114,7 +114,7 @@ class States:
 
     @cached_property
     def limit(self) -> float:
-        """The norm above which a state is an attention sink's: ten times the median of some contexts' tokens."""
+        """The norm above which a state counts as an attention sink, from the median norm of a sample of contexts."""
         return self._limit_at(self.site, "norm_limit.json")
 
     def _limit_at(self, site: str, file: str) -> float:
@@ -138,20 +138,23 @@ class States:
         return limit
 
     def sample(self, purpose: str, tokens: int, seed: int = 0) -> Ints:
-        """Contexts drawn by hash, ascending, with at least this many tokens in total (or all contexts)."""
+        """Contexts drawn by hash, ascending, with at least ``tokens`` tokens in total; all if the corpus has fewer."""
         corpus = self.corpus
         order = np.argsort(hash_priorities(derive(seed, purpose), np.arange(corpus.n_contexts)), kind="stable")
         before = np.cumsum(corpus.lengths[order]) - corpus.lengths[order]
         return np.sort(order[before < tokens])
 
     def hidden(self, contexts: Ints) -> Iterator[Tensor]:
-        """Raw hidden states (n, d_model) of the contexts' valid tokens without attention sinks, batch by batch."""
+        """Raw hidden states (n, d_model) of the contexts' valid tokens, without attention sinks, batch by batch."""
         for batch in self._batches(contexts):
             states = self._hidden(batch)
             yield states[valid_tokens(states, batch, self.limit)]
 
     def pairs(self, contexts: Ints) -> Iterator[tuple[Tensor, Tensor]]:
-        """States (n, d_in) at the site and (n, d_out) at the one reconstructed, of valid tokens, sinks at either out."""
+        """States (n, d_in) at the site read and (n, d_out) at the site reconstructed, batch by batch.
+
+        Covers the contexts' valid tokens, without those that are an attention sink at either site.
+        """
         out_limit = self.limit if self.out == self.site else self._limit_at(self.out, "norm_limit_out.json")
         for batch in self._batches(contexts):
             states = self.subject.hidden(batch.token_ids)
@@ -168,9 +171,10 @@ class States:
 
 
 class RqaeStates(States):
-    """The inputs of an RQAE's measurements. ``source`` is the RQAE at full depth.
+    """The inputs of an RQAE's measurements.
 
-    ``latents``: a name and the latents of an SAE to record; None: none.
+    ``source``: the RQAE at full depth.
+    ``latents``: the SAE latents to record, with a name for the folder of the record; None to record none.
     """
 
     def __init__(
@@ -195,7 +199,7 @@ class RqaeStates(States):
 
     @property
     def rqae(self) -> RQAE:
-        """The RQAE itself."""
+        """The RQAE's model."""
         return self.source.encoder.model
 
     @cached_property
@@ -217,14 +221,14 @@ class RqaeStates(States):
 
     @cached_property
     def tokens(self) -> Ints:
-        """The number of each token of the code store, context × length + position, rising."""
+        """The number of each token of the code store, context × context length + position, ascending."""
         places = self.codes.places.astype(np.int64)
         return places[:, 0] * self.corpus.context_length + places[:, 1]
 
     @cached_property
     def activations(self) -> Activations:
-        """Where the recorded latents fire. Raises BadFile for a damaged record."""
-        _ = self.codes  # runs the pass that records them, unless it is done
+        """Where the recorded latents fire. Raises BadFile if the record is damaged."""
+        _ = self.codes  # runs the pass that records them, unless it has already run
         if missing := self._shards.missing():
             task = self._progress.start("record latents", len(missing), "shards")
             for shard in missing:
@@ -234,7 +238,10 @@ class RqaeStates(States):
         return self._shards.read(0)
 
     def normed(self, rows: Ints) -> Iterator[tuple[Ints, Tensor]]:
-        """For rising rows of the code store, final-normed states (n, d_model) by and by, and their places in ``rows``."""
+        """Final-normed states (n, d_model) for rows of the code store, batch by batch, with their indices into ``rows``.
+
+        ``rows``: ascending.
+        """
         places = self.codes.places[rows].astype(np.int64)
         task = self._progress.start("hidden states", len(rows), "tokens")
         for batch in self._batches(np.unique(places[:, 0])):
@@ -250,7 +257,7 @@ class RqaeStates(States):
         return Collection(self._folder / "latents" / name, self.corpus.n_contexts, self.corpus.context_length)
 
     def _read_shard(self, shard: int, limit: float) -> tuple[Tensor, Ints]:
-        """Final-normed states of a shard's valid tokens and their places; records the latents on the way."""
+        """Final-normed states of a shard's valid tokens, with their (context, position); also records the latents."""
         normed, places, entries, count = [], [], [], 0
         record = self._latents is not None and not self._shards.path(shard).exists()
         for start, batch in enumerate(self._batches(self._shards.rows(shard))):

@@ -1,7 +1,7 @@
-"""Cosines between decoded codes: the vectors W_out,i C_c that an RQAE adds up, pair by pair.
+"""Cosines between decoded codes: between pairs of the vectors W_out,i C_c that an RQAE adds up.
 
-A cosine needs only the products W_out,iᵀ W_out,j of the small decoders, so no vector of the model's width is formed. All
-pairs where these are few, else a seeded sample. Knows the RQAE's weights only; reads and writes nothing.
+A cosine needs only the products W_out,iᵀ W_out,j of the small decoders, so no vector of the model's width is formed. Covers
+all pairs if there are few, otherwise a seeded sample. Knows only the RQAE's weights; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from rqae import RQAE
 
 __all__ = ["BINS", "SMALL", "CosineShare", "cosine_density", "decoded_cosines"]
 
-BINS = 200  # of the histogram, from -1 to 1
-SMALL = 0.2
-_CHUNK = 1 << 17
+BINS = 200  # bins of the histogram, from -1 to 1
+SMALL = 0.2  # cosines below this, in absolute value, count as small
+_CHUNK = 1 << 17  # pairs computed at the same time
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class CosineShare:
-    """Pairs of one kind. ``small``: the share with |cos| < SMALL; ``mean``: of |cos|.
+    """Cosines of one kind of pairs.
 
-    ``pairs`` there are, ``sampled`` of them were measured (0 for what is computed exactly from a formula).
+    ``pairs``: total number of pairs.
+    ``sampled``: number of pairs measured; 0 if the values come from a formula.
+    ``small``: share of pairs with |cos| < SMALL.
+    ``mean``: mean of |cos|.
     """
 
     kind: str
@@ -42,15 +45,19 @@ class CosineShare:
 
 
 def decoded_cosines(model: RQAE, n_pairs: int, seed: int) -> tuple[list[CosineShare], dict[str, list[float]]]:
-    """Cosines of pairs of different decoded codes (i, c): a row each for pairs within one quantizer, across two, and all.
+    """Cosines of pairs of different decoded codes (i, c).
 
-    At most ``n_pairs`` of a kind, drawn uniformly with replacement where there are more. "all" weighs the two by how
-    many pairs there are. A last row gives the same of random directions in the model's width, in closed form. Codes that
-    decode to zero have no direction and are left out. Also the histogram of each kind, as densities over BINS bins.
-    Raises BadConfig for fewer than one pair.
+    Returns one row for pairs within a quantizer, one for pairs across quantizers, one for all pairs, in which the other two
+    are weighted by their numbers of pairs, and one for random directions of the model's width, in closed form. Also
+    returns the histogram of each kind, as densities over BINS bins. Codes that decode to zero have no direction and are
+    left out.
+
+    ``n_pairs``: maximum number of pairs of each kind; if there are more, this many are drawn uniformly with replacement.
+
+    Raises BadConfig if ``n_pairs`` is below 1.
     """
     if n_pairs < 1:
-        raise BadConfig("pairs", expected="at least 1", seen=str(n_pairs), fix="sample some pairs")
+        raise BadConfig("pairs", expected="at least 1", seen=str(n_pairs), fix="sample at least one pair")
     table = _Decoded(model)
     rows, histograms = [], {}
     for kind, total, pick in (
@@ -79,7 +86,7 @@ def decoded_cosines(model: RQAE, n_pairs: int, seed: int) -> tuple[list[CosineSh
 
 
 def _random_directions(dim: int) -> CosineShare:
-    """Two independent uniform directions: cos² is Beta(1/2, (dim - 1)/2)."""
+    """The row for two independent uniform directions, for which cos² is Beta(1/2, (dim - 1)/2)."""
     mean = exp(lgamma(dim / 2) - lgamma((dim + 1) / 2)) / sqrt(pi)
     return CosineShare("random directions", 0, 0, float(beta.cdf(SMALL**2, 0.5, (dim - 1) / 2)), mean)
 
@@ -91,7 +98,7 @@ def cosine_density(x: Floats, dim: int) -> Floats:
 
 
 def _draw(total: int, wanted: int, seed: int) -> Iterator[Ints]:
-    """Numbers of pairs, all of them or a uniform sample, in chunks."""
+    """The numbers of the pairs to measure, in chunks: all pairs, or a uniform sample."""
     generator = np.random.default_rng(seed)
     count = min(total, wanted)
     for start in range(0, count, _CHUNK):
@@ -100,7 +107,7 @@ def _draw(total: int, wanted: int, seed: int) -> Iterator[Ints]:
 
 
 class _Decoded:
-    """The decoded codes through their inner products: quantizer i, usable code c."""
+    """The decoded codes of an RQAE, represented by their inner products; i is a quantizer, c a usable code."""
 
     def __init__(self, model: RQAE) -> None:
         count, width = model.config.num_quantizers, model.config.codebook_dim

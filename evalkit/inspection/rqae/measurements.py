@@ -1,6 +1,6 @@
-"""One function per part of an inspection: from the material to the rows of its table, what its figure needs, and notes.
+"""The parts of the inspection of an RQAE: one function per part returns table rows, figure data and notes.
 
-Each asks the module that holds the measurement and puts the answer into JSON values. Knows no folder and no figure.
+Each function calls the module that measures and converts the result to JSON values. Writes no files, draws nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from rqae.feature_sets import FeatureSet
 
 __all__ = ["CANDIDATES", "cosines", "fit", "layers", "prefixes", "ranks", "sae"]
 
-CANDIDATES = 4  # latents recorded for each one wanted: some fire too rarely to have examples
+CANDIDATES = 4  # latents recorded per latent wanted, because some fire too rarely to have examples
 
 
 def prefixes(material: RqaeStates, depths: Sequence[int], progress: Progress) -> Measured:
     """Unique code prefixes over the corpus."""
     found = count_prefixes(material.codes.codes, depths, progress)
     note = (
-        f"{found[0].tokens:,} tokens of {material.corpus.n_documents:,} documents. alone: the share of tokens whose prefix "
-        "no other token has."
+        f"{found[0].tokens:,} tokens of {material.corpus.n_documents:,} documents. alone: share of tokens whose prefix no "
+        "other token has."
     )
     return Measured([asdict(row) for row in found], notes=[note])
 
@@ -54,14 +54,14 @@ def cosines(model: RQAE, settings: Settings) -> Measured:
     random = {kind: cosine_density(middles, dim).tolist() for kind, dim in spaces.items() if dim > 2}
     further = {"histograms": histograms, "random": random, "spaces": spaces}
     note = (
-        f"small: the share of pairs with |cos| < {SMALL}; mean: of |cos|. Random directions: in {model.config.dim} "
-        "dimensions, from a formula."
+        f"small: share of pairs with |cos| < {SMALL}; mean: mean of |cos|. Random directions: in {model.config.dim} "
+        "dimensions, computed exactly."
     )
     return Measured([asdict(row) for row in rows], further, [note])
 
 
 def layers(model: RQAE) -> Measured:
-    """The layer weights L_i: how long the decoder columns of each quantizer are."""
+    """The layer weights L_i: the mean length of each quantizer's decoder columns."""
     weights = layer_weights(model).double().cpu()
     total = float(weights.sum()) or 1.0
     rows = [
@@ -69,14 +69,14 @@ def layers(model: RQAE) -> Measured:
         for place, (weight, running) in enumerate(zip(weights.tolist(), weights.cumsum(0), strict=True))
     ]
     note = (
-        "weight: L_i, the mean length of a quantizer's decoder columns, by which it counts in an intensity; cumulative: "
-        "the share of ΣL up to it."
+        "weight: L_i, the mean length of a quantizer's decoder columns, which is its weight in an intensity; cumulative: "
+        "share of ΣL up to this quantizer."
     )
     return Measured(rows, notes=[note])
 
 
 def fit(material: RqaeStates, settings: Settings, depths: Sequence[int], progress: Progress) -> Measured:
-    """FVU and next-token loss by depth, beside the loss with the site's states zeroed or all at their mean."""
+    """FVU and next-token loss per depth, with the loss for zeros and for the mean state to compare."""
     contexts = material.sample("fit", settings.fit_tokens, settings.seed)
     source, info = material.source, material.subject.info
     found = measure_rqae_fit(material.rqae, material.hidden(contexts), info, depths)
@@ -115,17 +115,17 @@ def _fit_notes(losses: Losses, tokens: int) -> list[str]:
     zero, mean = (about["ablated"][name]["mean"] for name in ("zero", "mean"))
     return [
         f"{tokens:,} tokens for FVU, {about['predictions']:,} predictions for the loss; SE clustered by document.",
-        f"loss change: nats per token over the {about['loss']:.3f} without replacement; {zero:+.3f} with zeros instead, "
-        f"{mean:+.3f} with the mean state. recovered: 1 - loss change / that of ablating so.",
+        f"loss change: nats per token, relative to {about['loss']:.3f} without replacement; {zero:+.3f} with zeros, "
+        f"{mean:+.3f} with the mean state. recovered: 1 - loss change / loss change of that ablation.",
         "BOS, the first token of a context and attention sinks keep their own hidden states.",
     ]
 
 
 def ranks(material: RqaeStates, settings: Settings, depths: Sequence[int]) -> Measured:
-    """Spearman's correlation of intensity with cosine among the best tokens of token features."""
+    """Spearman's correlation of intensity with cosine, over the best tokens of each token feature."""
     corpus, tokens = material.corpus, material.tokens
     everywhere = np.zeros(corpus.n_contexts, np.uint8)
-    spare = settings.features // 10 + 5  # a centre that is an attention sink is no token of the store
+    spare = settings.features // 10 + 5  # some centres may be attention sinks, which are not in the code store
     for wanted in (settings.features + spare, settings.features):
         try:
             centres = choose_centres(corpus, everywhere, wanted, settings.seed)
@@ -141,8 +141,8 @@ def ranks(material: RqaeStates, settings: Settings, depths: Sequence[int]) -> Me
     )
     further = {"values": values.tolist(), "top": settings.top, "centres": [centres[place].feature for place in known]}
     note = (
-        f"Over the {settings.top} tokens of highest intensity out of {len(tokens):,}, the feature's own left out; SE over "
-        "features: those, of all tried, whose intensities are not all equal."
+        f"Over the {settings.top} tokens of highest intensity out of {len(tokens):,}, without the feature's own token; SE "
+        "over features. features: those with different intensities, of all tried."
     )
     return Measured([asdict(row) for row in found], further, [note])
 
@@ -150,7 +150,7 @@ def ranks(material: RqaeStates, settings: Settings, depths: Sequence[int]) -> Me
 def sae(
     material: RqaeStates, settings: Settings, other: SaeSource, candidates: Sequence[str], depths: Sequence[int]
 ) -> Measured:
-    """Pearson's correlation of an SAE's latents with the RQAE features made from them."""
+    """Pearson's correlation of an SAE's latents with RQAE features made from them."""
     length = material.corpus.context_length
     chosen = choose_examples(material.activations, length, range(len(candidates)), settings.features, settings.examples)
     if not chosen:
@@ -168,8 +168,8 @@ def sae(
         material.rqae, material.codes.codes, material.tokens, length, chosen, made.codes.numpy(), depths
     )
     note = (
-        f"{len(chosen)} latents of {other.name}, {settings.examples} contexts each; SE over latents. top, median: contexts "
-        "where it fires most, and those around the median of all in which it fires."
+        f"{len(chosen)} latents of {other.name}, {settings.examples} contexts each; SE over latents. top: the contexts in "
+        "which the latent fires most strongly; median: those around the median of all contexts in which it fires."
     )
     rows = [asdict(row) for row in summarise(values, depths)]
     return Measured(rows, {"values": values.tolist(), "latents": ids, "dictionary": other.name}, [note])

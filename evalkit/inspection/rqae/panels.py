@@ -1,4 +1,4 @@
-"""What each figure of an inspection shows: one function per part draws its panels and returns the caption.
+"""The contents of the figures of an RQAE: one function per part draws its panels and returns the caption.
 
 Knows matplotlib and the columns of the parts. Reads and writes nothing.
 """
@@ -27,7 +27,7 @@ def _prefixes(figure: Figure, part: Part) -> str:
     rows = part.rows
     total = rows[0]["tokens"]
     depths = [row["depth"] for row in rows]
-    left, right = _pair(figure, "different prefixes", "tokens whose prefix is theirs alone")
+    left, right = _pair(figure, "distinct prefixes", "tokens with a unique prefix")
     left.plot(depths, [row["prefixes"] for row in rows], color=style.VERMILION, **_MARK)
     left.axhline(total, color=style.GREY, linewidth=0.8, linestyle=DOTS)
     say(left, depths[0], total, f"{total:,} tokens", above=True)
@@ -43,7 +43,7 @@ def _prefixes(figure: Figure, part: Part) -> str:
     percent(right)
     for axes in (left, right):
         _depth_axis(axes, depths)
-    return "A prefix is a token's codes in the first quantizers, as many as the depth says."
+    return "A prefix of depth k is a token's codes in the first k quantizers."
 
 
 def _cosines(figure: Figure, part: Part) -> str:
@@ -71,18 +71,18 @@ def _cosines(figure: Figure, part: Part) -> str:
     return (
         "Density of the cosine between decoded codes. Dashed: random directions, on the left in the "
         f"{spaces['across quantizers']} dimensions of the hidden state, on the right in the "
-        f"{spaces['within a quantizer']} of a code. Grey: less than 0.2 in absolute value."
+        f"{spaces['within a quantizer']} dimensions of a code. Grey: cosines below 0.2 in absolute value."
     )
 
 
 def _coarser(density: Sequence[float], factor: int) -> list[float]:
-    """The histogram with so many bins in one: codes of one quantizer have few different cosines."""
+    """The histogram with ``factor`` bins merged into one, because codes of one quantizer have few distinct cosines."""
     means: list[float] = np.asarray(density).reshape(-1, factor).mean(axis=1).tolist()
     return means
 
 
 def _reach(density: Sequence[float], edges: NDArray[np.float64]) -> float:
-    """How far from 0 the axis goes: so that all but a thousandth of the pairs are on it, and 0.2 is."""
+    """The limit of the axis on both sides of 0; it leaves out at most a thousandth of the pairs and is above 0.2."""
     outward = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
     order = np.argsort(outward)
     share = np.cumsum(np.asarray(density)[order]) / max(sum(density), 1e-12)
@@ -92,7 +92,7 @@ def _reach(density: Sequence[float], edges: NDArray[np.float64]) -> float:
 
 def _layers(figure: Figure, part: Part) -> str:
     numbers = np.array([row["quantizer"] for row in part.rows])
-    left, right = _pair(figure, "weight of a quantizer", "share of the whole weight")
+    left, right = _pair(figure, "weight of a quantizer", "cumulative share of the weight")
     left.plot(numbers, [row["weight"] for row in part.rows], color=style.VERMILION, linewidth=1.4)
     left.set_ylim(0, 1.06 * max(row["weight"] for row in part.rows))
     cumulative = np.array([row["cumulative"] for row in part.rows])
@@ -114,13 +114,13 @@ def _layers(figure: Figure, part: Part) -> str:
     for axes in (left, right):
         axes.set_xlim(0, len(numbers) * 1.02)
         axes.set_xlabel("quantizer")
-    return "The mean length of each quantizer's decoder columns, by which it counts in an intensity."
+    return "The weight of a quantizer in an intensity is the mean length of its decoder columns."
 
 
 def _fit(figure: Figure, part: Part) -> str:
     rows = part.rows
     depths = [row["depth"] for row in rows]
-    left, right = _pair(figure, "variance left unexplained (FVU)", "next-token loss it costs, nats")
+    left, right = _pair(figure, "unexplained variance (FVU)", "rise in next-token loss, nats")
     left.plot(depths, [row["fvu"] for row in rows], color=style.VERMILION, label="raw hidden state", **_MARK)
     left.plot(
         depths, [row["fvu_normed"] for row in rows], color=style.GREY, linewidth=0.9, marker="D", markersize=4,
@@ -135,7 +135,7 @@ def _fit(figure: Figure, part: Part) -> str:
     else:
         right.set_yscale("symlog", linthresh=1e-3)
     ablated = {name: part.further["ablated"][name]["mean"] for name in ("zero", "mean")}
-    for name, text in (("zero", "zeros in its place"), ("mean", "the mean state in its place")):
+    for name, text in (("zero", "replaced by zeros"), ("mean", "replaced by the mean state")):
         right.axhline(ablated[name], color=style.GREY, linewidth=0.8, linestyle=DOTS)
         above = ablated[name] == max(ablated.values())
         say(right, depths[-1], ablated[name], text, above=above, align="right")
@@ -143,7 +143,7 @@ def _fit(figure: Figure, part: Part) -> str:
     for axes in (left, right):
         _depth_axis(axes, depths)
     return (
-        "Hidden states replaced by what the first quantizers make of them. Loss without replacement: "
+        "Hidden states replaced by the reconstruction at each depth. Loss without replacement: "
         f"{part.further['loss']:.2f} over {part.further['predictions']:,} predictions. Error bars: one SE, clustered by "
         "document."
     )
@@ -178,9 +178,9 @@ def _ranks(figure: Figure, part: Part) -> str:
     axes.set_ylabel("Spearman's correlation")
     axes.set_xlim(-0.6, len(values) - 0.4)
     return (
-        f"Each dot is a feature: its {part.further['top']} most intense tokens, their order by intensity against that "
-        "by the cosine of their hidden state with that of the feature's own token. Black: mean, one SE over features. "
-        "Features whose tokens all have the same intensity have no order."
+        f"Each dot is a feature: the rank correlation, over its {part.further['top']} most intense tokens, of intensity "
+        "with the cosine between a token's hidden state and that of the feature's own token. Black: mean and one SE over "
+        "features. Features whose tokens all have the same intensity are left out."
     )
 
 
@@ -204,9 +204,9 @@ def _sae(figure: Figure, part: Part) -> str:
     line[0].set_ylabel("Pearson's correlation")
     line[0].legend(loc="best", frameon=False)
     return (
-        f"RQAE features made from {len(part.further['latents'])} latents of {part.further['dictionary']}: their intensity "
-        "against the latent's own activation, over the tokens of such contexts. Mean and one SE over latents; shaded: the "
-        "middle half of the latents."
+        f"RQAE features made from {len(part.further['latents'])} latents of {part.further['dictionary']}: correlation of "
+        "their intensity with the latent's activation, over the tokens of these contexts. Mean and one SE over latents; "
+        "shaded: the middle half of the latents."
     )
 
 
@@ -221,7 +221,7 @@ DRAW: dict[str, Callable[[Figure, Part], str]] = {
 
 
 def _pair(figure: Figure, left: str, right: str) -> list[Axes]:
-    """Two panels with these titles."""
+    """Adds two panels with these titles."""
     found = panels(figure, 2)
     for letter, axes, title in zip("ab", found, (left, right), strict=True):
         head(axes, letter, title)
@@ -237,7 +237,7 @@ def _depth_axis(axes: Axes, depths: Sequence[int]) -> None:
 
 
 def _quartiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the known values; NaN where there is none."""
+    """The lower and upper quartile, ignoring NaN; NaN if there are no values."""
     known = values[~np.isnan(values)]
     return (float(np.quantile(known, 0.25)), float(np.quantile(known, 0.75))) if len(known) else (np.nan, np.nan)
 
@@ -247,5 +247,5 @@ def _number(value: Any) -> float:
 
 
 def _shuffled(count: int) -> NDArray[np.int64]:
-    """An order in which neighbours are far apart, the same every time."""
+    """A fixed random permutation, to spread neighbouring values apart."""
     return np.random.default_rng(0).permutation(count)

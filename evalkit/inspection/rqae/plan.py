@@ -1,4 +1,4 @@
-"""The inspection plan of an RQAE: arguments of each part, its measurement, and the SAE it is compared with."""
+"""The inspection plan of an RQAE: the arguments and measurement of each part, and the SAE to compare with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ __all__ = ["RqaePlan"]
 
 
 class RqaePlan:
-    """``source`` is the RQAE at its full depth. Raises BadConfig (no such depth), what opening the SAE raises."""
+    """Plan for one RQAE; ``source`` is the RQAE at its full depth.
+
+    Raises BadConfig for a depth that the RQAE does not have, and any error from opening the SAE.
+    """
 
     needs_text = ("prefixes", "fit", "ranks", "sae")
 
@@ -39,13 +42,13 @@ class RqaePlan:
 
     @property
     def text(self) -> dict[str, Any]:
-        """Whose codes the folder holds."""
+        """Identifies the RQAE, model, site and corpus whose codes the folder holds."""
         settings, site = self._settings, self._source.site
         text = {**settings.text(), "model": settings.model or site.model, "site": site.path}
         return {"dictionary": self._digest, **text}
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of each part."""
+        """For each part, everything that its numbers depend on."""
         settings, of = self._settings, self.text
         at = {"of": of, "depths": list(self._depths)}
         arguments: dict[str, dict[str, Any]] = {
@@ -61,7 +64,7 @@ class RqaePlan:
         return arguments
 
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
-        """What computes each missing part. The material is loaded when one of them first asks for it."""
+        """For each missing part, the function that measures it. The model and the corpus are loaded on first use."""
         settings, other, depths = self._settings, self._other, self._depths
         latents: tuple[str, SelectedFeatures] | None = None
         if other is not None and "sae" in missing:
@@ -83,7 +86,7 @@ class RqaePlan:
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """``fvu`` is the measured one at full depth where the fit was measured, else the card's."""
+        """Facts about the whole RQAE; ``fvu`` is measured at full depth if ``fit`` has it, otherwise from the card."""
         source, info = self._source, self._source.info
         measured = {row["depth"]: row["fvu"] for row in fit.rows} if fit else {}
         return {
@@ -107,26 +110,26 @@ def _sae_digest(other: SaeSource) -> str:
 
 
 def _open_sae(settings: Settings, path: str, rqae: RqaeSource) -> SaeSource:
-    """The dictionary to compare with. Raises BadConfig for another kind, site or width."""
+    """Opens the SAE to compare with. Raises BadConfig if it is not one SAE with the RQAE's site and width."""
     options: dict[str, Any] = {"site": settings.site, "subject": rqae.site.model, "depths": (1,)}
     sources = open_dictionary(path, **options)
     if len(sources) != 1 or not isinstance(sources[0], SaeSource):
         seen = f"{len(sources)} dictionaries" if len(sources) != 1 else f"one of kind {sources[0].info.kind}"
-        raise BadConfig(path, expected="one dictionary, an SAE", seen=seen, fix="name the folder of an SAE")
+        raise BadConfig(path, expected="a single SAE", seen=seen, fix="give the folder of one SAE")
     other = sources[0]
     read, wanted = (other.site.path, other.weights.d_model), (rqae.site.path, rqae.encoder.model.config.dim)
     if read != wanted:
         raise BadConfig(
             path,
-            expected=f"a dictionary of {wanted[0]} with d_model {wanted[1]}, where {rqae.label} reads",
+            expected=f"an SAE of {wanted[0]} with d_model {wanted[1]}, the site of {rqae.label}",
             seen=f"{read[0]}, d_model {read[1]}",
-            fix="name one of the same site; if this one is, say so with --site",
+            fix="use an SAE of that site; if this SAE belongs there, set --site",
         )
     return other
 
 
 def _candidates(settings: Settings, other: SaeSource) -> tuple[str, ...]:
-    """Latents to record, drawn by hash: some more than are wanted."""
+    """The latents to record, drawn by hash: CANDIDATES times as many as wanted."""
     ids = other.features()
     order = np.argsort(hash_priorities(derive(settings.seed, "latents", other.name), np.arange(len(ids))))
     return tuple(ids[place] for place in order[: measurements.CANDIDATES * settings.features])

@@ -1,8 +1,9 @@
-"""The number of distinct code prefixes in a corpus at each depth, and of tokens whose prefix is unique.
+"""Counts the distinct code prefixes in a corpus at each depth, and the tokens whose prefix is unique.
 
-Exact, without hashing: tokens are grouped by equal prefixes, one quantizer after the other. A token that is alone in its
-group stays alone at greater depth and is dropped. After three or four quantizers few are left, so deep prefixes cost almost
-nothing. Needs about 100 bytes per token; codes may be memory-mapped. Uses no text and no models.
+The counts are exact and need no hashing: tokens are grouped by equal prefixes, one quantizer after the other. A token that
+is alone in its group stays alone at greater depths and is dropped. After three or four quantizers few tokens are left, so
+that deep prefixes cost almost nothing. Needs about 100 bytes per token; codes may be memory-mapped. Uses no text and no
+models.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from evalkit.util.progress import SILENT
 
 __all__ = ["PrefixCount", "count_prefixes"]
 
-_COLUMNS = 4  # quantizers read at a time
-_ROWS = 1 << 20  # tokens read at a time
+_COLUMNS = 4  # quantizers read at the same time
+_ROWS = 1 << 20  # tokens read at the same time
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixCount:
-    """One depth. ``alone``: the share of tokens whose prefix no other token of the corpus has."""
+    """The counts for one depth. ``alone``: share of tokens whose prefix no other token of the corpus has."""
 
     depth: int
     tokens: int
@@ -35,9 +36,10 @@ class PrefixCount:
 
 
 def count_prefixes(codes: NDArray[np.integer], depths: Sequence[int], progress: Progress = SILENT) -> list[PrefixCount]:
-    """Count the different rows of ``codes[:, :depth]`` for each of ``depths``, rising; codes (token, quantizer).
+    """Count the distinct rows of ``codes[:, :depth]`` for each of ``depths``; ``codes`` is (token, quantizer).
 
-    Raises CorpusError for no tokens, BadConfig for a depth beyond the codes.
+    Returns one entry per depth, ascending. Raises CorpusError if there are no tokens, and BadConfig for a depth that is not
+    in ``codes``.
     """
     total, limit = codes.shape
     wanted = sorted(set(depths))
@@ -45,11 +47,11 @@ def count_prefixes(codes: NDArray[np.integer], depths: Sequence[int], progress: 
         raise CorpusError("corpus", expected="at least one valid token", seen="none", fix="use a longer corpus")
     if not wanted or not 0 < wanted[0] <= wanted[-1] <= limit:
         raise BadConfig(
-            "depths", expected=f"depths from 1 to {limit}", seen=str(list(depths)), fix="name depths that were encoded"
+            "depths", expected=f"depths from 1 to {limit}", seen=str(list(depths)), fix="use depths in this range"
         )
     task = progress.start("count prefixes", wanted[-1], "quantizers")
-    rows = np.arange(total)  # of the tokens that share their prefix with others
-    groups = np.zeros(total, np.int64)  # which prefix each of these has
+    rows = np.arange(total)  # rows of the tokens that share their prefix with others
+    groups = np.zeros(total, np.int64)  # number of the prefix of each of these tokens
     shared, found = 1, []
     for low in range(0, wanted[-1], _COLUMNS):
         high = min(low + _COLUMNS, wanted[-1])
@@ -68,7 +70,7 @@ def count_prefixes(codes: NDArray[np.integer], depths: Sequence[int], progress: 
 
 
 def _split(groups: NDArray[np.int64], codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    """The finer groups of (group, code), which tokens are not alone in theirs, and how many groups these make."""
+    """Splits groups by code: the new group of each token, whether it is shared, and the number of shared groups."""
     if not len(groups):
         return groups, np.zeros(0, np.bool_), 0
     _, finer, counts = np.unique(groups * (int(codes.max()) + 1) + codes, return_inverse=True, return_counts=True)
@@ -76,6 +78,6 @@ def _split(groups: NDArray[np.int64], codes: NDArray[np.int64]) -> tuple[NDArray
 
 
 def _read(codes: NDArray[np.integer], rows: NDArray[np.int64], low: int, high: int) -> NDArray[np.integer]:
-    """``codes[rows, low:high]``, a stretch of rows at a time."""
+    """``codes[rows, low:high]``, read in blocks of rows."""
     parts = [codes[rows[start : start + _ROWS], low:high] for start in range(0, len(rows), _ROWS)]
     return np.concatenate(parts) if parts else np.empty((0, high - low), codes.dtype)

@@ -1,8 +1,8 @@
-"""How well an RQAE feature's intensity ranks its best tokens like the cosine of their states with its centre's state.
+"""Compares two rankings of an RQAE feature's best tokens: by intensity, and by cosine with the feature's centre.
 
-A feature is the codes of one token, its centre. At each depth its ``top`` tokens by intensity, the centre itself left out,
-are ranked by intensity and by cosine, and the two rankings are compared. Addresses tokens by row of the code store; uses
-no text and no language model.
+A feature is given by the codes of one token, its centre. At each depth, the ``top`` tokens by intensity, without the
+centre, are ranked by intensity and by the cosine of their hidden state with that of the centre. Addresses tokens by row of
+the code store; uses no text and no language model.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ NormedStates: TypeAlias = Callable[[Ints], Iterator[tuple[Ints, "Tensor"]]]
 
 @dataclass(frozen=True, slots=True)
 class RankAgreement:
-    """One depth: Spearman's correlation, mean over features and SE over features.
+    """Spearman's correlation at one depth: the mean and its SE over features.
 
-    ``features`` have one; the others, of ``tried``, have the same intensity on all their tokens.
+    ``tried``: number of features.
+    ``features``: number of features with a correlation; those with the same intensity on all their tokens have none.
     """
 
     depth: int
@@ -54,9 +55,12 @@ def rank_agreement(
     depths: Sequence[int],
     top: int,
 ) -> tuple[list[RankAgreement], Floats]:
-    """A row for each of ``depths``, and the correlation of each feature, (depth, feature), NaN where it has none.
+    """One row for each of ``depths``, and the correlation of each feature (depth, feature), NaN if it has none.
 
-    ``codes`` (token, quantizer); ``centres`` (feature,) are rows of it. Raises CorpusError for fewer than three tokens.
+    ``codes``: (token, quantizer).
+    ``centres``: (feature,), rows of ``codes``.
+
+    Raises CorpusError for fewer than three tokens.
     """
     rows, intensities = top_tokens(model, codes, centres, depths, top)
     cosines = _cosines(rows, centres, normed)
@@ -71,18 +75,19 @@ def rank_agreement(
 def top_tokens(
     model: RQAE, codes: NDArray[np.integer[Any]], centres: Ints, depths: Sequence[int], top: int
 ) -> tuple[Ints, Floats]:
-    """Rows and intensities (depth, feature, top) of each feature's best tokens but its centre; equal ones by row."""
+    """Rows and intensities (depth, feature, top) of each feature's best tokens except its centre; ties in order of row."""
     if len(codes) < 3:
         raise CorpusError("corpus", expected="at least three tokens", seen=str(len(codes)), fix="use a longer corpus")
     features = torch.from_numpy(codes[centres].astype(np.int64))
     hits = search(model, codes, features, depths, top_k=min(top + 1, len(codes)))
     own = hits.rows == centres[:, None]
-    order = np.argsort(own, axis=-1, kind="stable")[..., :-1]  # the centre goes last; where it is not there, the worst
+    # Drop the centre, which this puts last; if the centre is not among the hits, drop the last of them.
+    order = np.argsort(own, axis=-1, kind="stable")[..., :-1]
     return np.take_along_axis(hits.rows, order, -1), np.take_along_axis(hits.scores, order, -1).astype(np.float64)
 
 
 def _cosines(rows: Ints, centres: Ints, normed: NormedStates) -> Floats:
-    """Cosine of each token's final-normed state with its feature's centre's; ``rows`` (depth, feature, token)."""
+    """Cosine of each token's final-normed state with that of its feature's centre; ``rows`` is (depth, feature, token)."""
     middle, back = np.unique(centres, return_inverse=True)
     units = torch.cat([_unit(states) for _, states in normed(middle)])[torch.from_numpy(back)]  # (feature, d)
     wanted, places = np.unique(rows, return_inverse=True)
@@ -102,7 +107,7 @@ def _unit(states: Tensor) -> Tensor:
 
 
 def rank_correlations(first: Floats, second: Floats) -> Floats:
-    """Spearman's correlation along the last axis, ties at their mean rank; NaN where one side is all equal."""
+    """Spearman's correlation along the last axis; ties get their mean rank; NaN if one side is constant."""
     left, right = (rankdata(values, axis=-1) for values in (first, second))
     left, right = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (left, right))
     lengths = np.sqrt((left**2).sum(axis=-1) * (right**2).sum(axis=-1))

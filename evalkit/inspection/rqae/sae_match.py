@@ -1,8 +1,9 @@
-"""How well an RQAE represents an SAE's latents: intensities of matching RQAE features against latent activations.
+"""Measures how well an RQAE represents an SAE's latents: correlates RQAE intensities with latent activations.
 
-A latent is matched in two ways: by its encoder column, quantised like a token, and by the codes of the token on which it
-fires most. Both are correlated with the latent over all tokens of its top contexts, and of contexts around the median of
-those in which it fires. Works on codes and activations; uses no text, files or hidden states.
+A latent is matched with two RQAE features: its encoder column, quantised like a token, and the codes of the token on which
+it fires most strongly. Each is correlated with the latent over all tokens of the latent's top contexts, and over all tokens
+of contexts around the median of those in which it fires. Works on codes and activations; uses no text, files or hidden
+states.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ EXAMPLE_SETS = ("top", "median")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentExamples:
-    """One latent, by its number among those recorded: its best token, and contexts (example,) of each set, disjoint.
+    """The examples of one latent.
 
-    ``tokens`` and ``values`` are where it fires, tokens rising.
+    ``latent``: its number among the recorded latents.
+    ``best``: number of the token on which it fires most strongly.
+    ``contexts``: contexts (example,) of each set; the sets are disjoint.
+    ``tokens``, ``values``: the tokens on which it fires, ascending, and its activations there.
     """
 
     latent: int
@@ -52,7 +56,7 @@ class LatentExamples:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One depth, way of making features, set of examples: Pearson's correlation over tokens, mean and SE over latents."""
+    """Pearson's correlation over tokens, mean and SE over latents, for one depth, kind of feature and set of examples."""
 
     depth: int
     made_from: str
@@ -65,9 +69,10 @@ class Match:
 def choose_examples(
     found: Activations, context_length: int, latents: Sequence[int], wanted: int, examples: int
 ) -> list[LatentExamples]:
-    """The first ``wanted`` of ``latents`` that fire in at least three times ``examples`` contexts, with these.
+    """The first ``wanted`` of ``latents`` that fire in at least 3 × ``examples`` contexts, with their examples.
 
-    Contexts are ranked by their strongest activation, equal ones by number; the top ones, and as many around the middle.
+    Contexts are ranked by their strongest activation, ties by number. The examples are the ``examples`` top contexts and as
+    many around the median.
     """
     order = np.argsort(found.features, kind="stable")
     bounds = np.searchsorted(found.features[order], [[latent, latent + 1] for latent in latents])
@@ -97,11 +102,13 @@ def match_latents(
     columns: NDArray[np.integer],
     depths: Sequence[int],
 ) -> Floats:
-    """Correlations (made from, example set, depth, latent), in the order of MADE_FROM and EXAMPLE_SETS; NaN where none.
+    """Correlations (made from, example set, depth, latent), in the order of MADE_FROM and EXAMPLE_SETS; NaN if undefined.
 
-    ``codes`` (token, quantizer) with their token numbers ``tokens`` (context × length + position, rising); ``columns``
-    (latent, quantizer): the codes of the encoder columns, in the order of ``examples``. The token that a feature was made
-    from is left out where that feature is measured.
+    ``codes``: (token, quantizer).
+    ``tokens``: (token,), their numbers: context × context length + position, ascending.
+    ``columns``: (latent, quantizer), the codes of the encoder columns, in the order of ``examples``.
+
+    A feature made from a token is correlated over all other tokens.
     """
     values = np.full((len(MADE_FROM), len(EXAMPLE_SETS), len(depths), len(examples)), np.nan)
     for number, one in enumerate(examples):
@@ -119,19 +126,19 @@ def match_latents(
 
 
 def _rows_of(tokens: Ints, contexts: Ints, context_length: int) -> Ints:
-    """The rows of all tokens of these contexts."""
+    """The rows of all tokens in these contexts."""
     ends = np.searchsorted(tokens, np.stack([contexts, contexts + 1]) * context_length)
     return np.concatenate([np.arange(low, high) for low, high in ends.T])
 
 
 def _dense(tokens: Ints, one: LatentExamples) -> Floats:
-    """The latent's activation on each of some tokens: 0 where it does not fire."""
+    """The latent's activation on each of ``tokens``; 0 if it does not fire there."""
     places = np.minimum(np.searchsorted(one.tokens, tokens), len(one.tokens) - 1)
     return np.where(one.tokens[places] == tokens, one.values[places], 0.0)
 
 
 def pearson(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Pearson's correlation; NaN where one side is constant."""
+    """Pearson's correlation; NaN if one side is constant."""
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     left, right = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64) for values in (first, second))
@@ -139,7 +146,7 @@ def pearson(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
 
 
 def summarise(values: Floats, depths: Sequence[int]) -> list[Match]:
-    """The table of what ``match_latents`` found."""
+    """The rows of the table, from the result of ``match_latents``."""
     rows = []
     for way, made_from in enumerate(MADE_FROM):
         for place, name in enumerate(EXAMPLE_SETS):

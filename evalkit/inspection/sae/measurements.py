@@ -1,6 +1,6 @@
-"""One function per part of the inspection of an SAE or transcoder; each returns table rows, figure data and notes.
+"""The parts of the inspection of an SAE or transcoder: one function per part returns table rows, figure data and notes.
 
-Each calls the module that does the measurement and converts the result to JSON values. Writes no files, draws nothing.
+Each function calls the module that measures and converts the result to JSON values. Writes no files, draws nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from evalkit.sources.sae.source import SaeSource
 
 __all__ = ["SaeStates", "check_loss", "density", "fit", "loss"]
 
-_BINS = 40  # of histograms over tokens
+_BINS = 40  # bins of histograms over tokens
 
 
 class SaeStates(States):
-    """The sampled tokens of an inspection, and the results of one pass over the dictionary on them."""
+    """The sampled tokens of an inspection, and the results of one pass over the dictionary for these tokens."""
 
     def __init__(
         self, settings: Settings, source: SaeSource, folder: Any, progress: Progress, *, whole: bool = False
@@ -45,12 +45,12 @@ class SaeStates(States):
 
     @cached_property
     def contexts(self) -> NDArray[np.int64]:
-        """Drawn by hash, with at least ``fit_tokens`` tokens together if there are as many."""
+        """Contexts drawn by hash, with at least ``fit_tokens`` tokens in total; all if the corpus has fewer."""
         return self.sample("fit", self._settings.fit_tokens, self._settings.seed)
 
     @cached_property
     def measured(self) -> SaeMeasure:
-        """Fit and firing counts: ``fit`` and ``density`` share the pass."""
+        """Fit and firing counts, measured in one pass for both ``fit`` and ``density``."""
         source = self.source
         task = self._progress.start("hidden states", len(self.contexts), "contexts")
         read, wanted = [], []
@@ -67,7 +67,7 @@ class SaeStates(States):
 
 
 def fit(material: SaeStates) -> Measured:
-    """L0, FVU, cosine, shrinkage and the share of latents alive."""
+    """L0, FVU, cosine, shrinkage and the share of latents that are alive."""
     found, declared = material.measured, material.source.declared
     row = {
         "tokens": found.n_tokens,
@@ -86,16 +86,20 @@ def fit(material: SaeStates) -> Measured:
     further["by_token"] |= {"cosine": _histogram(found.cosines), "norm_ratio": _histogram(found.norm_ratios)}
     notes = [
         f"{found.n_tokens:,} tokens; BOS, the first token of a context and attention sinks are left out.",
-        "norm ratio: mean of ‖reconstruction‖ / ‖state‖. best rescaling: the one factor on the reconstruction's distance "
-        "from the mean state that lowers the FVU most; above 1 the dictionary shrinks. alive: fires on one of the tokens.",
+        "norm ratio: mean of ‖reconstruction‖ / ‖state‖. best rescaling: the factor for the difference between "
+        "reconstruction and mean state that gives the lowest FVU; above 1, the dictionary shrinks. alive: share of latents "
+        "that fire on at least one of the tokens.",
     ]
     return Measured([row], further, notes)
 
 
 def _histogram(values: NDArray[Any], *, whole: bool = False) -> dict[str, list[float]]:
-    """Shares of tokens in equal bins over all but the outermost 0.1% on either side, which count in the first and last."""
+    """Shares of tokens in bins of equal width from the 0.1% to the 99.9% quantile.
+
+    Tokens outside this range count in the first or last bin. ``whole``: centre the bins on whole numbers.
+    """
     low, high = np.quantile(values, [0.001, 0.999])
-    if whole:  # bins of whole numbers
+    if whole:
         step = max(1, math.ceil((high - low + 1) / _BINS))
         edges = np.arange(math.floor(low), math.ceil(high) + step + 1, step) - 0.5
     else:
@@ -106,13 +110,13 @@ def _histogram(values: NDArray[Any], *, whole: bool = False) -> dict[str, list[f
 
 
 def density(material: SaeStates) -> Measured:
-    """How many latents fire how often, and how many never do."""
+    """The distribution of firing rates over latents, and the number of latents that never fire."""
     found = material.measured
     return firing_shares(found.counts / found.n_tokens, np.arange(len(found.counts)), found.n_tokens)
 
 
 def check_loss(source: SaeSource) -> None:
-    """Raise BadConfig for a dictionary whose reconstruction cannot replace the state it reads."""
+    """Raises BadConfig if the reconstruction of the dictionary cannot replace the state that it reads."""
     if source.site.out != source.site.path or source.site.path.endswith(":in"):
         raise BadConfig(
             "--only loss",
@@ -123,7 +127,7 @@ def check_loss(source: SaeSource) -> None:
 
 
 def loss(material: SaeStates, progress: Progress) -> Measured:
-    """Next-token loss with the reconstruction in place, beside those with the states zeroed or all at their mean."""
+    """Next-token loss with the states replaced by the reconstruction and, to compare, by their mean and by zeros."""
     source, contexts = material.source, material.contexts
     total, count = torch.zeros(source.weights.d_model, dtype=torch.float64), 0
     for chunk in material.hidden(contexts):
@@ -150,8 +154,8 @@ def loss(material: SaeStates, progress: Progress) -> Measured:
             }
         )
     notes = [
-        f"{len(found.clean):,} predictions, nats per token; SE clustered by document. recovered: 1 - loss change / that of "
-        "zeros (of the mean state) in place of the states.",
+        f"{len(found.clean):,} predictions, nats per token; SE clustered by document. recovered: 1 - loss change / loss "
+        "change with zeros (with the mean state) in place of the states.",
         "BOS, the first token of a context and attention sinks keep their own hidden states.",
     ]
     return Measured(rows, {"predictions": len(found.clean)}, notes)

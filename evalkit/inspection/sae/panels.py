@@ -1,4 +1,4 @@
-"""What the figures of dictionaries other than RQAEs show: one function per part draws it and returns the caption.
+"""The contents of the figures of dictionaries other than RQAEs: one function per part draws it and returns the caption.
 
 Knows matplotlib and the columns of the parts. Reads and writes nothing.
 """
@@ -26,7 +26,11 @@ _WHITE: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
 def _fit(figure: Figure, part: Part) -> str:
     row, by_token = part.rows[0], part.further["by_token"]
-    titles = {"l0": "latents that fire (L0)", "cosine": "cosine with the state", "norm_ratio": "norm over the state's"}
+    titles = {
+        "l0": "latents that fire (L0)",
+        "cosine": "cosine with the state",
+        "norm_ratio": "norm / norm of the state",
+    }
     means = {"l0": f"{row['l0']:.1f}", "cosine": f"{row['cosine']:.3f}", "norm_ratio": f"{row['norm_ratio']:.3f}"}
     for letter, axes, (name, title) in zip("abc", panels(figure, 3), titles.items(), strict=True):
         head(axes, letter, title)
@@ -55,9 +59,9 @@ def _fit(figure: Figure, part: Part) -> str:
     first.set_ylabel("share of tokens")
     dotted = f"; dotted: the declared L0, {declared:.4g}" if declared is not None else ""
     return (
-        f"{row['tokens']:,} tokens, each with its reconstruction. FVU {_shown(row['fvu'])}; with the best single rescaling,"
-        f" × {_shown(row['rescale'])}, {_shown(row['fvu_rescaled'])}. {row['alive_share']:.1%} of the latents fire on one "
-        f"of these tokens. Dashed: means{dotted}."
+        f"{row['tokens']:,} tokens, each compared with its reconstruction. FVU {_shown(row['fvu'])}; after the best "
+        f"rescaling (× {_shown(row['rescale'])}), {_shown(row['fvu_rescaled'])}. {row['alive_share']:.1%} of the latents "
+        f"fire on at least one of these tokens. Dashed: means{dotted}."
     )
 
 
@@ -67,7 +71,7 @@ def _density(figure: Figure, part: Part) -> str:
     tokens, median = part.further["tokens"], part.further["median"]
     edges = np.array([row["low"] for row in bins] + [bins[-1]["high"]])
     counts = np.array([row["latents"] for row in bins])
-    seen = -np.log10(tokens) if tokens else edges[int(counts.argmax())] - 1  # what fires once
+    seen = -np.log10(tokens) if tokens else edges[int(counts.argmax())] - 1  # the rate of a latent that fires once
     first = max(edges[0], edges[np.searchsorted(edges, min(seen, -2), side="right") - 1])
     kept = edges[:-1] >= first
     shown = np.append(edges[:-1][kept], edges[-1])
@@ -95,20 +99,20 @@ def _density(figure: Figure, part: Part) -> str:
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     features_are = part.further["features_are"]
-    axes.set_xlabel(f"share of tokens on which one of the {features_are} fires")
+    axes.set_xlabel("share of tokens on which it fires")
     axes.set_ylabel(features_are)
-    seen_on = f" on {tokens:,} tokens" if tokens else ", by what the export says of them"
-    rarest = f"; the rarest that can be seen fires on {_percentage(1 / tokens)}" if tokens else ""
+    seen_on = f" on {tokens:,} tokens" if tokens else ", with rates declared by the export"
+    rarest = f"; the lowest rate that can be measured is {_percentage(1 / tokens)}" if tokens else ""
     return (
-        f"{part.further['latents']:,} {features_are}{seen_on}, in quarters of a decade{rarest}. "
-        "Dashed: the median of those that fire. Grey: those that never do."
+        f"{part.further['latents']:,} {features_are}{seen_on}, in bins of a quarter of a decade{rarest}. "
+        "Dashed: the median of those that fire. Grey: those that never fire."
     )
 
 
 def _geometry(figure: Figure, part: Part) -> str:
     left, right = panels(figure, 2)
     head(left, "a", "nearest neighbour, cosine")
-    head(right, "b", "how often a row is the nearest of others")
+    head(right, "b", "how often a row is a nearest neighbour")
     density, random = np.array(part.further["density"]), part.further["random"]
     edges = np.linspace(-1, 1, len(density) + 1)
     left.stairs(density, edges, color=style.BLUE, **_FILL)
@@ -139,13 +143,14 @@ def _geometry(figure: Figure, part: Part) -> str:
     left.legend(loc="best", frameon=False)
     _degrees(right, part)
     largest = part.rows[0]["value"] if part.rows[0]["statistic"].startswith("largest") else None
-    sampled = f", {part.further['rows']:,} of them drawn by hash" if part.further["sampled"] else ""
-    closest = f" The closest two have cosine {largest:.3f}." if largest is not None else ""
+    sampled = f" (a random sample of {part.further['rows']:,})" if part.further["sampled"] else ""
+    closest = f" The closest pair has cosine {largest:.3f}." if largest is not None else ""
     features_are = part.further["features_are"]
     drawn = " Dashed: random directions." if part.further["random"] is not None else ""
     return (
-        f"{part.further['of']:,} {part.further['rows_are']} in {part.further['dim']} dimensions{sampled}, each with the "
-        f"one nearest to it.{closest} Right: how many {features_are} are the nearest of how many others.{drawn}"
+        f"{part.further['of']:,} {part.further['rows_are']} in {part.further['dim']} dimensions{sampled}, each with its "
+        f"nearest neighbour.{closest} Right: number of {features_are} that are the nearest neighbour of so many others."
+        f"{drawn}"
     )
 
 
@@ -154,7 +159,7 @@ def _degrees(axes: Axes, part: Part) -> None:
     places = np.flatnonzero(counts)
     last = int(places[-1]) if len(places) else 0
     if last <= 60:
-        for shade, alpha in (("white", 1.0), (style.BLUE, 0.45)):  # no grid through the bars
+        for shade, alpha in (("white", 1.0), (style.BLUE, 0.45)):  # white hides the grid behind the transparent bars
             axes.bar(places, counts[places], width=0.8, color=shade, alpha=alpha, zorder=2)
     else:
         axes.plot(places, counts[places], color=style.BLUE, linewidth=0, marker="o", markersize=3, alpha=0.7, zorder=3)
@@ -170,11 +175,11 @@ def _degrees(axes: Axes, part: Part) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if last <= 60:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("others whose nearest neighbour it is")
+    axes.set_xlabel("number of others whose nearest neighbour it is")
     axes.set_ylabel(part.further["features_are"])
     row = part.rows[-1]
     if row["latents"] and last:
-        text = f"most: {part.further['features_are'][:-1]} {row['latents'][0]}, of {row['value']:,}"
+        text = f"most: {part.further['features_are'][:-1]} {row['latents'][0]}, {row['value']:,} times"
         axes.text(0.98, 0.96, text, transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=_WHITE)
 
 
@@ -186,7 +191,7 @@ def _loss(figure: Figure, part: Part) -> str:
     for place, (name, word) in enumerate(reversed(words.items())):
         row = rows[name]
         colour = style.BLUE if name == "reconstruction" else style.GREY
-        for shade, alpha in (("white", 1.0), (colour, 0.45)):  # no grid through the bars
+        for shade, alpha in (("white", 1.0), (colour, 0.45)):  # white hides the grid behind the transparent bars
             axes.barh(place, row["loss_change"], left=clean, height=0.5, color=shade, alpha=alpha, zorder=2)
         axes.errorbar(
             [row["loss"]], [place], xerr=[row["se"] or 0], color=style.INK, elinewidth=1.1, fmt="none", zorder=3
@@ -214,8 +219,9 @@ def _loss(figure: Figure, part: Part) -> str:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("next-token loss, nats")
     return (
-        f"What takes the place of the hidden states, but for BOS and attention sinks; {part.further['predictions']:,} "
-        "predictions. Error bars: one SE of the change, clustered by document. Recovered: 1 - change / that of zeros."
+        "Loss with the hidden states replaced, except those of BOS and attention sinks; "
+        f"{part.further['predictions']:,} predictions. Error bars: one SE of the change, clustered by document. "
+        "Recovered: 1 - change / change with zeros."
     )
 
 

@@ -1,4 +1,4 @@
-"""The inspection plan of an SAE or transcoder: arguments of each part, its measurement, facts about the whole."""
+"""The inspection plan of an SAE or transcoder: the arguments and measurement of each part, and facts about the whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ __all__ = ["SaePlan"]
 
 
 class SaePlan:
-    """Plan for one SAE. Raises BadConfig for the part ``loss`` if the reconstruction cannot replace the state."""
+    """Plan for one SAE or transcoder.
+
+    Raises BadConfig if ``parts`` contains "loss" and the reconstruction cannot replace the state that it reads.
+    """
 
     needs_text = ("fit", "density", "loss")
 
@@ -30,13 +33,13 @@ class SaePlan:
 
     @property
     def text(self) -> dict[str, Any]:
-        """Whose states the parts are measured on."""
+        """Identifies the dictionary, model, site and corpus on which the parts are measured."""
         settings, site = self._settings, self._source.site
         named = {"model": settings.model or site.model, "site": site.path, "reconstructs": site.out}
         return {"dictionary": self._digest, **settings.text(), **named}
 
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of each part."""
+        """For each part, everything that its numbers depend on."""
         settings = self._settings
         sample = {"of": self.text, "fit_tokens": settings.fit_tokens, "seed": settings.seed}
         declared = {"l0": self._source.l0, **self._source.declared}
@@ -48,7 +51,7 @@ class SaePlan:
         }
 
     def measures(self, folder: Path, missing: Sequence[str], progress: Progress) -> dict[str, Callable[[], Measured]]:
-        """What computes each missing part. The model is loaded when one of them first asks for it."""
+        """For each missing part, the function that measures it. The model is loaded on first use."""
         settings, source = self._settings, self._source
         material = measurements.SaeStates(settings, source, folder, progress, whole="loss" in missing)
         known: dict[str, Callable[[], Measured]] = {
@@ -60,7 +63,7 @@ class SaePlan:
         return {name: known[name] for name in missing}
 
     def about(self, fit: Part | None) -> dict[str, Any]:
-        """``l0`` and ``fvu`` are measured where the fit was, else declared."""
+        """Facts about the whole dictionary; ``l0`` and ``fvu`` are measured if ``fit`` is given, otherwise declared."""
         source, weights = self._source, self._source.weights
         declared = {"l0": source.declared.get("l0", source.l0), "fvu": source.declared.get("fvu")}
         measured = fit.rows[0] if fit else declared

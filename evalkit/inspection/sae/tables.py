@@ -1,4 +1,4 @@
-"""The parts of the inspection of any dictionary but an RQAE as lines of text.
+"""Table lines for the inspection of all dictionaries except RQAEs.
 
 Formats the columns of the parts; measures nothing. Reads and writes no files.
 """
@@ -22,7 +22,7 @@ Lines: TypeAlias = list[dict[str, str]]
 
 
 def about_lines(about: Row) -> Lines:
-    """Facts about the dictionary as a whole, one per line."""
+    """Facts about the whole dictionary, one per line."""
     site = str(about["site"])
     if not site.endswith(f"/{about['reconstructs']}"):
         site += f" → {about['reconstructs']}"
@@ -42,7 +42,7 @@ def _fit(rows: Sequence[Row]) -> Lines:
         "cosine": (row["cosine"], None, ".4f"),
         "norm ratio": (row["norm_ratio"], None, ".4f"),
         "best rescaling": (row["rescale"], None, ".4f"),
-        "FVU with it": (row["fvu_rescaled"], None, ".4f"),
+        "FVU rescaled": (row["fvu_rescaled"], None, ".4f"),
         "alive": (row["alive_share"], row["alive_declared"], ".1%"),
     }
     return [

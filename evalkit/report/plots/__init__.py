@@ -1,1 +1,1 @@
-"""Figures of finished runs."""
+"""Figures of finished runs, and the style of all figures."""

@@ -1,6 +1,6 @@
-"""Per-feature scores of every dictionary: the spread behind each mean. One panel per scorer (and explainer and judge).
+"""The figure of per-feature scores: the distribution behind the mean of each dictionary, one panel per setup.
 
-Knows nothing of files.
+A setup is a scorer with its explainer and judge. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from evalkit.stats.standard_errors import macro_mean
 
 __all__ = ["features_figure"]
 
-_BELOW_0 = ("pearson",)  # metrics with a scale of their own
-_MOST_DOTS = 400  # above this the outline alone says it better
+_BELOW_0 = ("pearson",)  # metrics that can be negative; they do not share an axis with the others
+_MOST_DOTS = 400  # with more features the dots overlap, so only the outline is drawn
 
 
 def features_figure(rows: Sequence[Row]) -> Figure:
-    """The figure of these rows, for each scorer, explainer and judge those of one metric.
+    """The figure of ``rows``, which hold one metric per scorer, explainer and judge.
 
-    Dictionaries stand from top to bottom in the order of the table.
+    Dictionaries are listed from top to bottom in the order of the table.
     """
     sources = list({row.source.name: row.source for row in rows}.values())
     setups = list(dict.fromkeys(row.setup for row in rows))
@@ -49,7 +49,7 @@ def features_figure(rows: Sequence[Row]) -> Figure:
     for axes in grid.flat[len(setups) :]:
         axes.set_visible(False)
     for number, (axes, setup) in enumerate(zip(grid.flat, setups, strict=False)):
-        lowest = number >= len(setups) - columns  # of its column
+        lowest = number >= len(setups) - columns  # the lowest panel of its column
         axes.tick_params(labelbottom=lowest or not shared)
         if lowest or len(set(metrics.values())) > 1:
             axes.set_xlabel(f"{style.METRIC_TITLES[metrics[setup]]} of a feature")
@@ -91,7 +91,7 @@ def _draw_row(axes: Axes, y: float, row: Row, shade: str) -> None:
 
 
 def _outline(axes: Axes, y: float, scores: Scores, shade: str, *, filled: bool) -> None:
-    """Half a violin standing on y: the kernel density of the scores, at most 0.45 high, within their range."""
+    """Half a violin on the line y: the kernel density of the scores, at most 0.45 high, within the score's bounds."""
     values = scores.values
     if len(values) < 3 or np.ptp(values) == 0:
         return
@@ -105,7 +105,7 @@ def _outline(axes: Axes, y: float, scores: Scores, shade: str, *, filled: bool) 
 
 
 def _spread_out(n: int) -> NDArray[np.float64]:
-    """n numbers in [0, 1), evenly filling it, neighbours far apart: van der Corput's sequence in base 2."""
+    """n numbers that fill [0, 1) evenly, consecutive ones far apart: van der Corput's sequence in base 2."""
     index, scale = np.arange(1, n + 1), 0.5
     result = np.zeros(n)
     while index.any():
@@ -119,7 +119,7 @@ def _caption(rows: Sequence[Row]) -> str:
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     explainers, judges = (", ".join(sorted({row.setup[place] for row in rows})) for place in (1, 2))
     return (
-        f"Each dot is a feature (n = {n} per dictionary), the filled shape their density, the dashed line the density "
-        "with another feature's explanation (hollow: its mean). Black: mean, error bars: one SE, clustered by feature "
-        f"and window. Explainer: {explainers}; judge: {judges}."
+        f"Each dot is a feature (n = {n} per dictionary); the filled shape is the density of their scores. Dashed line: "
+        "density with another feature's explanation (hollow: its mean). Black: mean; error bars: one SE, clustered by "
+        f"feature and window. Explainer: {explainers}; judge: {judges}."
     )

@@ -1,6 +1,6 @@
-"""The figures of a run, as files: ``scores`` (the published comparison) and ``features`` (per-feature distributions).
+"""Writes the figures of a run: ``scores`` (the comparison of dictionaries) and ``features`` (per-feature distributions).
 
-Works from the records alone. Writes PNG and SVG, atomically; the same records give the same bytes.
+Needs only the run's records. Writes PNG and SVG files, atomically; the same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["plot_run"]
 def plot_run(frames: RunFrames, folder: Path, metric: str = "auroc") -> list[Path]:
     """Write scores.png, scores.svg, features.png and features.svg into ``folder``; returns their paths.
 
-    Scorers that do not have the metric are drawn in their own. Raises InputError when the run has no score of this
-    metric, BadConfig for an unknown one, StorageError when the folder cannot be written.
+    Scorers without this metric are drawn with their own metric. Raises InputError if the run has no score of this metric,
+    BadConfig if the metric is unknown, and StorageError if the folder cannot be written.
     """
     rows = [row for row in score_rows(frames, (metric,)) if not row.source.matched]
     if not any(len(row.real.values) for row in rows):

@@ -1,4 +1,4 @@
-"""Which dictionaries stand in which panel of the score figure. Pure: no drawing, no numbers but L0 and width."""
+"""Assigns the dictionaries to the panels of the score figure, by L0 and width. Pure functions; draws nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from evalkit.report.rows import Source
 
 __all__ = ["Panels", "arrange"]
 
-_SAME_L0 = 1.5  # two dictionaries are at "one L0" when theirs differ by less than this factor
+_SAME_L0 = 1.5  # the L0s of two dictionaries count as equal if they differ by less than this factor
 
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """``by_l0`` share ``width``; ``by_width`` are near ``l0``; ``others`` lack one of both; ``left_out`` are in none."""
+    """The dictionaries of each panel.
+
+    ``width``, ``by_l0``: the dictionaries with this width, to be drawn against L0.
+    ``l0``, ``by_width``: the dictionaries with about this L0, to be drawn against width.
+    ``others``: the dictionaries without an L0 or a width.
+    ``left_out``: the dictionaries that fit no panel.
+    """
 
     width: int | None
     l0: float | None
@@ -28,7 +34,11 @@ class Panels:
 
 
 def arrange(sources: Sequence[Source]) -> Panels:
-    """The width with the most L0s (then the larger one), the L0 that the most widths come near (then the nearest)."""
+    """The panels of a run's dictionaries.
+
+    The width is the one with the most different L0s; among equals, the largest. The L0 is the one that dictionaries of the
+    most widths come near; among equals, the one with the smallest distances.
+    """
     controls = tuple(source for source in sources if source.is_null)
     rqae = tuple(source for source in sources if source.is_rqae)
     sized = [s for s in sources if not s.is_null and not s.is_rqae and s.width and s.l0]
@@ -49,7 +59,7 @@ def _best_width(sized: Sequence[Source]) -> int | None:
 
 
 def _best_l0(sized: Sequence[Source]) -> tuple[float | None, tuple[Source, ...]]:
-    """The L0 of one of the dictionaries, and per series and width the dictionary nearest to it."""
+    """The chosen L0, and for each series (kind and site) and width the dictionary whose L0 is nearest to it."""
     best: tuple[tuple[int, float], float | None, tuple[Source, ...]] = ((0, 0.0), None, ())
     for target in sorted({source.l0 or 0 for source in sized}):
         nearest: dict[tuple[str, str, int], tuple[float, str, Source]] = {}

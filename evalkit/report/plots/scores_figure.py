@@ -1,7 +1,7 @@
-"""The published comparison: score against L0 at one width and against width at one L0, RQAE depths and controls beside.
+"""The score figure: score against L0 at one width, and against width at one L0, with RQAE depths and controls.
 
-One row of panels per scorer (and explainer and judge), all of a row on one score axis. An RQAE has no L0 and no width
-to be placed at, so its depths stand in a strip of their own; so do the controls. Knows nothing of files.
+There is one row of panels per scorer, explainer and judge; the panels of a row share one score axis. An RQAE has no L0 and
+no width, so its depths get a separate panel, as do the controls. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["scores_figure", "setup_title"]
 _STRIPS = {"L0": 3.0, "width": 3.0, "others": 1.7, "rqae": 1.5, "controls": 1.7}  # relative widths
 
 
-_Points: TypeAlias = Mapping[str, "_Point"]  # by source
+_Points: TypeAlias = Mapping[str, "_Point"]  # by name of the source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,7 @@ class _Point:
 
 
 def scores_figure(rows: Sequence[Row]) -> Figure:
-    """The figure of these rows: for each scorer, explainer and judge those of one metric."""
+    """The figure of ``rows``, which hold one metric per scorer, explainer and judge."""
     sources = list({row.source.name: row.source for row in rows}.values())
     panels, colours = arrange(sources), style.palette(sources)
     every = {row.setup for row in rows}
@@ -67,7 +67,7 @@ def scores_figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(max(4.2, 0.9 + 0.86 * sum(widths)), 1.15 + 2.25 * len(setups)), layout=engine)
     grid = figure.subplots(len(setups), len(strips), sharey="row", squeeze=False, width_ratios=widths)
     for line, setup in zip(grid, setups, strict=True):
-        name = setup_title(setup, setups).replace(" · ", "\n")  # a line each: an axis is not high
+        name = setup_title(setup, setups).replace(" · ", "\n")  # one line each, to fit the height of the axis
         line[0].set_ylabel(f"{name}\n{style.METRIC_TITLES[metrics[setup]]}")
         _draw_row(line, strips, panels, points[setup], metrics[setup], is_last=setup == setups[-1])
     for letter, axes, name in zip("abcde", grid[0], strips, strict=False):
@@ -91,7 +91,7 @@ def _head(axes: Axes, letter: str, title: str) -> None:
 
 
 def setup_title(setup: Setup, setups: Sequence[Setup]) -> str:
-    """The scorer; with explainer and judge where several share it."""
+    """The scorer, with the explainer or judge if the scorer has several."""
     mine = [other for other in setups if other[0] == setup[0]]
     several = [part for place, part in ((1, setup[1]), (2, setup[2])) if len({other[place] for other in mine}) > 1]
     return " · ".join([setup[0], *several])
@@ -107,7 +107,7 @@ def _title(panels: Panels, strip: str) -> str:
         return f"{_who(panels.by_l0)}width {style.short_number(panels.width or 0)}"
     return {
         "width": f"{_who(panels.by_width)}L0 ≈ {style.short_number(panels.l0 or 0)}",
-        "others": "of no known L0",
+        "others": "L0 unknown",
         "rqae": "RQAE",
         "controls": "controls",
     }[strip]
@@ -140,7 +140,10 @@ def _names(sources: Sequence[Source]) -> set[str]:
 
 
 def _limits(points: Sequence[_Point], metric: str) -> tuple[float, float]:
-    """Room for every dictionary and its null, one SE and a margin; controls outside get an arrow instead."""
+    """Limits of the score axis that show every dictionary and its null with one SE and a margin.
+
+    ``points`` leaves out the controls; a control outside the limits is drawn as an arrow.
+    """
     drawn = [one for point in points for one in (point.real, point.shuffled, point.baseline) if one is not None]
     estimates = [estimate for estimate in drawn if estimate.n]
     ends = [e.mean + sign * (e.se if e.se == e.se else 0.0) for e in estimates for sign in (-1, 1)]
@@ -178,7 +181,7 @@ def _draw_numeric(
 
 
 def _apart(values: Sequence[float], spread: float) -> list[float]:
-    """The values that can carry a tick label without touching: an eighth of the axis apart."""
+    """The values that get a tick label: at least about an eighth of the axis apart, so that labels do not touch."""
     kept: list[float] = []
     for value in values:
         if not kept or value / kept[-1] >= spread**0.12:
@@ -195,7 +198,7 @@ def _draw_by_width(axes: Axes, members: Sequence[_Point], panels: Panels, is_las
 
 
 def _draw_strip(axes: Axes, members: Sequence[_Point], names: Sequence[str], key: Callable[[Source], str]) -> None:
-    """Points in named columns, side by side where several share one."""
+    """Draws points in named columns; points of the same column are side by side."""
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names)), names)
     for column, name in enumerate(names):
@@ -247,9 +250,9 @@ _DRAW: dict[str, Callable[[Axes, Sequence[_Point], Panels, bool], None]] = {
 
 
 def _mark(axes: Axes, x: float, point: _Point, dodge: float = 0.0) -> None:
-    """The score with one SE, filled; its shuffled null with one SE, hollow; an arrow with the value when off the axis.
+    """Draws a score (filled) and its shuffled null (hollow), each with one SE; off the axis, an arrow with the value.
 
-    ``dodge`` moves the score to the left and its null to the right, where they are expected to coincide.
+    ``dodge``: distance by which the score moves to the left and the null to the right, for points expected to coincide.
     """
     low, high = axes.get_ylim()
     marker, shade = _marker(point.source), point.shade
@@ -335,5 +338,5 @@ def _caption(rows: Sequence[Row], panels: Panels) -> str:
     )
     if panels.left_out:
         total = len({row.source.name for row in rows})
-        text += f" In the table only, fitting neither panel: {len(panels.left_out)} of {total} dictionaries."
+        text += f" Only in the table, because they fit no panel: {len(panels.left_out)} of {total} dictionaries."
     return text

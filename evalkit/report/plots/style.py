@@ -1,6 +1,6 @@
-"""How figures look: colours, markers, names of dictionaries, number formats of axes, and saving the same bytes twice.
+"""The style of all figures: colours, names of dictionaries, number formats of axes, and reproducible files.
 
-Knows matplotlib and the words of a table, no statistics. Writes PNG and SVG files, each whole or not at all.
+Knows matplotlib and the terms of a table, but no statistics. Writes PNG and SVG files, each whole or not at all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "tidy",
 ]
 
-# Okabe & Ito 2008: told apart under every common colour blindness, and in print.
+# From Okabe & Ito 2008: distinguishable with all common forms of colour blindness, and in print.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, GREY, FAINT = "#222222", "#8A8A8A", "#E3E3E3"
 _OTHERS = (PURPLE, ORANGE, SKY)
@@ -51,7 +51,7 @@ METRIC_TITLES = {
     "accuracy": "accuracy",
     "pearson": "Pearson r",
 }
-CHANCE = {"auroc": 0.5, "balanced_accuracy": 0.5, "pearson": 0.0}  # the others have no fixed chance level
+CHANCE = {"auroc": 0.5, "balanced_accuracy": 0.5, "pearson": 0.0}  # the other metrics have no fixed chance level
 
 _RC: dict[Any, object] = {
     "font.family": "sans-serif",
@@ -73,15 +73,15 @@ _RC: dict[Any, object] = {
     "xtick.major.size": 3,
     "ytick.major.size": 3,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "evalkit",  # ids of clip paths and markers do not change from run to run
+    "svg.fonttype": "none",  # keep text as text, not as outlines
+    "svg.hashsalt": "evalkit",  # keep the ids of clip paths and markers the same in every file
     "path.simplify": False,
 }
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw and save inside this block; matplotlib's defaults are as they were afterwards."""
+    """Apply the style to figures drawn and saved inside the block; afterwards restore matplotlib's settings."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
@@ -89,7 +89,7 @@ def house_style() -> Iterator[None]:
 
 
 def palette(sources: Sequence[Source]) -> dict[str, str]:
-    """A colour per kind: RQAE vermilion, SAE blue, planted green, other controls grey, other kinds in turn."""
+    """A colour for each kind: RQAE vermilion, SAE blue, planted green, other controls grey, other kinds in turn."""
     colours = {"rqae": VERMILION, "sae": BLUE, "null-planted": GREEN}
     for kind in sorted({source.kind for source in sources}):
         if kind.startswith("null"):
@@ -99,12 +99,12 @@ def palette(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def kind_label(kind: str) -> str:
-    """Return "SAE" and "RQAE" for the acronyms, other kinds as they are."""
+    """The kind as a label: "SAE" and "RQAE" in capitals, other kinds unchanged."""
     return kind.upper() if kind in {"sae", "rqae"} else kind
 
 
 def short_number(value: float) -> str:
-    """1024 → 1k, 16384 → 16k, 1048576 → 1M, 31.2 → 31, 24576 → 24k; what is no multiple of 1024: 5000 → 5k."""
+    """1024 → 1k, 16384 → 16k, 1048576 → 1M, 31.2 → 31, 24576 → 24k; if not a multiple of 1024: 5000 → 5k."""
     for unit, name in ((1024**2, "M"), (1000**2, "M"), (1024, "k"), (1000, "k")):
         if value >= unit and value % unit == 0:
             return f"{value / unit:.0f}{name}"
@@ -114,7 +114,7 @@ def short_number(value: float) -> str:
 
 
 def names_of(sources: Sequence[Source]) -> dict[str, str]:
-    """A short label per dictionary: "RQAE 64", "SAE 2k · L0 33", "random directions"; its name where two share one."""
+    """A short label for each dictionary: "RQAE 64", "SAE 2k · L0 33", "random directions"; if not unique, its name."""
     sites = {source.site for source in sources}
     labels = {source.name: _label(source, several_sites=len(sites) > 1) for source in sources}
     taken = list(labels.values())
@@ -134,13 +134,13 @@ def _label(source: Source, *, several_sites: bool) -> str:
 
 
 def tidy(axes: Axes) -> None:
-    """No box, a faint grid along the value axis, nothing drawn over the data."""
+    """Removes the top and right border and draws the grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
 
 
 def caption(figure: Figure, text: str) -> None:
-    """Wrapped text at the bottom left."""
+    """Adds wrapped text at the bottom left."""
     width = int(figure.get_size_inches()[0] * 16.5)
     figure.supxlabel("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=7.5, color="#555555")
 
@@ -148,9 +148,9 @@ def caption(figure: Figure, text: str) -> None:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``name``.png (200 dots per inch) and ``name``.svg. The same figure gives the same bytes.
 
-    Raises StorageError when the folder cannot be written.
+    Raises StorageError if the folder cannot be written.
     """
-    figure.draw_without_rendering()  # lays out once, for both files
+    figure.draw_without_rendering()  # compute the layout once, for both files
     figure.set_layout_engine("none")
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -163,7 +163,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace the file in one step: a reader sees the old one or the new one."""
+    """Replace the file in one step, so that a reader sees either the old or the new file."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,5 +180,5 @@ def _write(path: Path, data: bytes) -> None:
             str(path),
             expected="a folder that can be written",
             seen=error.strerror or str(error),
-            fix="free some space or choose another folder",
+            fix="free space or choose another folder",
         ) from error

@@ -13,14 +13,16 @@ def test_depths_are_the_usual_ones_up_to_the_quantizers() -> None:
     assert Settings("x").depths_of(1024) == (1, 2, 3, 4, 8, 16, 64, 256, 1024)
     assert Settings("x").depths_of(20) == (1, 2, 3, 4, 8, 16, 20)
     assert Settings("x", depths=(64, 2, 64)).depths_of(64) == (2, 64)
-    with pytest.raises(BadConfig, match="depths: expected depths from 1 to 20, the RQAE's quantizers; seen 16, 64"):
+    with pytest.raises(
+        BadConfig, match="depths: expected depths from 1 to 20, the number of quantizers of the RQAE; seen 16, 64"
+    ):
         Settings("x", depths=(16, 64)).depths_of(20)
 
 
 def test_depths_as_text() -> None:
     assert parse_depths(None) is None
     assert parse_depths("16, 64,256,") == (16, 64, 256)
-    with pytest.raises(BadConfig, match="depths: expected numbers with commas between them; seen '16;64'"):
+    with pytest.raises(BadConfig, match="depths: expected whole numbers separated by commas; seen '16;64'"):
         parse_depths("16;64")
 
 
@@ -32,7 +34,7 @@ def test_parts_by_name() -> None:
         BadConfig, match="--only: expected some of prefixes, cosines, layers, fit, ranks, sae; seen 'loss'"
     ):
         parse_parts(("loss",), has_sae=True)
-    with pytest.raises(BadConfig, match="--only sae: expected a dictionary to compare with; seen none"):
+    with pytest.raises(BadConfig, match="--only sae: expected an SAE to compare with; seen none"):
         parse_parts(("sae",), has_sae=False)
 
 

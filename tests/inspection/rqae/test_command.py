@@ -316,7 +316,7 @@ def test_one_pass_serves_codes_and_latents_and_goes_on(
 MISTAKES = {
     "no such part": (["--only", "loss"], "--only: expected some of prefixes"),
     "sae without one": (["--only", "sae"], "fix: add --sae DICT"),
-    "depth too deep": (["--depths", "1,25"], "depths: expected depths from 1 to 24, the RQAE's quantizers"),
+    "depth too deep": (["--depths", "1,25"], "depths: expected depths from 1 to 24, the number of quantizers"),
     "format": (["--format", "latex"], "format: expected one of markdown, csv, json"),
     "no such model": (["--model", "nowhere/model"], "nowhere/model"),
     "dtype": (["--dtype", "int8"], "dtype: expected bfloat16 or float32"),
@@ -344,15 +344,15 @@ def test_other_dictionaries_are_refused(
     code, _, err = call(capsys, monkeypatch, "-q", "inspect", several, "--out", tmp_path / "a")
     assert code == 2 and "expected one dictionary; seen 5: smollm2-135m/layers.15/sae/width-1024/l0-32, " in err
     code, _, err = call(capsys, monkeypatch, "-q", "inspect", sae, "--sae", sae, "--out", tmp_path / "a")
-    assert code == 2 and "--sae: expected an RQAE to look for the latents of that SAE in; seen smollm2-135m/" in err
+    assert code == 2 and "--sae: expected an RQAE to compare with that SAE; seen smollm2-135m/" in err
     code, _, err = call(capsys, monkeypatch, "-q", *case.arguments, "--sae", case.rqae)
-    assert code == 2 and "expected one dictionary, an SAE; seen one of kind rqae" in err
+    assert code == 2 and "expected a single SAE; seen one of kind rqae" in err
     code, _, err = call(capsys, monkeypatch, "-q", *case.arguments, "--sae", sae)
-    assert code == 2 and "expected a dictionary of layers.3 with d_model 32, where" in err
-    assert "seen layers.15, d_model 576; fix: name one of the same site" in err
+    assert code == 2 and "expected an SAE of layers.3 with d_model 32, the site of" in err
+    assert "seen layers.15, d_model 576; fix: use an SAE of that site" in err
     narrow = write_sae(tmp_path, 16, 48, 10)
     code, _, err = call(capsys, monkeypatch, "-q", *case.arguments, "--sae", narrow)
-    assert code == 2 and "seen layers.3, d_model 16; fix: name one of the same site" in err
+    assert code == 2 and "seen layers.3, d_model 16; fix: use an SAE of that site" in err
 
 
 def test_another_text_needs_another_folder(

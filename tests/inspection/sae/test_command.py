@@ -311,7 +311,7 @@ MISTAKES = {
     ),
     "sae": (
         ["--sae", "bundled:sae/layer_15/width_1k/average_l0_32"],
-        "--sae: expected an RQAE to look for the latents of",
+        "--sae: expected an RQAE to compare with that SAE",
     ),
     "format": (["--format-name", "nonsense"], "nonsense"),
     "no such model": (["--model", "nowhere/model"], "nowhere/model"),
@@ -344,7 +344,7 @@ def test_a_kind_without_parts_is_refused(case: Case, tmp_path: Path, monkeypatch
     source = opened(case, monkeypatch, Site("toy", "layers.3"))
     odd = Odd(source.weights, source.site)
     monkeypatch.setattr(inspect_module, "load_source", lambda path, **options: odd)
-    with pytest.raises(inspect_module.BadConfig, match="which have parts to measure; seen one of kind odd"):
+    with pytest.raises(inspect_module.BadConfig, match=r"a kind that can be inspected \(.*\); seen one of kind odd"):
         inspect_dictionary(Settings(str(case.sae)), tmp_path / "out")
 
 

@@ -45,7 +45,7 @@ def test_patience_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with BatchServer(first={"GET /v1/batches/ID": [500] * 1000}) as server:
         (reply,) = go(client_of(server), questions(1))
     assert isinstance(reply, ClientDown)
-    assert "expected an answer; seen status 500: busy; fix: see that the server can be reached" in str(reply)
+    assert "expected an answer; seen status 500: busy; fix: check that the server can be reached" in str(reply)
 
 
 def test_a_server_without_batches(tmp_path: Path) -> None:

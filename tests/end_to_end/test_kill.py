@@ -358,7 +358,7 @@ def test_what_was_sent_is_recorded_after_the_kill_and_the_next_command_waits_for
     under_way = [key for key, times in finished.items() if received[key][0] < killed < times[0]]
     assert len(under_way) == 4 and set(under_way) <= set(scoring.recorded(tmp_path))
     assert {len(times) for times in received.values()} == {1}
-    assert "waiting for answers to what an earlier command sent; `kill " in last.said
+    assert "waiting for answers to requests of an earlier command; `kill " in last.said
 
 
 def test_a_kill_stops_what_would_be_tried_again(scoring: Scoring, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
         process.process.send_signal(signal.SIGINT)
         assert process.finish(10) == 130
         assert "Traceback" not in process.said and process.said.count("the same command goes on from there") == 1
-        assert re.search(r"process \d+ waits for what was sent and records it", process.said)
+        assert re.search(r"process \d+ waits for requests in flight, records the answers", process.said)
 
 
 @contextlib.contextmanager

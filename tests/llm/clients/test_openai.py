@@ -367,7 +367,7 @@ def test_refused_parameters_are_left_out_from_then_on(owned_by: str, caplog: pyt
         events = [entry["event"] for entry in server.log]
     assert first == second and len(first) == 20
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    refused = [text.split(" does not take ")[1].split(" ")[0] for text in told]
+    refused = [text.split(" rejects ")[1].split(" ")[0] for text in told]
     own = {"structured_outputs"} if owned_by == "vllm" else set()
     assert set(refused) == {*refuse} - {"structured_outputs"} | own
     assert len(refused) == len(set(refused))  # one warning each, however many requests met it
@@ -505,7 +505,7 @@ def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
             await client.close()
 
         asyncio.run(in_turn())
-    assert sum("again in" in record.getMessage() for record in caplog.records) == 1
+    assert sum("retrying in" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_server_that_breaks_some_connections_is_asked_on(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -582,7 +582,7 @@ def test_a_long_pause_is_told_of_once(pauses: list[float], caplog: pytest.LogCap
         asyncio.run(ask_many(client_of(server.base_url), 12))
     assert len(pauses) == 12
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "status 429: wait; again in 4" in told
+    assert "status 429: wait; retrying in 4" in told
 
 
 def test_who_asks_after_all_were_given_up_is_tried_anew(quick: None) -> None:

@@ -336,7 +336,7 @@ def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_
     assert not gone and set(received) == set(finished)
     recorded = scoring.recorded(tmp_path)
     assert set(finished) <= set(recorded)
-    assert "Traceback" not in process.said and re.search("waiting for [1-4] requests that were sent", process.said)
+    assert "Traceback" not in process.said and re.search("waiting for [1-4] requests in flight", process.said)
     typed = process.said.partition("the same command goes on from there:\n")[2].splitlines()[0]
 
     with serving(tmp_path / "more.jsonl", 0, server.port) as server:

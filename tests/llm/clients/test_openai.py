@@ -280,15 +280,35 @@ def test_pauses_grow_and_differ(pauses: list[float]) -> None:
     [
         (400, error("no such thing"), RequestRefused, "status 400: no such thing"),
         (400, error("the text is too rude", param="messages"), RequestRefused, "too rude"),
-        (401, {"error": "Unauthorized"}, ClientDown, "Unauthorized.*the key in the environment is missing or wrong"),
-        (402, error("pay"), ClientDown, "the account has no credit"),
-        (403, error("not for you"), ClientDown, "may not use this model"),
-        (404, error("The model `m` does not exist.", param="model"), ClientDown, "check model name and base URL"),
-        (404, b"<html>nginx</html>", ClientDown, "check model name and base URL"),
+        (
+            401,
+            {"error": "Unauthorized"},
+            ClientDown,
+            "Unauthorized.*set the right API key in the environment; it is missing or wrong",
+        ),
+        (402, error("pay"), ClientDown, "add credit to the account, which has none left"),
+        (403, error("not for you"), ClientDown, "use an API key that has access to this model"),
+        (
+            404,
+            error("The model `m` does not exist.", param="model"),
+            ClientDown,
+            "check the model name and the base URL",
+        ),
+        (404, b"<html>nginx</html>", ClientDown, "check the model name and the base URL"),
         (405, {"detail": "Method Not Allowed"}, ClientDown, "Method Not Allowed.*check the base URL"),
         (422, {"detail": [{"loc": ["body", "n"], "msg": "bad"}]}, RequestRefused, "status 422: body.n: bad"),
-        (429, error("You exceeded your quota", code="insufficient_quota"), ClientDown, "the account has no credit"),
-        (429, error("You exceeded your quota", type="insufficient_quota"), ClientDown, "the account has no credit"),
+        (
+            429,
+            error("You exceeded your quota", code="insufficient_quota"),
+            ClientDown,
+            "add credit to the account, which has none left",
+        ),
+        (
+            429,
+            error("You exceeded your quota", type="insufficient_quota"),
+            ClientDown,
+            "add credit to the account, which has none left",
+        ),
     ],
 )
 def test_what_no_retry_heals_is_sent_once(status: int, body: Any, kind: type[Exception], words: str) -> None:
@@ -458,7 +478,7 @@ def test_a_dead_server_among_others_costs_little(
     assert all(isinstance(reply, Response) for reply in replies)
     assert took < 8
     told = [record.getMessage() for record in caplog.records if url in record.getMessage()]
-    assert len(told) == 1 and "trying again" in told[0]
+    assert len(told) == 1 and "; retrying" in told[0]
 
 
 def test_a_server_that_falls_silent_is_left_alone_and_comes_back(
@@ -487,7 +507,7 @@ def test_a_server_that_falls_silent_is_left_alone_and_comes_back(
         replies = asyncio.run(with_one_and_with_two())
     assert len(replies) == 70
     told = [record.getMessage() for record in caplog.records if url in record.getMessage()]
-    assert len(told) == 2 and "trying again" in told[0] and "answers again" in told[1]
+    assert len(told) == 2 and "; retrying" in told[0] and "answers again" in told[1]
 
 
 def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
@@ -739,7 +759,7 @@ def test_a_server_that_keeps_failing_is_left_to_the_others(quick: None, caplog: 
     assert all(isinstance(reply, Response) for reply in replies)
     assert 5 <= asked <= 20  # as many as it takes to know, and what was under way then
     told = [record.getMessage() for record in caplog.records if broken.base_url in record.getMessage()]
-    assert told == [f"{broken.base_url}: status 500; trying again"]
+    assert told == [f"{broken.base_url}: status 500; retrying"]
 
 
 def test_a_server_that_fails_more_often_than_not_is_asked_now_and_then(

@@ -61,7 +61,7 @@ def test_a_wrong_key_shows_at_once() -> None:
         for probe in (True, False):
             replies = go(client_of(server, probe=probe), questions(20))
             assert {type(reply) for reply in replies} == {ClientDown}
-            assert "the key in the environment is missing or wrong" in str(replies[0])
+            assert "set the right API key in the environment; it is missing or wrong" in str(replies[0])
         assert not server.batches and server.counts()["received"] == 1
 
 

@@ -117,9 +117,7 @@ class OpenAIBatchClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
         self._left = False
-        self._stopped: dict[
-            str, Batch
-        ] = {}  # by key of a request: batches that may still be running but are not polled
+        self._stopped: dict[str, Batch] = {}  # by key of a request: batches that may still be running, unpolled
 
     def keep_in(self, path: Path, record: Record) -> None:
         """Keep the ledger at ``path``, and call ``record`` with every answer, even if no caller awaits it."""

@@ -75,9 +75,7 @@ class Sender:
         self.concurrency = concurrency_of(client)
         self._part, self._recordings, self._lock = part, recordings, lock
         self._process: subprocess.Popen[bytes] | None = None
-        self._waiting: dict[
-            int, asyncio.Future[Response]
-        ] = {}  # unanswered requests, also of callers that were cancelled
+        self._waiting: dict[int, asyncio.Future[Response]] = {}  # unanswered, also if the caller was cancelled
         self._asked = 0
         self._gone: Exception | None = None
 

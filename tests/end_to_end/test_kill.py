@@ -316,7 +316,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(scoring: Scoring, tmp
         first.wait_for("score:")
         second = Command(*scoring.command(server))
         assert second.finish() == 2
-        assert second.said.count("error:") == 1 and f"process {first.process.pid} at work" in second.said
+        assert second.said.count("error:") == 1 and f"process {first.process.pid} writing it" in second.said
         assert first.process.poll() is None
         assert first.finish() == 0, first.said
         assert {len(times) for times in server.events("received").values()} == {1}

@@ -1,1 +1,1 @@
-"""The first stage: where features fire, and the examples that are drawn from there."""
+"""The first stage: finds where features fire and draws examples from there."""

@@ -69,7 +69,7 @@ class ContextCorpus(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SelectedFeatures:
-    """A bound source, the features of it that this run scores, and its measurements on the calibration sample."""
+    """A bound source, those of its features that this run scores, and its measurements on the calibration sample."""
 
     source: FeatureSource
     features: tuple[FeatureId, ...]
@@ -77,7 +77,7 @@ class SelectedFeatures:
 
     @property
     def info(self) -> SourceInfo:
-        """The source's own record; where it declares no L0, with the measured one."""
+        """The source's own record, with the measured L0 if it declares none."""
         info = self.source.info
         return info if info.l0 is not None else replace(info, l0=self.measured.get("l0_measured"))
 

@@ -49,7 +49,7 @@ def build_controls(
 
 
 def reference_of(selected: Sequence[SelectedFeatures]) -> SelectedFeatures | None:
-    """The dictionary that controls are matched to: the SAE of median L0 among those of the commonest width.
+    """The dictionary that controls are matched to: the SAE of median L0 among those of the most common width.
 
     Without an SAE, the first dictionary that has features; None if none has.
     """

@@ -1,9 +1,9 @@
-"""Writes a run's examples from dumps that bring their own texts, without a corpus or a subject model.
+"""Writes a run's examples from dumps that contain their own texts, without a corpus or a subject model.
 
 Negatives are windows of texts recorded for other features but not for this one. Whether the feature is silent there is
 not verified, unless the source stores every activation (``verifies_negatives``); then negatives are windows in which it
-is silent, away from the feature's own window of the same text. Drawing, files and tables are those of a corpus. Writes
-``examples/`` and the tables ``sources`` and ``features``.
+is silent and which do not overlap the feature's own window of the same text. Windows are drawn and stored as those of a
+corpus. Writes ``examples/`` and the tables ``sources`` and ``features``.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def _check_some_eligible(
     half = sorted(there)[len(there) // 2]
     raise CorpusError(
         ", ".join(one.source.name for one in material.sources),
-        expected=f"a feature with {config.n_positives} activating texts and {config.n_negatives} others in either pool",
-        seen=f"at most {max(there)}, in {len(there)} features",
-        fix=f"use --positives {half} --negatives {half}: half of the features have so many"
+        expected=f"a feature with {config.n_positives} activating texts and {config.n_negatives} others in each pool",
+        seen=f"at most {max(there)} of each among {len(there)} features",
+        fix=f"use --positives {half} --negatives {half}, which half of the features have"
         if half >= 2
         else "download more batches of activations/, or use a shorter --window-length",
     )

@@ -1,8 +1,8 @@
-"""Cuts the texts of dumps of other tools into windows, and selects their features.
+"""Cuts the texts in dumps of other tools into windows, and selects their features.
 
-An active feature's window lies round its peak, at a hashed offset so that marks may stand anywhere; a negative window
-lies at a hashed place. A text is in the explain or the score pool by its hash, whatever features and sources it belongs
-to; windows of equal tokens count once. Reads through the sources; writes nothing.
+An active feature's window contains its peak, at a hashed offset so that it may be anywhere in the window; a negative window
+is cut at a hashed position. The hash of a text decides whether it is in the explain or the score pool, for all features and
+sources alike. Windows of equal tokens count once. Reads through the sources; writes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WindowCut:
 class DumpMaterial:
     """One source: its selected features, its texts, and the windows cut from them.
 
-    positives: the window round the peak, by feature and text
+    positives: the window around the peak, by feature and text
     negatives: the possible negative window, by text
     """
 
@@ -70,20 +70,20 @@ class ReadyMaterial:
 
 
 def check_ready(sources: Sequence[Any]) -> list[ExampleSource]:
-    """The sources if they are dumps, [] if none is. Raises BadConfig for a mixture, and for two dumps of one name."""
+    """The sources if they are dumps, [] if none is. Raises BadConfig for a mixture, and for two dumps of the same name."""
     ready = [source for source in sources if isinstance(source, ExampleSource)]
     if not ready:
         return []
     if others := [source.name for source in sources if not isinstance(source, ExampleSource)]:
         raise BadConfig(
             "dictionaries",
-            expected="either dictionaries, which a model reads a corpus for, or dumps with ready examples",
-            seen=f"{others[0]} beside {ready[0].name}",
+            expected="either dictionaries, which need a corpus, or dumps, which contain their examples",
+            seen=f"both: the dictionary {others[0]} and the dump {ready[0].name}",
             fix="make two runs with two --out folders",
         )
     names = [source.name for source in ready]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise BadConfig(repeated, expected="a name of its own for every dump", seen="two", fix="pass each dump once")
+        raise BadConfig(repeated, expected="a different name for every dump", seen="two", fix="pass each dump once")
     return ready
 
 
@@ -91,7 +91,7 @@ def gather_ready(config: RunConfig, sources: Sequence[ExampleSource], progress: 
     """Read the dumps, select features by hash, cut windows. Raises CorpusError and the errors of the sources."""
     missing = [control for control in config.controls if control in NULL_SOURCES]
     if missing:
-        _LOG.warning("no %s control: ready examples come without activations to make it from", ", ".join(missing))
+        _LOG.warning("no %s control: it needs activations on a corpus, which dumps do not contain", ", ".join(missing))
     task = progress.start("read examples", len(sources), "dumps")
     material = []
     for source in sources:
@@ -129,14 +129,14 @@ def _read(config: RunConfig, source: ExampleSource) -> DumpMaterial:
             negatives[number] = _window(text, int(starts[key % len(starts)]), length)
     too_short = sum(not len(_starts(text, length, skip)) for text in texts.values())
     if not verifies_negatives(source):
-        _LOG.warning("%s: negatives: texts of other features, not verified", source.name)
+        _LOG.warning("%s: negatives are texts of other features, not verified to be silent", source.name)
     if too_short:
         _LOG.warning("%s: %d of %d texts are too short for a window", source.name, too_short, len(texts))
     return DumpMaterial(source, chosen, examples, texts, positives, negatives)
 
 
 def _choose(config: RunConfig, name: str, ids: Sequence[FeatureId]) -> tuple[FeatureId, ...]:
-    """The features named in the configuration, else some by hash. Raises BadConfig, UnknownFeature.
+    """The features named in the configuration, else ``n_features`` chosen by hash. Raises BadConfig, UnknownFeature.
 
     A named feature without a text is kept: it is recorded as ineligible.
     """
@@ -144,7 +144,7 @@ def _choose(config: RunConfig, name: str, ids: Sequence[FeatureId]) -> tuple[Fea
         raise BadConfig(
             "density_band",
             expected="features of a dump by number or by id",
-            seen=f"a band of densities, {config.density_band}, which dumps need not have",
+            seen=f"a band of densities, {config.density_band}; a dump may lack densities",
             fix="use --features N or --features ids:…",
         )
     if config.feature_ids is None:
@@ -171,7 +171,7 @@ def _starts(text: ReadyText, length: int, skip: int) -> NDArray[np.int64]:
 def _around_peak(
     seed: int, text: ReadyText, values: NDArray[np.float32], starts: NDArray[np.int64], length: int
 ) -> WindowCut | None:
-    """A window with the strongest active token that fits into any window; None if there is none."""
+    """A window that contains the strongest active token; None if no active token lies in any window."""
     reach = np.zeros(len(values) + 1, dtype=np.int64)
     np.add.at(reach, starts, 1)
     np.add.at(reach, starts + length, -1)
@@ -204,7 +204,7 @@ def _grid(config: RunConfig, material: Sequence[DumpMaterial]) -> tuple[Grid, di
     if not documents:
         raise CorpusError(
             ", ".join(one.source.name for one in material),
-            expected=f"texts with {length} tokens in a row and no BOS among them",
+            expected=f"texts with {length} successive tokens without a BOS",
             seen="none",
             fix="use a shorter --window-length",
         )

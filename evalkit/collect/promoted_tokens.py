@@ -1,6 +1,6 @@
-"""The tokens a feature promotes: whose logits rise most if its direction goes straight to the output.
+"""The tokens that a feature promotes: those whose logits rise most if its direction is added just before the output.
 
-The logit lens of decoder directions: W_U · (gain ⊙ d), less its mean over the vocabulary. All features of a run share one
+The logit lens of decoder directions: W_U · (gain ⊙ d), minus its mean over the vocabulary. All features of a run share one
 pass over the unembedding, a few thousand rows at a time. Knows directions and tokenizers; nothing of dictionaries, corpora
 or explainers. Writes nothing.
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PROMOTED", "promoted_by_source", "promoted_tokens", "token_texts"]
 
 _LOG = logging.getLogger(__name__)
-PROMOTED = 20  # tokens kept of a feature
+PROMOTED = 20  # tokens kept per feature
 _SPARE = 3  # candidates per kept token: several ids may have the same text
 _ROOM = 1 << 22  # numbers per tile in memory: logits, and rows of the unembedding
 _UNUSED = re.compile(r"[<\[]\|?(?:unused|reserved|extra|dummy|placeholder|special)[\w ]*\|?[>\]]", re.IGNORECASE)

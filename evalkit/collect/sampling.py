@@ -113,9 +113,13 @@ def order_by(
 ) -> NDArray[np.int64]:
     """An order of a feature's active windows, of which the first are taken. All arrays are (window,).
 
-    ``way``: "deciles" spreads over the activation deciles; "random" is uniform; "top" takes the strongest first, no two of
-    equal ``places`` (their documents) before all others are used up; "importance" draws without replacement with
-    probability ∝ peak² (keys log(u)/w of Efraimidis & Spirakis 2006); "mixed" takes turns between these two.
+    ``way``:
+
+    - "deciles" spreads over the activation deciles.
+    - "random" is uniform.
+    - "top" takes the strongest first: one per document (``places``), then the others.
+    - "importance" draws without replacement with probability ∝ peak² (keys log(u)/w of Efraimidis & Spirakis 2006).
+    - "mixed" alternates between "top" and "importance".
     """
     match way:
         case "random":
@@ -141,11 +145,12 @@ def order_by(
 def draw_windows(
     windows: FeatureWindows, grid: Grid, counts: Counts, *, source: str, feature: FeatureId, seed: int
 ) -> Draw:
-    """Draw all roles for one feature, or say why it is ineligible.
+    """Draw the windows of all roles for one feature, or give the reason why it is ineligible.
 
-    Negatives keep their ratio to positives where there are fewer of these than asked for: F1 and AUPRC depend on it.
-    Explain pool: up to ``counts.explain`` windows to show, never more than half of what is there; the rest calibrates the
-    judges. Score pool: positives and decoys, disjoint, alike in activation deciles; never more than half decoys.
+    Explain pool: up to ``counts.explain`` windows to show, but at most half of the active ones; the rest calibrates the
+    judges. Score pool: positives and decoys, which are disjoint and have similar activation deciles; at most half are
+    decoys. If there are fewer positives than requested, there are fewer negatives in proportion, because F1 and AUPRC
+    depend on the ratio.
     """
     draws = []
     for pool, name in enumerate(("explain", "score")):

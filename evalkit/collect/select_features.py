@@ -54,7 +54,7 @@ def _check_names(sources: Sequence[FeatureSource]) -> None:
         if source.name in seen:
             raise BadConfig(
                 source.name,
-                expected="a name of its own for every dictionary",
+                expected="a different name for every dictionary",
                 seen="two dictionaries of this name",
                 fix="pass each dictionary once, or give one another name in its card.json",
             )
@@ -94,7 +94,7 @@ def _check_ids(source: FeatureSource, chosen: Sequence[FeatureId]) -> None:
                 f"feature {feature!r} of {source.name}",
                 expected=f"one of its {len(known)} features, such as {', '.join(known[:3])}",
                 seen=repr(feature),
-                fix="name other ids in --features, or score this dictionary in a run of its own",
+                fix="name other ids in --features, or score this dictionary in a separate run",
             )
 
 
@@ -105,7 +105,7 @@ def _in_hashed_order(source: FeatureSource, seed: int) -> _Ordered:
 
 @dataclass(frozen=True, slots=True)
 class _Ordered:
-    """Ids in another order, without a list of millions of them."""
+    """Ids in another order, without building a list of millions of ids."""
 
     ids: Sequence[FeatureId]
     order: NDArray[np.int64]
@@ -120,7 +120,8 @@ class _Ordered:
 def _choose_alive(source: FeatureSource, config: RunConfig, calibration: Calibration) -> tuple[list[FeatureId], float]:
     """Features in hashed order, keeping those that fire on the calibration sample, until there are enough.
 
-    With a density band, those that fire on such a share of the sample's tokens. Also returns the share of those tested.
+    With a density band, keeps those whose density on the sample lies in it. Also returns the share of tested features that
+    were kept.
     """
     ids = _in_hashed_order(source, config.seed)
     low, high = config.density_band or (0.0, 1.0)

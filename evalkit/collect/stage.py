@@ -1,7 +1,7 @@
-"""The first stage of a run: corpus and dictionaries in, examples out.
+"""The first stage of a run: turns a corpus and dictionaries into examples.
 
 Calls the steps in order (contexts, fit check, grid, calibration, features, activations, examples); each step skips what
-is on disk already. Dumps that bring their own examples need neither corpus nor subject model (see ``dump_examples``).
+is on disk already. Dumps that contain their examples need neither corpus nor subject model (see ``dump_examples``).
 Writes ``corpus/``, ``fit.json``, ``calibration.safetensors``, ``collected/`` and ``examples/`` under the run folder, and
 the tables ``sources`` and ``features``.
 """
@@ -81,7 +81,7 @@ def _collect_from_dumps(
 def _collect_from_corpus(
     config: RunConfig, store: RunStore, sources: Sequence[FeatureSource], progress: Progress
 ) -> dict[str, Any]:
-    """The steps of the stage, in order. Returns what the record of the stage says."""
+    """Run the steps of the stage in order; returns the detail for the stage's record."""
     for module in ("torch", "transformers", "safetensors"):
         require(module, "model")
     from evalkit.collect.activations import collect
@@ -118,7 +118,7 @@ def _input_sites(sources: Sequence[FeatureSource]) -> tuple[str, ...]:
 
 
 def _load_subject(config: RunConfig, model: str, sources: Sequence[FeatureSource]) -> Subject:
-    """The subject model, read where the dictionaries read and where they reconstruct."""
+    """The subject model, with the sites that the dictionaries read and those that they reconstruct."""
     from evalkit.subject.model import Subject
 
     sites = dict.fromkeys([*_input_sites(sources), *(source.site.out for source in sources)])
@@ -171,7 +171,7 @@ def _calibrate(
 
 
 def _manifest(selected: Sequence[SelectedFeatures]) -> list[dict[str, Any]]:
-    """What a resumed run must agree with: per source the thresholds and the FVU, rounded to six digits."""
+    """The values that must not change when a run is resumed: per source the thresholds and the FVU, to six digits."""
     return [
         {
             "source": one.source.name,

@@ -1,4 +1,4 @@
-"""Text: reading it, cutting it into contexts and windows, and the text of single tokens."""
+"""The corpus: reads text, cuts it into contexts and windows, and finds the text of single tokens."""
 
 from __future__ import annotations
 

@@ -88,7 +88,10 @@ class Corpus:
             lengths = np.load(folder / "lengths.npy", allow_pickle=False)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise BadFile(
-                str(folder), expected="a corpus folder", seen=str(error)[:200], fix="delete it and tokenise again"
+                str(folder),
+                expected="the files of a tokenised corpus",
+                seen=str(error)[:200],
+                fix="delete the folder and run again",
             ) from error
         if tokens.ndim != 2 or not len(tokens) == len(documents) == len(lengths):
             raise BadFile(
@@ -130,7 +133,7 @@ class Corpus:
                 self.settings.source,
                 expected=f"rows from 0 to {self.n_contexts - 1}",
                 seen=f"rows from {index.min()} to {index.max()}",
-                fix="ask for contexts that the corpus has",
+                fix="request rows that the corpus has",
             )
         ids = np.asarray(self.tokens[index], dtype=np.int64)  # (B, T)
         position = np.arange(self.context_length)

@@ -1,11 +1,11 @@
-"""Where the text of a corpus comes from: text files, JSON lines, parquet, data sets of the ``datasets`` library.
+"""Reads the text of a corpus: text files, JSON lines, parquet, data sets of the ``datasets`` library.
 
-Reads files and yields pieces of documents one after the other; never holds more than one piece (about a million
-characters), or one row of a table, of any of them. Knows nothing of tokens.
+Yields pieces of documents one after the other; never holds more than one piece (about a million characters) or one row of
+a table in memory. Knows nothing of tokens.
 
-What a document is: a line of a .jsonl file, a row of a table, a file of a folder or glob of .txt files. A single .txt
-file is cut at blank lines into sections of at least 8,000 characters, each a document, because documents are what the
-explain and score pools are split by and one book would leave one of them empty.
+A document is a line of a .jsonl file, a row of a table, or a file of a folder or glob of .txt files. A single .txt file is
+cut at blank lines into sections of at least 8,000 characters, each of which is a document: the explain and score pools are
+split by document, so a single document would leave one of them empty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Located", "Piece", "locate", "read_pieces"]
 Piece: TypeAlias = tuple[str, bool]  # text, and whether a new document starts with it
 Kind: TypeAlias = Literal["text", "jsonl", "parquet", "saved", "hub", "matrix"]
 
-SECTION = 8_000  # characters: the least length of a section of a single text file
+SECTION = 8_000  # characters: the minimum length of a section of a single text file
 PIECE = 1_000_000  # characters: a longer document is tokenised in pieces of about this length, cut at line ends
 _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
@@ -84,7 +84,7 @@ def locate(source: str | Path) -> Located:
 
 
 def read_pieces(located: Located, *, text_field: str, split: str, revision: str | None) -> Iterator[Piece]:
-    """The text of a corpus, piece by piece. Raises BadFile and CorpusError where it cannot be read."""
+    """The text of a corpus, piece by piece. Raises BadFile and CorpusError if it cannot be read."""
     if located.kind == "text":
         if len(located.files) == 1:
             yield from _sections(located.files[0])
@@ -192,7 +192,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadFile(
-                where, expected="one JSON object per line", seen=str(error), fix="repair or drop the line"
+                where, expected="one JSON object per line", seen=str(error), fix="correct or remove the line"
             ) from error
         if not isinstance(row, dict):
             raise BadFile(
@@ -228,7 +228,7 @@ def _rows(located: Located, split: str, revision: str | None) -> Iterator[dict[s
         raise MissingFile(
             located.name,
             expected="a file, a folder, or a data set on the hub",
-            seen="nothing of that name here, and the hub does not answer",
+            seen="no such file here, and the hub does not answer",
             fix="check the path and the network",
         )
     try:
@@ -242,9 +242,12 @@ def _rows(located: Located, split: str, revision: str | None) -> Iterator[dict[s
         raise CorpusError(
             located.name, expected=f"a split {split!r}", seen=f"the splits {', '.join(loaded)}", fix="name one of these"
         ) from error
-    except Exception as error:  # the library raises its own kinds; all mean that the data set cannot be opened
+    except Exception as error:  # the library raises many classes; all mean that the data set cannot be opened
         raise BadFile(
-            located.name, expected="a data set", seen=f"{type(error).__name__}: {error}", fix="check id and split"
+            located.name,
+            expected="a data set",
+            seen=f"{type(error).__name__}: {error}",
+            fix="check the id and the split",
         ) from error
     yield from loaded
 

@@ -32,7 +32,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class CorpusWriter:
-    """Writes contexts to a hidden folder beside the target, renamed at the end; leaves nothing behind on errors."""
+    """Writes contexts to a hidden folder beside the target and renames it at the end; removes it on errors."""
 
     def __init__(self, folder: Path, *, context_length: int, pad_id: int) -> None:
         self._folder = folder
@@ -60,7 +60,7 @@ class CorpusWriter:
         if self._stream is not None:
             try:
                 self._stream.close()
-            except OSError as late:  # the last buffered bytes may be what no longer fits
+            except OSError as late:  # the disk may be full only when the last buffered bytes are written
                 error = error or late
         shutil.rmtree(self._temp, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _DISK:
@@ -110,22 +110,21 @@ class CorpusWriter:
         try:
             self._temp.rename(self._folder)
         except OSError:
-            if not (
-                self._folder / "corpus.json"
-            ).exists():  # otherwise another process finished first, and the caller opens its folder
+            # If the folder exists, another process finished first, and the caller opens that process's folder.
+            if not (self._folder / "corpus.json").exists():
                 raise
 
     def _storage(self, error: OSError) -> StorageError:
         return StorageError(
             str(self._folder),
-            expected="room to write the tokenised corpus",
+            expected="space to write the tokenised corpus",
             seen=error.strerror or str(error),
-            fix="free some space, or name a folder on another disk",
+            fix="free some space, or choose a folder on another disk",
         )
 
 
 def read_matrix(path: Path) -> NDArray[Any]:
-    """The token matrix (rows, positions) of a file, memory-mapped where the format allows; integer and not negative.
+    """The token matrix (rows, positions) of a file, of an integer dtype; memory-mapped if the format allows.
 
     A .safetensors file or a dict in a .pt file may hold other tensors too if one is called ``tokens`` or ``input_ids``.
     Raises BadFile, BadShape.
@@ -140,7 +139,7 @@ def read_matrix(path: Path) -> NDArray[Any]:
             found = load_file(path)
         else:
             found = _load_pt(path)
-    except Exception as error:  # numpy, torch and safetensors each raise their own kinds
+    except Exception as error:  # numpy, torch and safetensors each raise their own classes
         raise BadFile(
             str(path),
             expected=f"a token matrix in a {path.suffix} file, without pickled objects",
@@ -153,7 +152,7 @@ def read_matrix(path: Path) -> NDArray[Any]:
             str(path),
             expected="one tensor, or one of them called 'tokens' or 'input_ids'",
             seen=f"tensors {', '.join(named) or '(none)'}",
-            fix="save the token matrix alone",
+            fix="save only the token matrix",
         )
     matrix: NDArray[Any] = found[named[0]]
     if matrix.ndim != 2 or not matrix.size or not np.issubdtype(matrix.dtype, np.integer):

@@ -1,4 +1,4 @@
-"""Tokens as tools write them down (``Ġthe``, ``▁the``, ``Ċ``, ``<0x0A>``, ``âĢĻ``) to the text they stand for.
+"""Converts tokens as tools write them (``Ġthe``, ``▁the``, ``Ċ``, ``<0x0A>``, ``âĢĻ``) to the text they represent.
 
 Works from strings alone, without the tokenizer. If any token contains a space, the text was decoded already, and Ġ and ▁
 are left unchanged. Knows no format and no model; reads and writes nothing.
@@ -34,7 +34,7 @@ _BOUNDARIES = frozenset(
 
 
 def boundaries(tokens: Sequence[str]) -> tuple[bool, ...]:
-    """Which tokens, as written, are BOS, EOS or padding: texts of several documents are joined by them."""
+    """Per token, whether it is BOS, EOS or padding, which separate the documents that a text consists of."""
     if _BOUNDARIES.isdisjoint(tokens):
         return (False,) * len(tokens)
     return tuple(token in _BOUNDARIES for token in tokens)
@@ -53,7 +53,7 @@ def text_pieces(tokens: Sequence[str]) -> tuple[str, ...]:
 
 
 def _decode_byte_tokens(tokens: Sequence[str]) -> list[str]:
-    """Runs of byte tokens (``<0xC3>``, ``<0xA9>``) to the characters they make."""
+    """Decode runs of byte tokens (``<0xC3>``, ``<0xA9>``) to characters."""
     pieces: list[str] = []
     for is_bytes, run in groupby(tokens, lambda token: _BYTE_TOKEN.fullmatch(token) is not None):
         written = list(run)

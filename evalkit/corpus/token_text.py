@@ -1,11 +1,11 @@
-"""The text piece of every token, such that the pieces of a window join to exactly what the tokenizer decodes.
+"""The text piece of every token; the pieces of a window join to exactly the tokenizer's decoding of the window.
 
-Knows tokenizers, not corpora or models; reads and writes nothing. Special tokens keep their text (windows leave them
-out by their mask). A character split over several byte-level tokens belongs to the first of them, the others are empty.
-What a decoder strips from the start of a text (the space that sentencepiece puts there) is missing from the first piece.
+Knows tokenizers, not corpora or models; reads and writes nothing. Special tokens keep their text (windows exclude them by
+their mask). A character split over several byte-level tokens belongs to the first of them; the others are empty. If a
+decoder strips the start of a text (the space that sentencepiece puts there), the first piece lacks it too.
 
 One table of strings per tokenizer makes this fast. The table is checked against the tokenizer on random ids when it is
-made; if they disagree (WordPiece, say), pieces are the differences between the decodings of growing prefixes.
+created; if they disagree (with WordPiece, for example), pieces are the differences between decodings of growing prefixes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from evalkit.errors import CorpusError
 __all__ = ["BYTES", "bytes_of_byte_level", "bytes_of_sentencepiece", "split_bytes", "token_pieces"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_TRIALS = 200  # random id sequences a table is tried on
+_TRIALS = 200  # random id sequences that a table is checked on
 _TABLES: WeakKeyDictionary[Any, _Table | None] = WeakKeyDictionary()
 
 
@@ -46,11 +46,11 @@ def token_pieces(tokenizer: Any, ids: Iterable[int]) -> tuple[str, ...]:
 
 
 class _Table:
-    """Bytes of each token, and its text where these bytes are text by themselves. An id without a token has no bytes."""
+    """The bytes of each token, and its text if these bytes are valid text alone. An id without a token has no bytes."""
 
     def __init__(self, raw: Sequence[bytes | None], byte_tokens: Sequence[bool], *, strip_first_space: bool) -> None:
         self._raw = raw
-        self._byte_tokens = byte_tokens  # sentencepiece replaces these one by one where a run of them is invalid
+        self._byte_tokens = byte_tokens  # sentencepiece replaces each of these if a run of them is invalid
         self._has_byte_tokens = any(byte_tokens)
         self._strip = strip_first_space
         self._text: list[str | None] = [None if data is None else _strict(data) for data in raw]
@@ -103,7 +103,7 @@ def split_bytes(raw: Sequence[bytes]) -> list[str]:
 
 
 def _width(data: bytes, offset: int) -> int:
-    """How many bytes one replacement character stands for (three where the text itself holds U+FFFD)."""
+    """How many bytes one replacement character represents (three if the text itself contains U+FFFD)."""
     try:
         data[offset:].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _by_prefixes(tokenizer: Any, ids: list[int]) -> tuple[str, ...]:
-    """Pieces as what each further token adds to the decoding. Quadratic, for decoders of any kind."""
+    """The text that each further token adds to the decoding. Quadratic in time, but works for every decoder."""
     full = _decode(tokenizer, ids)
     ends: list[int] = []
     for count in range(1, len(ids)):
@@ -172,14 +172,14 @@ BYTES = _byte_map()
 
 
 def bytes_of_byte_level(token: str) -> bytes:
-    """The bytes that a token of a byte-level tokenizer stands for (``Ġthe``)."""
+    """The bytes that a token of a byte-level tokenizer represents (``Ġthe``)."""
     if all(character in BYTES for character in token):
         return bytes(BYTES[character] for character in token)
     return token.encode("utf-8")  # an added token, kept as it is written
 
 
 def bytes_of_sentencepiece(token: str) -> bytes:
-    """The bytes that a token of a sentencepiece tokenizer stands for (``▁the``, ``<0x0A>``)."""
+    """The bytes that a token of a sentencepiece tokenizer represents (``▁the``, ``<0x0A>``)."""
     if match := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode("utf-8")

@@ -1,8 +1,9 @@
-"""Tokenises a corpus: text or token matrices in, a folder of contexts of one length out.
+"""Tokenises a corpus: turns text or a token matrix into a folder of contexts of one length.
 
-Streams: text is never held as a whole. Contexts never cross documents. The remainder of a document becomes a padded
-context if it has at least ``MIN_TOKENS`` tokens, else it is dropped. With BOS, each context starts with it. The folder is
-written under a temporary name and renamed when complete. Knows the tokenizer; nothing of models, features or pools.
+Streams the text, so it is never in memory as a whole. Contexts never cross documents. The remainder of a document becomes a
+padded context if it has at least ``MIN_TOKENS`` tokens, else it is dropped. With BOS, each context starts with it. The
+folder is written under a temporary name and renamed when complete. Knows the tokenizer; nothing of models, features or
+pools.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _reopen(folder: Path, settings: CorpusSettings, skip_first: int) -> Corpus:
             str(folder),
             expected=f"the corpus {settings.source} with {name} {wanted[name]}",
             seen=f"{corpus.settings.source} with {name} {held[name]}",
-            fix="name another folder, or delete this one",
+            fix="use another folder, or delete this one",
         )
     return corpus
 
@@ -147,7 +148,7 @@ def _copy_matrix(
                 str(path),
                 expected=f"token ids from 0 to {vocab_size - 1}",
                 seen=str(low if low < 0 else high),
-                fix="use the tokenizer (the model) that the matrix was made with",
+                fix="use the subject model whose tokenizer produced the matrix",
             )
         for offset, row in enumerate(part):
             writer.add(row[None], start + offset)
@@ -180,7 +181,7 @@ def _cut(
             settings.source,
             expected=f"a document of at least {min(MIN_TOKENS, settings.context_length)} tokens",
             seen=f"{n_documents} documents, the longest of {cutter.longest} tokens",
-            fix="use a longer corpus" if n_documents else "use a corpus that is not empty",
+            fix="use a corpus with longer documents" if n_documents else "use a corpus that is not empty",
         )
 
 

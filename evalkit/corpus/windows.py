@@ -1,7 +1,7 @@
-"""Cuts a corpus once into a fixed grid of windows, and its documents into two pools.
+"""Cuts a corpus into a fixed grid of windows, and divides its documents into two pools.
 
-Positives and negatives come from the same cells, so the place of a cut carries no information about the label. Knows
-tokens and documents; knows nothing of features. Reads the corpus in blocks; writes nothing.
+Positives and negatives come from the same cells of the grid, so the position of a window carries no information about its
+label. Knows tokens and documents; knows nothing of features. Reads the corpus in blocks; writes nothing.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Grid:
 
 
 def _pools_of(hashes: NDArray[np.uint64], documents: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
-    """0 (explain) or 1 (score) per context: that of its document, by a hash of how the document begins.
+    """The pool of each context, 0 (explain) or 1 (score): that of its document, by a hash of the document's first context.
 
-    Half and half; copies of a document are in one pool.
+    Each pool gets half of the documents, on average; copies of a document are in the same pool.
     """
     _, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
     drawn = hash_priorities(derive(seed, "pools"), hashes[first]) >> np.uint64(63)

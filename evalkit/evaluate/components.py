@@ -1,7 +1,7 @@
-"""The explainers, judges and scorers that a configuration names, under the names that records carry.
+"""Creates the explainers, judges and scorers that a configuration names, with the names used in records.
 
-Finds them in the registry and says which scorer asks which judge. Reaches no model; raises PluginError, BadConfig,
-MissingFile and MissingExtra where one cannot be made.
+Finds them in the registry and decides which scorer uses which judge. Makes no API calls and loads no model. Raises
+PluginError, BadConfig, MissingFile and MissingExtra if one cannot be created.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def _explainer(part: registry.Part, config: RunConfig) -> Any:
 
 
 def make_tests(config: RunConfig, client: Client | None) -> list[Test]:
-    """Every configured scorer with every judge that can answer it, or with its own; those that ask a model get ``client``.
+    """Every configured scorer with every judge that can answer it, or with the scorer's own judge.
 
-    ``config.repeats`` times for judges that ask a model; others would say the same again. With the control "lexical" also
-    the tests of that baseline. Raises BadConfig for a scorer that none of the judges can answer.
+    Judges that query a model use ``client`` and come ``config.repeats`` times; the others would repeat their answers. With
+    the control "lexical", includes the tests of that baseline. Raises BadConfig for a scorer that no judge can answer.
     """
     judges = [(repeat, *made) for text in config.judges for repeat, made in _repeated(text, config, client)]
     tests: list[Test] = []
@@ -72,7 +72,7 @@ def _baseline(label: str, scorer: Scorer, config: RunConfig, tests: list[Test]) 
 
 
 def _repeated(text: str, config: RunConfig, client: Client | None) -> list[tuple[int, tuple[str, Judge]]]:
-    """A judge for each repeat. Names do not tell repeats apart, records do."""
+    """A judge for each repeat. All repeats have the same name; records distinguish them by number."""
     part = registry.parse_part("judges", text)
     made = [(0, recorded_as(part, _judge(part, config, client), client))]
     cls = registry.load_class("judges", part.name)
@@ -99,9 +99,9 @@ def _judge(part: registry.Part, config: RunConfig, client: Client | None) -> Any
 
 
 def recorded_as(part: registry.Part, made: Any, client: Client | None) -> tuple[str, Any]:
-    """A part with the name it is recorded by: with that of the model behind it, so two models never share a record.
+    """A part with its name in records, which includes the model it uses, so that two models never share a record.
 
-    That model is the client's for parts that ask it (``uses_client``), or what the part itself calls its ``variant``.
+    The model is the client's for parts that query it (``uses_client``), else the part's ``variant``.
     """
     behind = client.name if client and uses_client(made) else variant_of(made)
     return (f"{part.label}@{behind}" if behind else part.label), made

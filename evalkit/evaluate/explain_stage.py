@@ -37,7 +37,7 @@ async def explain_features(
     examples: by source, then feature.
     explainers: by recorded name.
 
-    Raises StageFailed where an explainer that has never succeeded in this run fails for every feature.
+    Raises StageFailed if an explainer that has never succeeded in this run fails for every feature.
     """
     jobs = _missing(store, examples, explainers)
     jobs = await _prepare(jobs, list(examples), explainers)
@@ -56,7 +56,7 @@ async def explain_features(
         store.write_explanation(replace(explanation, source=source, feature=feature, explainer=name))
         return None
 
-    # An explainer that succeeded before may have only those features left that it can never explain.
+    # For an explainer that succeeded before, the remaining features may be those that it can never explain.
     succeeded = [name for name in explainers if any(store.explanations(source, name) for source in examples)]
     await run_jobs(
         "explain",

@@ -64,7 +64,7 @@ async def run_jobs(
     group: the explainer or judge that a job belongs to.
     may_fail: groups that may fail for every job.
 
-    Raises StageFailed, after all jobs, where every job of another group failed.
+    Raises StageFailed, after all jobs, if every job of another group failed.
     """
     if not jobs:
         return
@@ -89,8 +89,8 @@ async def run_jobs(
             raise StageFailed(
                 f"{stage}: {name}",
                 expected=f"at least one of {len(reasons)} features to succeed",
-                seen=f"every one failed; the first: {reasons[0]}",
-                fix="fix that cause and run the same command again",
+                seen=f"all failed; the first: {reasons[0]}",
+                fix="fix the cause and run the same command again",
             )
     n_failed = sum(map(len, failures.values()))
     if n_failed:

@@ -37,10 +37,10 @@ Examples = Mapping[str, Mapping[FeatureId, FeatureExamples]]  # by source, then 
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """A scorer with a judge, under their recorded names.
+    """A scorer with a judge, and their recorded names.
 
-    repeat: 0 for the first time that a judge is asked, 1 for the second (another order, another seed), and so on.
-    explainers: test only the explanations of these; None for all.
+    repeat: number of the repeat, from 0; each repeat has another order of questions and another seed.
+    explainers: names of the explainers whose explanations are tested; None for all.
     """
 
     __test__ = False  # not a pytest class
@@ -93,7 +93,7 @@ async def score_features(
     explainers: recorded names of the explainers to score.
     shuffled: whether to also score each feature with the explanation of its partner.
 
-    Raises StageFailed where a judge fails for every feature.
+    Raises StageFailed if a judge fails for every feature.
     """
     recorded = store.finished_scores()
     missing = {
@@ -175,7 +175,7 @@ async def _prepare_judges(jobs: Sequence[_ScoreJob], progress: Progress) -> None
 
 
 def _items(job: _ScoreJob) -> Iterable[JudgeItem]:
-    """The questions of a job: the scorer's ``items`` where it has that method, else every window whole."""
+    """The questions of a job: the scorer's ``items`` if it has that method, else every window in full."""
     if isinstance(job.test.scorer, ListingScorer):
         return job.test.scorer.items(job.examples)
     parts = (job.examples.test, job.examples.calibration)

@@ -1,1 +1,1 @@
-"""Asking a language model: clients, recorded answers, limits on what is spent."""
+"""Querying a language model: clients, recorded answers, limits on spending."""

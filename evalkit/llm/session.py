@@ -1,7 +1,7 @@
-"""The language model of a run: its client from the registry, behind the run's recording and budget.
+"""The language model of a run: creates its client and wraps it in the run's recording and budget.
 
 The only module that combines the three. Writes ``calls.sqlite`` in the run folder; every process that may still write an
-answer into it holds ``calls.lock``. A batch client (``batched``) keeps the batches that it submitted beside it, in
+answer into it holds ``calls.lock``. A batch client (``batched``) records its submitted batches beside it, in
 ``batches.sqlite``.
 """
 
@@ -36,7 +36,7 @@ RECORDING, BATCHES = "calls.sqlite", "batches.sqlite"
 
 
 def client_part(config: RunConfig) -> registry.Part | None:
-    """The configured client's name and options, None without one. Raises PluginError, BadConfig."""
+    """The configured client's name and options, or None if no client is configured. Raises PluginError, BadConfig."""
     if config.client is None:
         return None
     part = registry.parse_part("clients", config.client)
@@ -45,9 +45,9 @@ def client_part(config: RunConfig) -> registry.Part | None:
         if re.search(r"(^|_)(key|token|secret|password|authorization|headers)$", option.lower()):
             raise BadConfig(
                 f"client option {option}",
-                expected="keys in the environment only",
+                expected="API keys in environment variables only",
                 seen="a key on the command line",
-                fix="set the variable that `evalkit doctor` names, and take this one as no longer secret",
+                fix="set the variable that `evalkit doctor` names, and rotate this key: it may be in your shell history",
             )
     return registry.Part(part.name, part.label, options)
 
@@ -90,7 +90,7 @@ def _listed_price(config: RunConfig, model: str) -> Price | None:
             "--max-cost",
             expected=f"a price of {model!r} in the file given with --prices",
             seen=f"prices of {', '.join(prices)}" if prices else "no price file" if not config.prices else "no prices",
-            fix=f'write ["{model.split(";")[0]}"] with prompt and completion in US dollars per million tokens',
+            fix=f'add ["{model.split(";")[0]}"] with prompt and completion in US dollars per million tokens',
         )
     return price
 
@@ -127,7 +127,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
         if isinstance(live, BatchClient) and in_batches:
             live.keep_in(store.folder / BATCHES, client.record_batched)
         elif handed_in:
-            told = "%d requests of %s are in batches: --client openai-batch fetches their answers, this one asks anew"
+            told = "%d requests of %s are in batches; --client openai-batch fetches them, this client sends them again"
             _LOG.warning(told, len(handed_in), live.name)
         before = client.spent()
         guard.spent_calls = before.calls
@@ -146,7 +146,7 @@ async def open_client(config: RunConfig, store: RunStore, live: Client | None = 
             raise
         finally:
             if client.in_flight and not (left and in_batches):
-                _LOG.warning("waiting for %d requests that were sent; Ctrl-C waits no longer", client.in_flight)
+                _LOG.warning("waiting for %d requests in flight; Ctrl-C stops waiting", client.in_flight)
 
 
 def _spent_cost(price: Price | None, spent: Spent) -> float:
@@ -154,7 +154,7 @@ def _spent_cost(price: Price | None, spent: Spent) -> float:
     if price is None:
         return 0.0
     if spent.calls and not spent.prompt_tokens:
-        _LOG.warning("the server tells no usage: cost is estimated from the length of prompts")
+        _LOG.warning("the server reports no token usage; cost is estimated from the length of prompts")
         return price.cost(MOST_TOKENS_PER_CHARACTER * spent.prompt_characters, 0)
     return price.of(spent)
 

@@ -1,1 +1,1 @@
-"""A whole run: the order of its stages, and what it will take."""
+"""A whole run: the order of its stages, and an estimate of its time and cost."""

@@ -1,9 +1,9 @@
-"""What asking a language model will take: calls, tokens and money, counted with the real explainers, scorers and judges.
+"""Estimates the calls, tokens and cost of querying a language model, with the real explainers, scorers and judges.
 
-They are run against a client that answers nothing but well-formed replies and counts what it is asked: on the run's own
-examples where they are collected, else on windows made up from the text that comes with the package. Calls are then exact
-but for features that turn out ineligible; tokens are characters times a ratio, that of earlier calls where there are some.
-Reaches nobody; writes nothing.
+They are run with a client that counts requests and returns well-formed dummy replies. The examples are the run's own if
+they are collected, else windows made up from the package's bundled text. The number of calls is then exact, except for
+features that turn out to be ineligible. Tokens are estimated from characters, with the ratio of earlier calls if there are
+some. Makes no API calls; writes nothing.
 """
 
 from __future__ import annotations
@@ -48,15 +48,19 @@ __all__ = [
 ]
 
 _PHRASE = "words and phrases that have to do with the sea, with ships and with the people who work on them"
-_MOST_FEATURES = 24  # of so many the prompts are built; the rest is scaled
-_CALLS_TO_LEARN_FROM = 20
-ASSUMED_CALL_S = 2.0  # from sending to the last byte, where there are no earlier calls
+_MOST_FEATURES = 24  # prompts are built for at most this many features and scaled to all
+_CALLS_TO_LEARN_FROM = 20  # with fewer earlier calls, default ratios and times are used
+ASSUMED_CALL_S = 2.0  # time of a call, from sending to the last byte, without earlier calls to measure
 _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests of one part of a run. ``recorded``: so many of the calls are answered already and cost nothing."""
+    """The requests of one part of a run.
+
+    ``recorded``: how many of the ``calls`` are answered in a recording already; they cost nothing.
+    ``prompt_characters``, ``prompt_tokens``, ``completion_tokens``: totals over the other calls.
+    """
 
     calls: float = 0
     recorded: float = 0
@@ -77,10 +81,13 @@ def _values(load: Load) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is still to pay. ``cost`` in US dollars, None without a price; ``seconds`` rests on ``seconds_per_call``.
+    """The requests that a run will still send, with their time and cost.
 
-    ``batch_window``: for a client that asks in batches, the time within which one is worked off, such as "24h". ``seconds``
-    then says nothing: the batches of ``waves`` follow each other, explanations before judgements.
+    ``parts``: requests by explainer or test.
+    ``cost``: US dollars; None without a price.
+    ``seconds``: expected time, computed from ``seconds_per_call``; meaningless for a batch client.
+    ``basis``: the examples that the requests were counted on.
+    ``batch_window``: the time within which a batch is completed, such as "24h"; None unless the client sends batches.
     """
 
     model: str
@@ -97,11 +104,11 @@ class Estimate:
 
     @property
     def waves(self) -> int:
-        """How often something is asked that rests on answers to what was asked before."""
+        """Number of rounds of batches that must follow each other: explanations first, then judgements (0 to 2)."""
         return len({name.startswith("explain ") for name, part in self.parts.items() if part.calls > part.recorded})
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers rounded to what they are worth."""
+        """The estimate as JSON values, rounded to its precision."""
         load = self.load
         return {
             "model": self.model,
@@ -122,7 +129,7 @@ class Estimate:
 
 
 class CountingClient:
-    """Answers every request with a well-formed reply of the asked form, and adds up what was asked."""
+    """Answers every request with a well-formed dummy reply or the recorded one, and counts requests in ``load``."""
 
     def __init__(
         self, name: str, recordings: Sequence[Recording] = (), tokens_per_character: float | None = None
@@ -136,7 +143,7 @@ class CountingClient:
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
         request = KeyedRequest.of(self.name, GenerateRequest(messages, **options))
         text = _reply(options.get("schema"), options.get("choices"), f"{_PHRASE}, {request.key[:6]}")
-        if request.key in self._seen:  # asked once, answered to all
+        if request.key in self._seen:  # equal requests are sent only once
             return Response(text)
         self._seen.add(request.key)
         for recording in self._recordings:
@@ -150,7 +157,7 @@ class CountingClient:
 
 
 def _reply(schema: Mapping[str, Any] | None, choices: Sequence[str] | None, phrase: str) -> str:
-    """A reply that fits the constraint; ``phrase`` wherever it has a text, another one for every request."""
+    """A reply that satisfies the constraint, with ``phrase`` wherever it contains text."""
     if choices:
         return choices[0]
     return phrase if schema is None else json.dumps(_instance(schema, phrase))
@@ -170,13 +177,13 @@ def _instance(schema: Mapping[str, Any], phrase: str) -> Any:
 async def count_explaining(
     explainers: Mapping[str, Explainer], examples: Sequence[FeatureExamples], client: CountingClient
 ) -> dict[str, Load]:
-    """What the explainers that ask a model would ask about these features, by recorded name."""
+    """The requests for explaining these features, by recorded name, of the explainers that query a model."""
     loads = {}
     for name, explainer in explainers.items():
         before = client.load
         if uses_client(explainer):
             for one in _some(examples):
-                with contextlib.suppress(EvalkitError):  # a feature that it cannot explain: it asks nothing
+                with contextlib.suppress(EvalkitError):  # it cannot explain this feature, so it sends nothing
                     await explainer.explain(one.explain.feature, one.explain, client)
             loads[f"explain {name}"] = (client.load + before * -1) * _scale(examples)
     return loads
@@ -189,10 +196,10 @@ async def count_scoring(
     explained: Mapping[tuple[str, str], Sequence[Explanation]] | None = None,
     n_explanations: int = 1,
 ) -> dict[str, Load]:
-    """What judges made with ``client`` would ask in these tests, by recorded name.
+    """The requests of these tests, by recorded name. The judges must have been created with ``client``.
 
-    ``explained``: the explanations to be judged, by source and feature; where there are none yet, ``n_explanations`` of
-    usual length stand in for those of a feature.
+    ``explained``: existing explanations to be judged, by source and feature.
+    ``n_explanations``: explanations per feature; missing ones are replaced by dummies of typical length.
     """
     loads: dict[str, Load] = {}
     for test in tests:
@@ -213,7 +220,7 @@ async def count_scoring(
 
 
 def _stand_in(source: str, feature: str, index: int) -> str:
-    """A phrase of usual length that no other feature has: equal questions would be asked once only."""
+    """An explanation of typical length, different for every feature: equal requests would count only once."""
     return f"{_PHRASE}, {derive(index, source, feature) % 10**6:06d}"
 
 
@@ -234,7 +241,11 @@ def total(
     basis: str,
     batch_window: str | None = None,
 ) -> Estimate:
-    """The estimate of all parts. ``spent``: earlier calls of the model, from which the time of a call is learned."""
+    """The estimate of all parts.
+
+    ``spent``: earlier calls of the model, from which the time per call is computed.
+    ``in_flight``: the client's concurrency limit.
+    """
     load = sum(parts.values(), Load())
     to_make = load.calls - load.recorded
     cost = None if price is None else price.cost(load.prompt_tokens, load.completion_tokens)
@@ -244,12 +255,12 @@ def total(
 
 
 def tokens_per_character(spent: Spent) -> float | None:
-    """That of earlier calls, None where there are too few."""
+    """Tokens per character of earlier prompts; None if there are too few calls."""
     return spent.prompt_tokens / spent.prompt_characters if spent.calls >= _CALLS_TO_LEARN_FROM else None
 
 
 def made_up(config: RunConfig) -> FeatureExamples:
-    """One feature with as many windows as a run would give it, cut from the text that comes with the package."""
+    """One feature with as many windows as in a run, cut from the package's bundled text."""
     texts = _windows(config.window_length)
     counter = itertools.count()
 
@@ -269,7 +280,7 @@ def made_up(config: RunConfig) -> FeatureExamples:
 
 
 def _windows(length: int) -> Iterator[tuple[str, ...]]:
-    """Windows of ``length`` pieces of four characters, as long as a token is on average, around and around the text."""
+    """Endless windows of ``length`` pieces with four characters each, an average token; restarts at the end of the text."""
     from evalkit.corpus.readers import locate, read_pieces
 
     while True:

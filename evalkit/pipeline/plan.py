@@ -1,4 +1,4 @@
-"""What a run would do and cost: ``--dry-run``, and the estimate that is recorded to be compared with the actual cost.
+"""Computes the work and cost of a run, for ``--dry-run`` and for the estimate recorded beside the actual cost.
 
 Opens dictionaries and, if they exist, the run's examples and recorded answers. Loads no model, makes no API calls, writes
 nothing.
@@ -53,7 +53,7 @@ _GZIP_RATIO = 2.6  # size of English text over its size when compressed
 
 @dataclass(frozen=True, slots=True)
 class _Basis:
-    """What the calls are counted on.
+    """The basis on which calls are counted.
 
     explainers: names of the explainers that will be scored.
     explained: explanations that exist already, by source and feature.
@@ -68,7 +68,7 @@ class _Basis:
 
 
 def plan(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Dictionaries, controls, the greatest possible numbers of features and judgements, and the language model's cost."""
+    """Dictionaries, controls, the maximum numbers of features and judgements, and the language model's cost."""
     run = ResolvedRun(config)
     sources = open_sources(config)
     n_sources = len(sources) + len(run.control_dictionaries(sources))
@@ -106,7 +106,7 @@ def _reading(config: RunConfig, sites: Sequence[str]) -> dict[str, int | None]:
 
 
 def _tests_per_feature(run: ResolvedRun, folder: Path) -> int:
-    """Tests of one feature: of every explanation that a scorer gets, its own ones and those of its partner."""
+    """Number of tests per feature: of its own explanations, and of its partner's if the control "shuffled" is used."""
     n_scored = len(run.scored_explainers(_recorded_explainers(folder)))
     n_explanations = [n_scored if test.explainers is None else len(test.explainers) for test in run.tests]
     n_controls = 1 + run.with_shuffled
@@ -124,9 +124,9 @@ def _recorded_explainers(folder: Path) -> list[str]:
 
 
 def estimate_asking(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSource] | None = None) -> Estimate | None:
-    """What the run would still ask a language model; None without a client, or with one that only replays.
+    """The requests that the run would still send to a language model; None without a client, or with the client replay.
 
-    sources: the run's dictionaries, if open already; else they are opened where the run's own examples are missing.
+    sources: the run's dictionaries if they are open already; otherwise they are opened if the run has no examples yet.
     """
     config, client = run.config, run.client
     if client is None or replays(config):
@@ -147,7 +147,7 @@ def estimate_asking(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSou
 
 
 async def _count(run: ResolvedRun, counting: CountingClient, basis: _Basis) -> dict[str, Load]:
-    """Requests by part. Explainers and judges are made anew: those of the run must not see the invented replies."""
+    """Requests by part. Creates new explainers and judges, so that those of the run do not see the dummy replies."""
     n_explanations = max(len(basis.explainers), 1) * (1 + run.with_shuffled)
     loads = await count_explaining(make_explainers(run.config, counting), basis.examples, counting)
     loads |= await count_scoring(run.tests_with(counting), basis.examples, counting, basis.explained, n_explanations)
@@ -155,7 +155,7 @@ async def _count(run: ResolvedRun, counting: CountingClient, basis: _Basis) -> d
 
 
 def _basis(run: ResolvedRun, folder: Path, sources: Sequence[FeatureSource] | None) -> _Basis:
-    """The run's own examples where they are collected, else one made-up feature that stands for all."""
+    """The run's own examples if they are collected, else one made-up feature that represents all."""
     config = run.config
     try:
         with RunStore.open(folder) as store:

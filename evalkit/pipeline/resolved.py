@@ -1,7 +1,7 @@
-"""A configuration with every part that it names, made once per command and handed to all stages.
+"""A configuration and all the parts it names, which are created once per command and passed to all stages.
 
-Knows which explainers, tests and controls a run has, and under which names they are recorded; ``run`` and ``--dry-run``
-both ask here. Makes no API calls, loads no model, writes nothing.
+Knows which explainers, tests and controls a run has, and their names in records; both ``run`` and ``--dry-run`` use it.
+Makes no API calls, loads no model, writes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["ResolvedRun"]
 
 @dataclass(frozen=True, eq=False)  # no slots: parts are made on first use and kept
 class ResolvedRun:
-    """The parts of a run. Each is made on first use; that raises PluginError, BadConfig, MissingFile or MissingExtra."""
+    """The parts of a run, each created on first use. That raises PluginError, BadConfig, MissingFile or MissingExtra."""
 
     config: RunConfig
 
@@ -45,9 +45,9 @@ class ResolvedRun:
 
     @cached_property
     def price(self) -> Price | None:
-        """What the client's model costs; None without a client or a listed price.
+        """The price of the client's model; None without a client or a listed price.
 
-        Raises BadConfig where --max-cost needs a price that is not listed.
+        Raises BadConfig if --max-cost is set and the price is not listed.
         """
         return None if self.client is None else price_of(self.config, self.client.name)
 
@@ -65,7 +65,7 @@ class ResolvedRun:
 
     @cached_property
     def tests(self) -> list[Test]:
-        """The configured scorers with their judges. Use ``tests_with`` to ask a model through a recording."""
+        """The configured scorers with their judges. Use ``tests_with`` to query a model through a recording."""
         return make_tests(self.config, self.client)
 
     def tests_with(self, client: Client | None) -> list[Test]:
@@ -82,9 +82,9 @@ class ResolvedRun:
 
         recorded: names of the explainers that the run folder has explanations of.
 
-        A configured explainer stands for the recorded one of the same name and options. If that was recorded with another
-        client than this command's, or with none, it is scored all the same. One without a record is listed under the name
-        that it will be recorded by.
+        A configured explainer selects the recorded one of the same name and options, even if that was recorded with
+        another client than this command's or with none. One without a record is listed under the name that its record
+        will have.
         """
         if not self.config.explainers:
             return list(recorded)
@@ -96,14 +96,14 @@ class ResolvedRun:
         return names
 
     def controls(self, sources: Sequence[FeatureSource]) -> list[str]:
-        """The controls that this run will have beside ``sources``."""
+        """The controls that this run will have in addition to ``sources``."""
         dictionaries = self.control_dictionaries(sources)
         return [name for name in self.config.controls if name in dictionaries or name not in NULL_SOURCES]
 
     def control_dictionaries(self, sources: Sequence[FeatureSource]) -> list[str]:
-        """The controls that are dictionaries of their own.
+        """The controls that are additional dictionaries.
 
-        "random-codes" needs an RQAE. Dumps with ready examples have none of them: no model reads a text for these.
+        "random-codes" needs an RQAE. A run on dumps has no such control, because no model computes activations for it.
         """
         if check_ready(sources):
             return []

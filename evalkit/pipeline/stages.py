@@ -60,7 +60,7 @@ def load_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 async def _explain_and_score(run: ResolvedRun, store: RunStore, stages: Sequence[str], progress: Progress) -> None:
-    """The two stages that may ask a language model, with one client for both."""
+    """The two stages that may query a language model, with one client for both."""
     async with open_client(run.config, store, run.client) as client:
         if "explain" in stages:
             await _explain(run, store, client, progress)
@@ -79,7 +79,7 @@ def _record_estimate(run: ResolvedRun, store: RunStore) -> None:
 
 
 async def _explain(run: ResolvedRun, store: RunStore, client: Client | None, progress: Progress) -> None:
-    """Examples → explanations."""
+    """Turn examples into explanations."""
     started = time.monotonic()
     explainers = run.explainers | run.baseline_explainers
     examples = read_examples(store, run.config.seed)
@@ -88,7 +88,7 @@ async def _explain(run: ResolvedRun, store: RunStore, client: Client | None, pro
 
 
 async def _score(run: ResolvedRun, store: RunStore, client: Client | None, progress: Progress) -> None:
-    """Explanations → judgements."""
+    """Turn explanations into judgements and scores."""
     started = time.monotonic()
     tests = run.tests_with(client)
     needed = any(test.needs_explanation and test.explainers is None for test in tests)
@@ -105,7 +105,7 @@ async def _score(run: ResolvedRun, store: RunStore, client: Client | None, progr
 
 
 def _scored_explainers(run: ResolvedRun, store: RunStore) -> list[str]:
-    """The explainers to score that have explanations. Raises MissingFile if there is none."""
+    """The explainers to score, as far as they have explanations. Raises MissingFile if none has."""
     recorded = store.explainers()
     scored = [name for name in run.scored_explainers(recorded) if name in recorded]
     if not scored:

@@ -1,4 +1,4 @@
-"""A run folder on disk: its identity, its lock, its records, and reading them back."""
+"""A run folder on disk: its configuration, its lock, and writing and reading its records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The records of a run as data frames: all that tables, plots and exports know of it.
+"""The records of a run as data frames, the only form in which tables, plots and exports see a run.
 
-Checks that the frames fit together. Does not know how a run is stored (``evalkit.store.run_store.read_run`` makes these
+Checks that the frames are consistent. Does not know how a run is stored (``evalkit.store.run_store.read_run`` creates these
 frames), what a scorer or judge is, or any statistics. Reads and writes nothing.
 """
 
@@ -33,7 +33,7 @@ _KEYS: dict[str, list[str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunFrames:
-    """A run's records. Row order means nothing; further columns are ignored; nullable columns may hold None, NaN or NA.
+    """A run's records. Row order has no meaning; other columns are ignored; nullable columns may hold None, NaN or NA.
 
     sources
         name (unique), kind ("rqae", "sae", "null-…"), site, width (nullable), l0 (nullable, active features per token),
@@ -44,12 +44,12 @@ class RunFrames:
         "failed"), reason (nullable)
     judgements
         source, feature, scorer, scorer_version, explainer, judge, control ("" for the feature's own explanation,
-        "shuffled" for another feature's), repeat (0 unless the same test was held again), item (unique within the columns
-        before it), window (grid window id), label (bool), match (nullable bool: None is unscored), confidence (nullable),
-        probability (nullable), decile (nullable, 0–9), reason (nullable, why unscored), moments (nullable: the JSON list
-        of a ``Judgement``'s, where activations are predicted)
+        "shuffled" for another feature's), repeat (number of the repeat of the same test, from 0), item (unique within the
+        columns before it), window (grid window id), label (bool), match (nullable bool: None is unscored), confidence
+        (nullable), probability (nullable), decile (nullable, 0–9), reason (nullable, why unscored), moments (nullable: a
+        ``Judgement``'s moments as a JSON list, for predicted activations)
     explanations
-        source, feature, explainer, version, text (None where it failed), reason; tables and plots need none
+        source, feature, explainer, version, text (None if it failed), reason; tables and plots do not use it
     meta
         what footers print, all optional: ``protocol`` (its version), ``cost`` (a sentence, or a mapping such as
         {"judge calls": 4000, "USD": 0.12}). Other keys are ignored here.
@@ -109,7 +109,7 @@ def _check_unique(name: str, frame: pd.DataFrame, keys: list[str]) -> None:
             f"frame {name}",
             expected=f"one row per {', '.join(keys)}",
             seen=f"{int(twice.sum())} repeated, such as {', '.join(str(value) for value in first)}",
-            fix="drop the repeated rows: they would count one observation twice",
+            fix="drop the repeated rows, which would count one observation twice",
         )
 
 

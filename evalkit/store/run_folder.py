@@ -1,6 +1,7 @@
-"""Who may write a run folder, and which run it holds: ``run.lock`` and ``run.json``.
+"""The lock and the configuration of a run folder: ``run.lock`` and ``run.json``.
 
-One process at a time; a folder in which something was computed belongs to one configuration. Knows nothing of records.
+One process at a time may write a folder. Once something was computed in it, its configuration may not change. Knows nothing
+of records.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def acquire(path: Path) -> int:
         raise RunLocked(
             str(path.parent),
             expected="no other process writing this run",
-            seen=f"process {holder} at work",
+            seen=f"process {holder} writing it",
             fix="wait for it, or use another --out",
         ) from error
     os.ftruncate(handle, 0)

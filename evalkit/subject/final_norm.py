@@ -1,11 +1,11 @@
-"""The subject model's final RMS norm: its gain and eps, measured; the norm and its inverse.
+"""The subject model's final RMS norm: measures its gain and eps, and applies the norm and its inverse.
 
-The gain is computed from the module's output for known vectors instead of being read by class name, so Llama-type norms
-(gain = weight), Gemma-type norms (1 + weight) and future ones need no list. Knows tensors and one module;
-reads no files.
+The gain is computed from the module's output for known vectors instead of being looked up by class name, so Llama-type
+norms (gain = weight), Gemma-type norms (1 + weight) and future ones need no list. Knows tensors and one module; reads no
+files.
 
-A model whose final norm is no RMS norm (GPT-2's LayerNorm subtracts the mean and adds a bias) gets a gain of shape
-(0,): raw hidden states are all such a model offers, and asking for normalised ones is an error, not a wrong number.
+A model whose final norm is not an RMS norm (GPT-2's LayerNorm subtracts the mean and adds a bias) gets a gain of shape
+(0,). Only raw hidden states can be used with such a model; normalising them is an error instead of a wrong number.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def normalise(hidden: Float[Tensor, "*rows d_model"], info: SubjectInfo) -> Floa
 def denormalise(
     normed: Float[Tensor, "*rows d_model"], hidden: Float[Tensor, "*rows d_model"], info: SubjectInfo
 ) -> Float[Tensor, "*rows d_model"]:
-    """Back to the units of ``hidden``: divided by the gain and by the scale that ``normalise`` gave ``hidden``.
+    """Convert back to the units of ``hidden``: divide by the gain and by the scale that ``normalise`` gives ``hidden``.
 
-    A dimension whose gain is 0 carries nothing through the norm and comes back as 0. Raises like ``normalise``.
+    A dimension whose gain is 0 is lost in the norm and becomes 0. Raises the errors of ``normalise``.
     """
     gain, scale = _gain_and_scale(hidden, info)
     inverse = torch.where(gain == 0, torch.zeros_like(gain), 1 / gain)
@@ -74,9 +74,9 @@ def _gain_and_scale(hidden: Tensor, info: SubjectInfo) -> tuple[Tensor, Tensor]:
 
 
 def measure_norm(decoder: nn.Module, d_model: int) -> tuple[NDArray[np.float32], float]:
-    """Gain (d_model,) and eps of the decoder's final norm, from its answers to known vectors.
+    """Gain (d_model,) and eps of the decoder's final norm, measured from its outputs for known vectors.
 
-    Gain of shape (0,) and eps 0 where the module is not h · rsqrt(mean(h²) + eps) · gain to float32 precision.
+    Gain of shape (0,) and eps 0 if the module does not compute h · rsqrt(mean(h²) + eps) · gain to float32 precision.
     """
     module = next((found for name in _NAMES if (found := getattr(decoder, name, None)) is not None), None)
     none = np.zeros(0, dtype=np.float32)
@@ -84,7 +84,7 @@ def measure_norm(decoder: nn.Module, d_model: int) -> tuple[NDArray[np.float32],
         return none, 0.0
     module = copy.deepcopy(module).to("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(2, d_model, generator=generator) * 3 + 1  # off-centre, which a LayerNorm would show
+    probes = torch.randn(2, d_model, generator=generator) * 3 + 1  # with a non-zero mean, to detect a LayerNorm
     probes = probes.sign() * probes.abs().clamp(min=0.1)
     with torch.no_grad():
         eps = _eps(module, probes[0])
@@ -98,7 +98,7 @@ def measure_norm(decoder: nn.Module, d_model: int) -> tuple[NDArray[np.float32],
 
 
 def _snap(gain: Tensor, module: nn.Module) -> NDArray[np.float32]:
-    """The measured gain, or the stored vector it stands for (weight, or 1 + weight) if equal to rounding."""
+    """The stored vector (weight, or 1 + weight) that equals the measured gain up to rounding, else the measured gain."""
     measured = gain.float()
     weight = getattr(module, "weight", None)
     if weight is not None:

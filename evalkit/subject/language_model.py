@@ -1,4 +1,4 @@
-"""The whole subject model, output head included: next-token losses, with the hidden states at one site replaced or not.
+"""The whole subject model with its output head: next-token losses, optionally with replaced hidden states at one site.
 
 ``Subject`` reads hidden states and stops early; this model runs to the end. Both share one copy of the weights. Knows
 nothing of dictionaries, corpora or averages. Reads model files only.
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LanguageModel"]
 
-_LOGITS = 1 << 25  # of one forward: 128 MiB in float32
+_LOGITS = 1 << 25  # limit of logits per forward pass: 128 MiB in float32
 
 
 class LanguageModel:
-    """A causal language model with ``subject``, the same weights read at their sites."""
+    """A causal language model, and ``subject``, which reads hidden states of the same weights."""
 
     def __init__(self, whole: nn.Module, subject: Subject) -> None:
         self._whole = whole
@@ -46,7 +46,7 @@ class LanguageModel:
         device: str = "auto",
         revision: str | None = None,
     ) -> LanguageModel:
-        """Load a model as ``Subject.load`` does, with all its blocks and its head. Raises what that raises."""
+        """Load a model like ``Subject.load``, but with all blocks and the output head. Raises the same errors."""
         computed_in = torch_dtype(dtype)
         device = usable_device(device)
         whole, tokenizer = load_whole(model, dtype=computed_in, revision=revision)
@@ -56,7 +56,7 @@ class LanguageModel:
         return cls(whole, Subject(decoder, tokenizer, name=name, sites=sites, device=device, keep_blocks=True))
 
     def contexts_per_forward(self, length: int) -> int:
-        """How many contexts of ``length`` tokens one forward can take before its logits grow too large."""
+        """The number of contexts of ``length`` tokens per forward pass, limited by the size of the logits."""
         return max(1, _LOGITS // (length * self.subject.vocab_size))
 
     def losses(
@@ -66,11 +66,11 @@ class LanguageModel:
         site: str | None = None,
         replace: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "batch pos-1"]:
-        """Cross-entropy in nats of every token but the first, given those before it; float32, on the CPU.
+        """Cross-entropy in nats of every token except the first, given the tokens before it; float32, on the CPU.
 
         Column t is the loss of the prediction made at position t. ``replace`` maps the hidden states (batch, pos,
-        d_model) at ``site`` to those that the forward pass continues with. Contexts may be padded on the right; losses
-        there are meaningless. Raises BadConfig (no such site), BadShape (see ``Subject.replaced``).
+        d_model) at ``site`` to those that the forward pass continues with. Contexts may be padded on the right; the losses
+        of padding are meaningless. Raises BadConfig (no such site), BadShape (see ``Subject.replaced``).
         """
         ids = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64)).to(self.subject.device)
         patched = nullcontext() if site is None or replace is None else self.subject.replaced(site, replace)

@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def looks_like_path(model: str | Path) -> bool:
-    """Whether ``model`` names something on disk rather than on the hub: it exists, or is written as a path."""
+    """Whether ``model`` is on disk rather than on the hub: it exists, or is written as a path."""
     text = str(model)
     return (
         isinstance(model, Path)
@@ -70,7 +70,7 @@ def load_whole(
     gguf_file: str | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> tuple[Any, Any]:
-    """The causal language model with its output head, and its tokenizer. Quantised GGUF weights are written out."""
+    """The causal language model with its output head, and its tokenizer. Quantised GGUF weights are dequantised."""
     place, options = _locate(model, revision, gguf_file)
     require("transformers", "model")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -130,7 +130,7 @@ def _locate(model: str | Path, revision: str | None, gguf_file: str | None) -> t
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadFile(
-                str(path), expected="a model folder or a .gguf file", seen="another file", fix="name its folder"
+                str(path), expected="a model folder or a .gguf file", seen="another file", fix="pass the file's folder"
             )
         options["gguf_file"] = path.name
         return str(path.parent), options
@@ -139,7 +139,7 @@ def _locate(model: str | Path, revision: str | None, gguf_file: str | None) -> t
             str(path),
             expected="a model folder with config.json",
             seen="no config.json",
-            fix="name the folder that save_pretrained or the hub wrote, or a .gguf file",
+            fix="pass the folder that save_pretrained or the hub wrote, or a .gguf file",
         )
     return str(path), options
 
@@ -150,14 +150,14 @@ def _read(shown: str, what: str, read: Callable[[], Any]) -> Any:
         return read()
     except ImportError:
         raise
-    except Exception as error:  # transformers raises a dozen kinds; each is a file that is not what it should be
+    except Exception as error:  # transformers raises many classes; all mean that the files are not such a model
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not looks_like_path(shown):
             raise MissingFile(
                 shown,
                 expected=f"{what} on the hub or in the local cache",
                 seen=first[:200],
-                fix="check the id and the network, or name a local folder",
+                fix="check the id and the network, or pass a local folder",
             ) from error
         raise BadFile(
             shown, expected=what, seen=f"{type(error).__name__}: {first[:200]}", fix="download or save the model again"

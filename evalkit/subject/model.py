@@ -1,12 +1,12 @@
-"""The subject model: token ids in, hidden states at named sites out.
+"""The subject model: computes hidden states at named sites from token ids.
 
 Loads any causal language model of transformers (hub id, local folder or GGUF file) and reads it with forward hooks. The
-forward pass stops after the last requested site, so later blocks are never computed; blocks past the neighbours of the
+forward pass stops after the last requested site, so later blocks are never computed; blocks after the neighbours of the
 requested sites are dropped on loading. Within ``replaced``, a site's hidden states are replaced by others. Knows nothing
 of corpora, dictionaries, features or output heads. Reads model files only.
 
 Contexts are padded on the right. The models are causal, so a valid position never sees padding and no attention mask is
-passed. Batches are padded to whole groups of 128 rows before the forward: matrix products of other row counts are not
+passed. Batches are padded to a multiple of 128 rows before the forward pass: matrix products of other row counts are not
 bit-identical on CPU, and hidden states must not depend on how the corpus is cut into batches.
 """
 
@@ -46,8 +46,8 @@ __all__ = ["Dtype", "Subject", "denormalise", "normalise", "torch_dtype", "usabl
 
 Dtype: TypeAlias = Literal["bfloat16", "float32"]
 
-ROWS = 128  # row counts that are multiples of this give the same bits whatever the batch
-ALIGN = 32  # contexts are padded on the right to a multiple of this, so that few of them make whole ROWS
+ROWS = 128  # matrix products of a multiple of this many rows are bit-identical in every batch
+ALIGN = 32  # contexts are padded on the right to a multiple of this, so that few contexts fill a multiple of ROWS
 
 
 class _Captured(Exception):
@@ -59,8 +59,8 @@ class Subject:
 
     ``sites`` are names such as ``layers.15`` (the residual stream after block 15), ``layers.15.mlp``,
     ``layers.15.self_attn``, or full module paths (``model.layers.15``, ``transformer.h.3.attn``). The suffix ``:in``
-    means the input of the module instead of its output. ``layers.15.pre_mlp_norm`` is the norm before the MLP under any
-    family's name for it. ``embed`` is the stored rows of the token embedding, before the factor that some families apply.
+    means the input of the module instead of its output. ``layers.15.pre_mlp_norm`` is the norm before the MLP, whatever the
+    model family calls it. ``embed`` is the stored rows of the token embedding, before the factor that some families apply.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Subject:
         device: str,
         keep_blocks: bool = False,
     ) -> None:
-        """``keep_blocks``: keep the blocks after the sites, for a decoder that is used elsewhere too."""
+        """``keep_blocks``: keep the blocks after the sites, because the decoder is used elsewhere too."""
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.device = torch.device(device)
@@ -178,7 +178,7 @@ class Subject:
                     f"replacement at {site}",
                     expected=f"shape {tuple(before.shape)}",
                     seen=f"shape {tuple(after.shape)}",
-                    fix="return one state for each that was given",
+                    fix="return one state per given state",
                 )
             after = after.to(before.dtype)
             return (after, *output[1:]) if isinstance(output, tuple) else after
@@ -260,7 +260,7 @@ class Subject:
 
 
 def _on_input(keep: Callable[[Tensor], None]) -> Any:
-    """A hook that passes on a module's input: its first argument, or the keyword ``hidden_states``."""
+    """A hook that passes a module's input to ``keep``: its first argument, or the keyword ``hidden_states``."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])
@@ -269,7 +269,7 @@ def _on_input(keep: Callable[[Tensor], None]) -> Any:
 
 
 def _on_ids(keep: Callable[[Tensor], None]) -> Any:
-    """A hook on an embedding that passes on the stored rows of its input ids."""
+    """A hook on an embedding that passes the stored rows of its input ids to ``keep``."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
         keep(nn.functional.embedding(args[0], cast("nn.Embedding", module).weight))
@@ -278,7 +278,7 @@ def _on_ids(keep: Callable[[Tensor], None]) -> Any:
 
 
 def _on_output(keep: Callable[[Tensor], None]) -> Any:
-    """A hook that passes on a module's output, or the first element of a tuple."""
+    """A hook that passes a module's output, or its first element if it is a tuple, to ``keep``."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         keep(output[0] if isinstance(output, tuple) else output)

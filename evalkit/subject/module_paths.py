@@ -1,4 +1,4 @@
-"""From the name of a site to the module of a subject model: one name for what model families name differently.
+"""Finds the module of a subject model for the name of a site, although model families name their modules differently.
 
 Knows the modules of transformers models; reads no states and no files.
 """
@@ -18,7 +18,7 @@ from evalkit.subject.sites import parse_site
 
 __all__ = ["block_index", "depth_check", "find_blocks", "list_sites", "no_site_error", "submodule"]
 
-_ALIASES = (  # one name for what families name differently; the first that is there
+_ALIASES = (  # names of the same module in different families; the first one that exists is used
     ("self_attn", "attn", "attention", "self_attention"),
     ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
     ("o_proj", "c_proj", "out_proj", "dense"),
@@ -42,7 +42,7 @@ def find_blocks(decoder: Any) -> nn.ModuleList:
 
 
 def submodule(block: nn.Module, path: str) -> nn.Module | None:
-    """The module at ``path`` inside a block, under any of the names that families use; None if there is none."""
+    """The module at ``path`` inside a block, under any family's name for it; None if it does not exist."""
     module = block
     for part in path.split(".") if path else ():
         names: tuple[str, ...] = _PRE_MLP_NORM if part == "pre_mlp_norm" else (part,)
@@ -91,7 +91,7 @@ def no_site_error(site: str, info: SubjectInfo, n_loaded: int) -> BadConfig:
             f"site {site!r}",
             expected="a site whose block was loaded",
             seen=f"blocks 0 to {n_loaded - 1} of {info.n_layers}",
-            fix="name this site when loading the subject model",
+            fix="pass this site when loading the subject model",
         )
     near = list(info.sites[-2:])
     if index is None or index < info.n_layers:

@@ -1,8 +1,8 @@
-"""The grammar of site names: how they are parsed and written, which hook names stand for them, and which models have them.
+"""The grammar of site names: parses and writes them, converts hook names to them, and checks that a model has a site.
 
-A site is a module path of the subject model under names that hold for every family: ``layers.12``, ``layers.12.mlp``,
+A site is a module path of the subject model, with the same names for every family: ``layers.12``, ``layers.12.mlp``,
 ``layers.12.self_attn.o_proj``, ``layers.12.pre_mlp_norm``, ``embed``. With the suffix ``:in`` it is the input of that
-module instead of its output. Every regular expression about site or hook names is here. Knows names and sizes, no module;
+module instead of its output. Every regular expression for site or hook names is here. Knows names and sizes, no module;
 reads and writes nothing.
 """
 
@@ -26,7 +26,7 @@ _HOOKS = {
     "hook_attn_out": ".self_attn",
     "attn.hook_z": ".self_attn.o_proj:in",
     "hook_resid_mid": ".pre_mlp_norm:in",
-    "ln2.hook_normalized": ".pre_mlp_norm:in",  # the reader declares the norm without its gain
+    "ln2.hook_normalized": ".pre_mlp_norm:in",  # declared as the norm without its gain by the source that reads it
     "hook_mlp_in": ".pre_mlp_norm:in",
     "mlp.hook_in": ".mlp:in",
     "mlp.hook_post": ".mlp.down_proj:in",
@@ -49,7 +49,7 @@ class BlockSite:
 
     @property
     def within(self) -> str:
-        """What follows the layer number in the name: ``""``, ``":in"``, ``".mlp"``, ``".mlp:in"``."""
+        """The part of the name after the layer number: ``""``, ``":in"``, ``".mlp"``, ``".mlp:in"``."""
         return (f".{self.part}" if self.part else "") + (INPUT if self.is_input else "")
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class BlockSite:
 
 
 def parse_site(path: str) -> BlockSite | None:
-    """The parts of a site's name, also where a family calls its list of blocks otherwise; None outside the blocks."""
+    """The parts of a site's name, with any family's name for its list of blocks; None for a site outside the blocks."""
     found = _SITE.fullmatch(path)
     return BlockSite(int(found[1]), found[2] or "", found[3] is not None) if found else None
 
@@ -69,7 +69,7 @@ def parse_hook(name: str) -> tuple[int, str] | None:
 
 
 def site_of_hook(name: str) -> str | None:
-    """The site that a TransformerLens hook or a Hugging Face module name stands for, or None for an unknown name.
+    """The site that corresponds to a TransformerLens hook or Hugging Face module name; None for an unknown name.
 
     ``blocks.8.hook_resid_pre`` is the output of the block before: ``layers.7``, or ``layers.0:in`` for the first block.
     """

@@ -14,7 +14,7 @@ __all__ = ["forward_rate"]
 
 _PROBE_S = 0.2
 _ROWS = 1024
-_EFFICIENCY = 0.5  # of the probe's rate that a forward pass reaches: seen with a model of width 576 on two cores
+_EFFICIENCY = 0.5  # share of the probe's rate that a forward pass reaches; measured at width 576 on two cores
 
 
 def forward_rate(folder: Path, layers: int | None, *, dtype: str, device: str) -> float | None:
@@ -33,7 +33,7 @@ def forward_rate(folder: Path, layers: int | None, *, dtype: str, device: str) -
 
 
 def _flops(width: int, inner: int, dtype: str, device: str) -> float:
-    """Multiply-adds per second, times two, of a product of this shape on this machine."""
+    """Floating-point operations per second of a matrix product of this shape on this machine."""
     import torch
 
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
-"""How a direction of the residual stream reaches the logits: the final norm's gain, then the rows of the unembedding.
+"""The effect of a direction of the residual stream on the logits: the final norm's gain, then the unembedding's rows.
 
-The subject model stops long before its head, so the unembedding is read from the checkpoint it came from, row by row and
-only when asked. A checkpoint without a head of its own shares the token embedding, as transformers has it. Knows names of
-tensors and sites; nothing of features, tokens or text. Reads safetensors and torch checkpoints, never the network.
+``Subject`` does not load the output head, so the unembedding is read from the model's checkpoint, row by row and only when
+it is needed. A checkpoint without an output head shares the token embedding, as in transformers. Knows names of tensors and
+sites; nothing of features, tokens or text. Reads safetensors and torch checkpoints, never the network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embedd
 _LAYER_NORMS = ("ln_f", "final_layer_norm", "final_layernorm")  # RMS norms are measured, not read
 _POST_NORM = re.compile(r"\.\d+\.post_feedforward_layernorm\.")
 _IN_BLOCK = re.compile(r"\.\d+\.")
-# Sites by what follows the layer number: those whose states are the residual stream, and those added to it.
+# Sites, by the part of their name after the layer number, whose states are the residual stream, or are added to it.
 _STREAM = ("", ":in", ".pre_mlp_norm:in")
 _ADDED = tuple(f".{part}{last}" for part in ("mlp", "self_attn", "attn") for last in ("", ".o_proj", ".down_proj"))
 _ADDED_NORMED = (".post_feedforward_layernorm", ".post_attention_layernorm")
@@ -40,10 +40,13 @@ _ADDED_NORMED = (".post_feedforward_layernorm", ".post_attention_layernorm")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputHead:
-    """``unembedding`` (vocab, d_model) on disk and ``gain`` (d_model,), what the final norm multiplies by.
+    """The final norm and the unembedding of a model.
 
-    ``centred``: the final norm subtracts the mean over dimensions first (a LayerNorm). ``post_norms``: what attention and
-    MLP return passes another norm before it is added to the residual stream (Gemma 2).
+    ``unembedding``: (vocab, d_model), on disk.
+    ``gain``: (d_model,) factors of the final norm.
+    ``centred``: whether the final norm subtracts the mean over dimensions first (a LayerNorm).
+    ``post_norms``: whether outputs of attention and MLP pass another norm before they are added to the residual stream,
+    as in Gemma 2.
     """
 
     unembedding: Stored
@@ -52,13 +55,13 @@ class OutputHead:
     post_norms: bool = False
 
     def reads(self, path: str) -> bool:
-        """Whether what a module at this site path returns is, or is added to, the residual stream that the head reads."""
+        """Whether the states at this site are the residual stream that the head reads, or are added to it."""
         added = _ADDED_NORMED if self.post_norms else _ADDED
         block = parse_site(path)
         return path == EMBED if block is None else block.within in (*_STREAM, *added)
 
     def before_unembedding(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """Directions after the final norm, without the positive scale that it gives each token."""
+        """Directions after the final norm, without its positive scale, which differs per token."""
         if self.centred:
             directions = directions - directions.mean(dim=-1, keepdim=True)
         return directions * self.gain.to(directions)
@@ -67,10 +70,10 @@ class OutputHead:
 def read_output_head(
     model: str, info: SubjectInfo, *, vocab_size: int, revision: str | None = None
 ) -> OutputHead | None:
-    """The head of the model at ``model``, a folder or the hub id of a model in the local cache; None where there is none.
+    """The output head of ``model``, a folder or the hub id of a model in the local cache; None if no head is found.
 
-    Also None if head or final norm cannot be identified by name and shape, or if the head is not stored in floating point.
-    Raises BadFile, MissingFile (a shard).
+    That is also the case if head or final norm cannot be identified by name and shape, or if the head is not stored in
+    floating point. Raises BadFile, MissingFile (a shard).
     """
     names, tensors = _checkpoint(model, revision)
     shape = (vocab_size, info.d_model)
@@ -95,7 +98,7 @@ def _is(name: str, wanted: Iterable[str]) -> bool:
 def _first(
     names: Mapping[str, Path], tensors: dict[Path, dict[str, Stored]], wanted: Iterable[str], shape: tuple[int, ...]
 ) -> Stored | None:
-    """The weight of the first of the wanted modules that has this shape."""
+    """The first weight of the wanted modules that has this shape; None if none has."""
     for module in wanted:
         for name in sorted((name for name in names if _is(name, (module,))), key=lambda name: (len(name), name)):
             path = names[name]
@@ -108,7 +111,7 @@ def _first(
 
 
 def _checkpoint(model: str, revision: str | None) -> tuple[dict[str, Path], dict[Path, dict[str, Stored]]]:
-    """The file of every tensor by name, and the files opened for that."""
+    """The file of every tensor, by the tensor's name, and the tensors of the files that had to be opened."""
     for weights in _WEIGHTS:
         if (index := _local(model, f"{weights}.index.json", revision)) is not None:
             listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

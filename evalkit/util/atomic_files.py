@@ -24,9 +24,9 @@ def storage_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             str(target),
-            expected="to be able to write it",
+            expected="a file that can be written",
             seen=error.strerror or str(error),
-            fix="free space or choose another folder; what is complete is kept, the same command goes on from there",
+            fix="free space or choose another folder, then run the same command again; finished work is kept",
         ) from error
 
 

@@ -20,7 +20,7 @@ from evalkit.util.tensor_files import OTHER_DTYPE, Stored, reading
 
 __all__ = ["open_npz"]
 
-# Weights do not compress this well, so a member above both limits is taken for a decompression bomb.
+# Weights do not compress this well, so a member above both limits is treated as a decompression bomb.
 _BOMB_BYTES = 1 << 30
 _BOMB_RATIO = 100
 
@@ -55,7 +55,7 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, w
     if dtype.hasobject:
         raise ValueError(f"pickled objects in {member.filename}")
     if begin + prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{member.filename} claims shape {shape} and has {member.file_size - begin} bytes")
+        raise ValueError(f"{member.filename} claims shape {shape} but has {member.file_size - begin} bytes")
     plain = dtype.kind == "f" and dtype.itemsize <= 8 and dtype.byteorder != ">" and not (fortran and len(shape) > 2)
     kind = dtype.newbyteorder("<").str if plain else f"{OTHER_DTYPE}{dtype}"
     order = shape[::-1] if fortran else shape
@@ -64,7 +64,7 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, w
             stream.seek(member.header_offset)
             local = stream.read(30)
             if local[:4] != b"PK\x03\x04":
-                raise ValueError("a torn archive")
+                raise ValueError("a damaged archive")
             begin += member.header_offset + 30 + int.from_bytes(local[26:28], "little")
             begin += int.from_bytes(local[28:30], "little")
         place = path

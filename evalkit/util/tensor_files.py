@@ -36,7 +36,7 @@ Matrix: TypeAlias = "Tensor | Stored"
 
 # Columns whose gap in the file is at most this many bytes are read with one call, as a second call costs as much.
 _GAP = 512
-_UNREADABLE = (  # what numpy, zipfile, torch and safetensors raise on torn and hostile files
+_UNREADABLE = (  # errors that numpy, zipfile, torch and safetensors raise on damaged and malicious files
     ValueError,
     TypeError,
     OSError,
@@ -56,9 +56,9 @@ _UNREADABLE = (  # what numpy, zipfile, torch and safetensors raise on torn and 
     zipfile.BadZipFile,
     zlib.error,
 )
-OTHER_DTYPE = "other "  # before the name of a dtype that is not one of ours
+OTHER_DTYPE = "other "  # prefix that marks the name of an unsupported dtype
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16"}
-_LONGEST_HEADER = 100_000_000  # bytes; as safetensors itself has it
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Stored:
     offset: int = 0
     dtype: str = "<f4"  # numpy's, or bf16
     transposed: bool = False
-    loaded: Tensor | None = None  # what torch has mapped itself
+    loaded: Tensor | None = None  # a tensor that torch has memory-mapped
 
     @property
     def ndim(self) -> int:
@@ -88,7 +88,7 @@ class Stored:
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def read(self) -> Tensor:
-        """All of it, float32. Raises BadFile."""
+        """The whole tensor, float32. Raises BadFile."""
         return self.take(slice(None), 0)
 
     def take(self, index: Index, axis: int) -> Tensor:
@@ -105,7 +105,7 @@ class Stored:
         return self._checked(torch.from_numpy(values))
 
     def check_dtype(self) -> None:
-        """Raises BadShape for what is not floating point (an .npz keeps such arrays; they are known by name only)."""
+        """Raise BadShape if the dtype is not floating point. Only arrays of .npz files can have such a dtype."""
         if self.dtype.startswith(OTHER_DTYPE):
             raise BadShape(
                 self.what,
@@ -234,7 +234,7 @@ def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None 
         kind = "<f4" if plain else OTHER_DTYPE
         if plain and value.numel() * value.element_size() > value.untyped_storage().nbytes():
             with reading(path, str(path)):
-                raise ValueError(f"{name} claims shape {tuple(value.shape)} and has fewer numbers")
+                raise ValueError(f"{name} claims shape {tuple(value.shape)} but has fewer numbers")
         found[name] = Stored(f"{path}: {name}", tuple(value.shape), path, dtype=kind, loaded=value)
     return only_floats(found)
 
@@ -246,7 +246,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _runs(wanted: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Stretches of neighbouring numbers, as positions."""
+    """Runs of consecutive numbers in ``wanted``, as (first, last + 1) positions."""
     for first, last in pairwise([0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]):
         if first < last:
             yield first, last
@@ -258,7 +258,7 @@ def only_floats(found: dict[str, Stored]) -> dict[str, Stored]:
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Raise BadFile or MissingFile for whatever a reader raises on a missing, damaged or hostile file."""
+    """Turn the errors of a reader on a missing, damaged or malicious file into BadFile or MissingFile."""
     try:
         yield
     except (BadFile, BadShape, MissingFile):

@@ -1,8 +1,8 @@
-"""Writes docs/cli.md: every command and option of ``evalkit``, from the commands themselves.
+"""Writes docs/cli.md, the reference of every command and option of ``evalkit``.
 
     make docs        # or: python results/recipes/cli_reference.py
 
-Reads the command objects, not their printed help, so the width of a terminal changes nothing.
+Reads the command objects instead of their printed help, so the page does not depend on the width of a terminal.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def section(path: str, command: Any) -> str:
 
 
 def table(command: Any, path: str, options: list[Any]) -> list[str]:
-    """A row for every option: its names and type, what it does, its default."""
+    """A row for every option: its names and type, its help text, its default."""
     context = typer.Context(command)
     lines = ["| option | what it does | default |", "|---|---|---|"]
     for option in options:
@@ -83,7 +83,7 @@ def table(command: Any, path: str, options: list[Any]) -> list[str]:
 
 
 def default(option: Any) -> str:
-    """What holds if the option is left out."""
+    """The value that applies if the option is left out, as a cell of the table."""
     if option.required:
         return "required"
     if option.default is None or option.default is False or option.default == "":
@@ -92,23 +92,23 @@ def default(option: Any) -> str:
 
 
 def option_name(parameter: Any) -> str:
-    """Its long name."""
+    """The parameter's long name."""
     return next((name for name in parameter.opts if name.startswith("--")), parameter.opts[0])
 
 
 def first_line(command: Any) -> str:
-    """What the command does, in a line."""
+    """The first line of the command's help."""
     return str(command.help).strip().splitlines()[0]
 
 
 def cell(text: str) -> str:
-    """Text that can stand in a table: one line; outside of code, a star would begin emphasis."""
+    """Text for a cell of a Markdown table: on one line, with ``|`` escaped, and ``*`` too outside of code."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     return "`".join(part if i % 2 else part.replace("*", "\\*") for i, part in enumerate(parts))
 
 
 def anchor(title: str) -> str:
-    """Where a heading is found on a repository page."""
+    """The anchor of a heading on a repository page."""
     return title.lower().replace(" ", "-")
 
 

@@ -1,9 +1,9 @@
-"""Trains RQAEs from one start with other rates and depths, for the table in decisions/0013.
+"""Trains RQAEs from the same initialisation with different rates and depths, for the table in decisions/0013.
 
     python results/recipes/compare_rqae_training.py --work text --model models/smollm2-135m 200:2e-3 1000:2e-2:16,64
 
 A setting is STEPS:RATE, or STEPS:RATE:DEPTHS with nested depths, or STEPS:RATE:DEPTHS:BATCH. Reads the hidden states that
-``dictionaries.py`` left in WORK/activations; 300,000 of them are trained on, 8,192 held-out ones measured on. Prints one
+``dictionaries.py`` wrote to WORK/activations: trains on 300,000 of them and measures on 8,192 held-out ones. Prints one
 line of JSON per setting; writes nothing.
 """
 
@@ -46,7 +46,7 @@ def setting(text: str, base: RqaeTrainingConfig) -> RqaeTrainingConfig:
 
 
 def trained(config: RqaeTrainingConfig, layers: dict[str, Tensor], codebook: Tensor, rows: Tensor) -> Trainer:
-    """A whole schedule from copies of the layers."""
+    """Train copies of the layers for the whole schedule."""
     copies = {name: tensor.clone() for name, tensor in layers.items()}
     trainer = Trainer(config, copies, codebook, torch.device("cpu"))
     generator = torch.Generator().manual_seed(config.seed)
@@ -57,7 +57,7 @@ def trained(config: RqaeTrainingConfig, layers: dict[str, Tensor], codebook: Ten
 
 @torch.no_grad()
 def main() -> None:
-    """Fit the start once, then train every setting from it."""
+    """Fit the initialisation once, then train every setting from it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("text"))
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))

@@ -3,7 +3,7 @@
     python results/recipes/compare_sae_trainers.py TRAIN_STORE HELD_OUT_STORE --trainer ours --tokens 1000000
     python results/recipes/compare_sae_trainers.py TRAIN_STORE HELD_OUT_STORE --trainer sae-lens --tokens 1000000
 
-sae-lens wants an environment of its own (torch==2.13.0 first, then sae-lens==6.54.0). Prints one JSON line.
+sae-lens needs a separate environment (install torch==2.13.0 first, then sae-lens==6.54.0). Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from evalkit.training.sae import SaeTrainingConfig, train_sae
 
 
 def with_sae_lens(store: ActivationStore, options: argparse.Namespace) -> SaeWeights:
-    """sae-lens's batch-top-k at its own defaults but for the learning rate, warm-up, decay and bfloat16, as ours."""
+    """sae-lens's batch-top-k SAE with its defaults, except learning rate, warm-up, decay and bfloat16, which equal ours."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calibrate", action="store_true", help="sae-lens: set its threshold afterwards, as ours")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="with sae-lens, set the threshold after training, as ours does"
+    )
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     store, held_out = ActivationStore(options.store), ActivationStore(options.held_out)

@@ -1,4 +1,4 @@
-"""Copies the results of a finished demo run to results/demo, and its short table into the README.
+"""Writes the results of a finished demo run to results/demo, and its short table into the README.
 
     make demo && python results/recipes/demo_results.py
 
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 
 
 def short_table(table: pd.DataFrame) -> str:
-    """AUROC by dictionary: both scorers, the shuffled null, z over it, the lexical baseline; no density-matched rows."""
+    """AUROC per dictionary and scorer: the value, its shuffled null, z, the lexical baseline; no density-matched rows."""
     scorers = ("detection", "fuzzing")
     titles = " | ".join(f"{scorer} | null | z | lexical" for scorer in scorers)
     lines = [f"| dictionary | {titles} | features |", "|---" * (4 * len(scorers) + 2) + "|"]

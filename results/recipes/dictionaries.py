@@ -1,13 +1,13 @@
-"""Trains the dictionaries that the package ships: one RQAE and five SAEs of SmolLM2-135M's residual stream after layer 15.
+"""Trains the dictionaries of the package: one RQAE and five SAEs of SmolLM2-135M's residual stream after layer 15.
 
     python results/recipes/registry_text.py --work text
     evalkit models pull smollm2-135m
     python results/recipes/dictionaries.py --work text --model models/smollm2-135m --out evalkit/data/dictionaries
 
-Collects hidden states of full contexts of 128 tokens (bfloat16; the first token of each and attention sinks left out),
-trains one dictionary after the other and writes each with its card, to which it adds the fit on the demo corpus. What is
-there already is skipped, so an interrupted run goes on. Reads WORK/{train,held-out,demo}.jsonl.gz; writes WORK/contexts,
-WORK/activations, WORK/done and the dictionaries.
+Collects hidden states of full contexts of 128 tokens (bfloat16; without the first token of each and attention sinks),
+trains the dictionaries one after the other, and writes each with its card, to which it adds the fit on the demo corpus.
+Finished steps are skipped, so an interrupted run resumes. Reads WORK/{train,held-out,demo}.jsonl.gz; writes
+WORK/contexts, WORK/activations, WORK/done and the dictionaries.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COMMAND = "python results/recipes/dictionaries.py"
 
 
 def text_of(work: Path, name: str, subject: Subject) -> Corpus:
-    """One of the three texts in contexts."""
+    """One of the three texts, tokenised into contexts."""
     text = work / f"{name}.jsonl.gz"
     digest = hashlib.blake2b(text.read_bytes(), digest_size=8).hexdigest()
     return tokenize_corpus(text, subject.tokenizer, work / "contexts" / f"{name}-{digest}")
@@ -67,7 +67,7 @@ def collect(work: Path, name: str, subject: Subject) -> ActivationStore:
 
 
 def once(work: Path, name: str, train: Callable[[], Path], demo: Callable[[Path], dict[str, Any]]) -> None:
-    """Train and write one dictionary unless a marker says that it is there; then add the demo corpus to its card."""
+    """Train and write one dictionary, unless a marker says it is done; add its fit on the demo corpus to the card."""
     marker = work / "done" / name
     if marker.exists():
         return
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("text"))
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--out", type=Path, default=Path("evalkit/data/dictionaries"))
-    parser.add_argument("--only", choices=("activations", "sae", "rqae"), help="one part of the work")
+    parser.add_argument("--only", choices=("activations", "sae", "rqae"), help="do only this part of the work")
     options = parser.parse_args()
     work: Path = options.work
     subject = Subject.load(options.model, sites=(SITE,), dtype="bfloat16", device="cpu")

@@ -1,7 +1,7 @@
-"""HTML to readable plain text, with the standard library alone.
+"""Converts HTML to readable plain text, with the standard library only.
 
-Knows tags and class names, not sources: what counts as navigation is the same pattern for all of them. Keeps the
-line breaks of ``pre``, joins the rest of each block into one line. Reads strings, writes strings.
+Knows tags and class names, not sources: the same pattern recognises navigation in all of them. Keeps the line breaks of
+``pre`` and joins the rest of each block into one line. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class _Text(HTMLParser):
 
 
 def html_to_text(html: str, main: tuple[str, str, str] | None = None) -> str:
-    """The text of a page. ``main`` is (tag, attribute, value) of the element to keep; all of the page without it."""
+    """The text of a page. ``main``: (tag, attribute, value) of the element to keep; None keeps the whole page."""
     parser = _Text(main)
     parser.feed(html)
     parser.close()
@@ -118,10 +118,10 @@ def html_to_text(html: str, main: tuple[str, str, str] | None = None) -> str:
 
 
 def tidy(text: str) -> str:
-    """No trailing blanks, no empty lines, no decoration lines.
+    """Remove trailing blanks, empty lines and lines of decoration.
 
-    Empty lines go because a context that begins with two newlines makes both tokens attention sinks, whose hidden state
-    is a hundred times longer than any other and would drown every sum of squares.
+    Empty lines are removed because, in a context that begins with two newlines, both tokens are attention sinks: the norm
+    of their hidden states is a hundred times that of others, so they would dominate every sum of squares.
     """
     text = text.replace("\u00b6", "").replace("\u00a0", " ").replace("\r", "")
     lines = [line.rstrip() for line in text.split("\n")]

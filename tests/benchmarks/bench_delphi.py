@@ -1,22 +1,22 @@
-"""Judging a feature with eai-delphi's scorers and with ours: prompt tokens, and features a minute on the real engine.
+"""Compares eai-delphi's scorers with ours: prompt tokens per feature, and features per minute on the real engine.
 
-Both judge the same windows: 32 tokens of the bundled text, features that fire on one word each, 50 windows with it and 50
-without, 5 to a prompt, in detection and in fuzzing (100 texts each). Prints JSON lines. Prompts are counted with SmolLM2's
-tokenizer and chat template; "beyond the beginning" leaves out what all prompts of a kind begin with, which an engine with a
-prefix cache reads once.
+Both judge the same windows: 32 tokens of the bundled text, features that fire on one word each, 50 windows with the word
+and 50 without, 5 per prompt, in detection and in fuzzing (100 texts each). Prints JSON lines. Prompts are counted with
+SmolLM2's tokenizer and chat template. "beyond the beginning" excludes the common beginning of all prompts of a kind, which
+an engine with a prefix cache reads only once.
 
-``--engine WAY [FEATURES]`` measures time instead, SmolLM2 in bfloat16: WAY is ``evalkit`` (client ``vllm``), or how many
-features eai-delphi's pipeline has in work at once, on its own engine client (half the cores by default), ``:TOKENS`` the
-longest reply. A model as small as this one writes on without end where nothing constrains it, up to its client's default of
-500 tokens; ``:24`` leaves that out of the comparison.
+``--engine WAY [FEATURES]`` measures time instead, with SmolLM2 in bfloat16. WAY is ``evalkit`` (client ``vllm``), or the
+number of features that eai-delphi's pipeline processes concurrently on its own engine client (its own default is half the
+number of cores). ``:TOKENS`` after the number limits the replies: a model this small, unless constrained, writes
+up to the client's default limit of 500 tokens; ``:24`` removes this effect from the comparison.
 
 Needs the library (see extra ``delphi``), and for ``--engine`` the environment of `make test-engine`.
 
-Last figures: 36,171 prompt tokens a feature, 8,411 of them beyond the beginning; ours 16,093 and 8,353 with version 2
-of the list prompt (30,073 and 8,513 with version 1). Features a minute on two cores that did nothing else, 8 features,
-medians of three alternating runs: ours 15.7, all texts with an answer; eai-delphi with ``:24`` 6.3 (four features at
-once) and 7.9 (all eight), 19% of the texts with an answer; with replies of its default length, four at once, 0.67 (one
-run of 4 features). Nearly all of our time is the reading of what is beyond the beginning.
+Latest results: eai-delphi uses 36,171 prompt tokens per feature, 8,411 of them beyond the beginning; ours uses 16,093 and
+8,353 with version 2 of the list prompt (30,073 and 8,513 with version 1). Features per minute on two idle cores, for 8
+features, medians of three alternating runs: ours 15.7, with an answer for every text; eai-delphi with ``:24`` 6.3 (four
+features concurrently) and 7.9 (all eight), with an answer for 19% of the texts; with its default reply length, four
+concurrently, 0.67 (one run of 4 features). We spend nearly all of our time reading the tokens beyond the beginning.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def windows(tokenizer: Any) -> list[tuple[str, ...]]:
 
 
 def features(tokenizer: Any, count: int) -> list[tuple[Explanation, ScoreExamples]]:
-    """Features that fire on a word, with their windows and what they are explained as."""
+    """Features that fire on a word, with their windows and explanations."""
     made = []
     every = windows(tokenizer)
     for number, word in enumerate(WORDS[:count]):
@@ -83,7 +83,7 @@ def features(tokenizer: Any, count: int) -> list[tuple[Explanation, ScoreExample
 
 
 class Counting:
-    """Keeps what it is asked; answers ours with what the schema wants, and theirs with a list of five."""
+    """Keeps all requests; answers ours with a reply that fits the schema, and theirs with a list of five."""
 
     name = model = "counting"
 
@@ -142,7 +142,7 @@ def count_prompts(tokenizer: Any) -> None:
 
 
 def as_bfloat16(folder: Path, into: Path) -> Path:
-    """A copy of the model whose own dtype is bfloat16: their client takes no dtype, and float16 is slow on a CPU."""
+    """A copy of the model stored in bfloat16: their client has no dtype option, and float16 is slow on a CPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,13 +164,13 @@ def report(way: str, seconds: float, n_features: int, n_read: int, n_texts: int)
 async def theirs_on_engine(
     model: Path, made: Sequence[tuple[Explanation, ScoreExamples]], at_once: int, max_tokens: int
 ) -> None:
-    """Its pipeline: both scorers of a feature together, ``at_once`` features."""
+    """eai-delphi's pipeline: both scorers of a feature together, ``at_once`` features concurrently."""
     logging.getLogger("delphi").setLevel(logging.CRITICAL)
     from delphi.clients.offline import Offline
     from delphi.pipeline import Pipe, Pipeline
 
     client = Offline(str(model), max_model_len=2048, num_gpus=1, enforce_eager=True)
-    # since transformers 5 a chat template gives a mapping by default, which its client hands on as token ids
+    # since transformers 5, a chat template returns a mapping by default, which its client would pass on as token ids
     template = client.tokenizer.apply_chat_template
     client.tokenizer.apply_chat_template = lambda *args, **options: template(*args, **options, return_dict=False)
     options = {"n_examples_shown": BATCH, "max_tokens": max_tokens}

@@ -1,9 +1,9 @@
-"""Prompt tokens that the language-model judge spends on one feature: both versions of its prompts, by batch size.
+"""Counts the prompt tokens that the language-model judge uses per feature, for both versions of its prompts, by batch size.
 
-Detection and fuzzing on 100 windows of 32 tokens each, of the bundled text, tokenised by SmolLM2 and counted with its chat
-template; means over 8 features. ``besides_texts``: what a request costs without the tokens of its texts (their quotes,
-numbers and marks are in it). ``after_shared``: tokens left of all requests where a prefix that an earlier one had is free.
-Prints JSON lines. Needs SmolLM2's tokenizer in models/, no model runs.
+Detection and fuzzing on 100 windows of 32 tokens of the bundled text, tokenised by SmolLM2 and counted with its chat
+template; means over 8 features. ``besides_texts``: tokens of a request without those of its texts (but with their quotes,
+numbers and marks). ``after_shared``: tokens of all requests without the longest prefix that each shares with an earlier
+one. Prints JSON lines. Needs SmolLM2's tokenizer in models/; runs no model.
 
 Run: ``python tests/benchmarks/bench_prompts.py``.
 """
@@ -29,7 +29,7 @@ SETTINGS = [{"batch_size": 5}, {"batch_size": 10}, {"batch_size": 20}, {"mode": 
 
 
 class CountingClient:
-    """Answers every request as its constraint demands, unless told to give bad replies; keeps the requests' tokens."""
+    """Answers every request with a reply that fits its constraint, or with ``bad_reply``; keeps the requests' tokens."""
 
     name = "counting"
 
@@ -55,7 +55,7 @@ def requests_of(tokenizer: Any, explanation: str, items: Any, **options: Any) ->
 
 
 def unshared(requests: Sequence[Sequence[int]]) -> int:
-    """Tokens of the requests, in their order, that come after the longest prefix shared with an earlier one."""
+    """Number of tokens of the requests without the longest prefix that each shares with an earlier one."""
     total, seen = 0, set()
     for tokens in requests:
         prefixes = [hash(tuple(tokens[:end])) for end in range(1, len(tokens) + 1)]

@@ -1,9 +1,9 @@
-"""Speed of RQAE encoding and search, against the literal algorithms and bare matrix products of the same arithmetic.
+"""Speed of RQAE encoding and search, compared with the literal algorithms and bare matrix products of the same arithmetic.
 
-Each measurement runs in a process of its own, with fresh inputs at every repetition, and prints one JSON line: the median
-of its seconds, tokens per second, and its ratio to the others. Weights are random; time does not depend on them. The
-published algorithms run twice: with malloc told to keep its memory, which they gain most from, and untuned. On a GPU, where
-there is one, with sizes for it.
+Each measurement runs in a separate process, with fresh inputs in every repetition, and prints one JSON line: the median
+time in seconds, tokens per second, and the ratio to the other measurements. Weights are random; the time does not depend
+on them. The published algorithms run twice: untuned, and with malloc set to keep freed memory, which helps them most. If
+there is a GPU, all are measured there too, with larger sizes.
 Run: ``python tests/benchmarks/bench_rqae.py [--dim 2304] [--quantizers 1024] [--repeats 5] [--device cpu]``.
 """
 
@@ -33,14 +33,14 @@ from rqae.literal import encode_literal
 from rqae.searching.scan import search
 
 DEPTHS, TOP_K = (16, 64, 256), 100
-UNTUNED = " untuned"  # a baseline with the allocator's defaults, as whoever runs the published code has them
+UNTUNED = " untuned"  # a baseline with the allocator's defaults, as when the published code is run
 KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000")
-GATHERED = 2  # features that the gathering search is timed on; its time is proportional to them
+GATHERED = 2  # features that the gathering search is timed on; its time is proportional to their number
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens to encode, tokens and features to search, batch sizes that the literal algorithm is tried at."""
+    """Numbers of tokens to encode, of tokens and features to search, and batch sizes of the literal algorithm."""
 
     tokens: int
     corpus: int
@@ -70,13 +70,13 @@ def rows_of(count: int, dim: int, seed: int, device: str) -> torch.Tensor:
 
 
 def corpus_of(model: RQAE, tokens: int, seed: int) -> np.ndarray:
-    """Random distinct codes: a corpus as far as time goes."""
+    """Random codes, which take as long to search as those of a corpus."""
     usable = model.canonical[model.codebook[0].norm(dim=1) > 0].unique().cpu().numpy().astype(np.uint16)
     return usable[np.random.default_rng(seed).integers(len(usable), size=(tokens, max(DEPTHS)), dtype=np.uint16)]
 
 
 def gathering_search(model: RQAE, codes: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
-    """As published: per feature, look up the cosine of every code, weigh, sum over depths, sort."""
+    """The published search: per feature, look up the cosine of every code, weight it, sum over depths, sort."""
     weights, best = layer_weights(model), []
     for feature in features:
         layers = torch.arange(len(feature), device=codes.device)
@@ -88,7 +88,7 @@ def gathering_search(model: RQAE, codes: torch.Tensor, features: torch.Tensor) -
 
 
 def timed(repeats: int, prepare: Callable[[int], Any], work: Callable[[Any], object]) -> list[float]:
-    """Seconds of each repetition, after one that is not counted."""
+    """Seconds of each repetition, after a warm-up that is not counted."""
     seconds = []
     for repeat in range(repeats + 1):
         given = prepare(repeat)
@@ -106,7 +106,7 @@ def _finish() -> None:
 
 
 def measure(what: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement: ``tokens``, ``seconds`` and whatever else it found."""
+    """One measurement: ``tokens``, ``seconds`` and further results."""
     dim, quantizers, repeats, device = options.dim, options.quantizers, options.repeats, options.device
     sizes, width = SIZES[device], 4 * options.quantizers
     kind, _, size = what.removesuffix(UNTUNED).partition(" ")
@@ -133,7 +133,7 @@ def measure(what: str, options: argparse.Namespace) -> dict[str, Any]:
         seconds = timed(repeats, lambda seed: rows_of(rows, dim, seed, device), lambda x: encode_literal(model, x))
         return {"tokens": rows, "seconds": seconds}
     if kind == "encode":
-        repeats *= 5 if int(size) < quantizers else 1  # milliseconds vary more
+        repeats *= 5 if int(size) < quantizers else 1  # times of milliseconds vary more
 
         def encode(x: torch.Tensor) -> torch.Tensor:
             return model.encode(x, int(size), torch.uint16)
@@ -176,14 +176,14 @@ def in_its_own_process(what: str, options: argparse.Namespace) -> dict[str, Any]
     given = {name: getattr(options, name) for name in ("dim", "quantizers", "repeats", "device")}
     arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     command = [sys.executable, __file__, "--measure", what, *arguments]
-    # else the published algorithms spend much of their time on fresh pages for each of their intermediate results
+    # without this, the published algorithms spend much time on new memory pages for each intermediate result
     kept = {} if what.endswith(UNTUNED) else KEEP_MEMORY
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**kept, **os.environ})
     return dict(json.loads(done.stdout))
 
 
 def compare(options: argparse.Namespace) -> None:
-    """All measurements on one device, each with its ratio to those before."""
+    """All measurements on one device, each with its ratio to earlier ones."""
     sizes, full = SIZES[options.device], f"encode {options.quantizers}"
     literal = [f"literal {rows}" for rows in sizes.literal]
     untuned = [f"literal {sizes.literal[0]}{UNTUNED}", f"gather{UNTUNED}"] if options.device == "cpu" else []

@@ -1,9 +1,9 @@
-"""The in-process client against the same questions asked one at a time, and against an engine without prefix cache.
+"""The in-process client, compared with sending the same requests one at a time, and with an engine without prefix cache.
 
 Prints JSON lines, medians of three rounds. Needs vLLM: run it with the environment of `make test-engine`.
 
-Last figures (two cores, no GPU, SmolLM2-135M, 16 descriptions x 4 lists of 5 texts): client 4.96 s, one at a time 16.0 s
-(3.2 times as long), without prefix cache 16.8 s (3.4 times).
+Latest results (two cores, no GPU, SmolLM2-135M, 16 descriptions x 4 lists of 5 texts): client 4.96 s, one request at a time
+16.0 s (3.2 times as long), without prefix cache 16.8 s (3.4 times as long).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OBJECTS = ["a ship", "the river", "two horses", "an old coat", "the engine", "a 
 
 
 def questions(round_number: int) -> list[list[Message]]:
-    """Judging 16 descriptions on 20 texts each; every round has texts of its own, so nothing is cached from another."""
+    """Requests for judging 16 descriptions on 20 texts each; every round has other texts, so none is cached."""
     asked = []
     for description in range(16):
         for batch in range(4):

@@ -1,10 +1,10 @@
-"""A dictionary of a million latents on a laptop: some features of 2,304 × 1,048,576 without the other columns.
+"""Measures a dictionary of a million latents (2,304 × 1,048,576) on a laptop: a few features without the other columns.
 
-Writes a JumpReLU SAE in Gemma Scope 2's layout as a file with holes (19 GB to read, some MB on disk) into a temporary
-folder and removes it again; one drawn latent of four fires, by its bias, as its column is a hole like all others. Each
-measurement runs in a process of its own and prints one JSON line: seconds, growth of the peak memory, bytes read. Holes are
-read as pages of zeros: ``seconds`` has no disk in it. The full encode is timed on fewer latents and scaled: its time is
-proportional to them.
+Writes a JumpReLU SAE in Gemma Scope 2's layout as a sparse file (19 GB to read, a few MB on disk) to a temporary folder and
+removes it at the end. All columns are holes, that is zeros; one in four of the drawn latents fires because of its bias.
+Each measurement runs in a separate process and prints one JSON line: seconds, growth of the peak memory, bytes read. Holes
+are read as pages of zeros, so ``seconds`` does not include disk access. The full encode is timed on fewer latents and
+scaled, because its time is proportional to their number.
 Run: ``python tests/benchmarks/bench_wide_dictionary.py [--dim 2304] [--width 1048576] [--tokens 4096] [--features 100]``.
 """
 
@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evalkit.sources import load_source
 from evalkit.sources.sae.source import SaeSource
 
-ALIVE_SHARE = 4  # one of so many of the drawn latents is alive
-TIMED_LATENTS = 8192  # of the full encode
+ALIVE_SHARE = 4  # one in this many of the drawn latents is alive
+TIMED_LATENTS = 8192  # latents that the full encode is timed on
 BATCH = 1024  # tokens encoded at a time
 
 
 def write(folder: Path, dim: int, width: int, features: int) -> None:
-    """A file in which only the vectors are written."""
+    """Write the sparse file, in which only the vectors have data."""
     shapes = {"w_enc": (dim, width), "b_enc": (width,), "w_dec": (width, dim), "b_dec": (dim,), "threshold": (width,)}
     header: dict[str, Any] = {}
     at = 0
@@ -62,7 +62,7 @@ def write(folder: Path, dim: int, width: int, features: int) -> None:
 
 
 def candidates(width: int, features: int) -> np.ndarray:
-    """The latents that are looked at: a draw, as a run draws them."""
+    """The latents to measure, drawn at random like the features of a run."""
     return np.random.default_rng(1).choice(width, size=ALIVE_SHARE * features, replace=False)
 
 
@@ -71,11 +71,11 @@ def memory_mb() -> float:
 
 
 def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, with the growth of the peak memory over what torch and evalkit need themselves."""
+    """One measurement, with the growth of the peak memory above that of torch and evalkit themselves."""
     x = torch.randn(1, options.tokens, options.dim, generator=torch.Generator().manual_seed(2))
     before = memory_mb()
     start, read = time.perf_counter(), bytes_read()
-    if what == "product":  # bare, with the columns in memory: what the arithmetic alone costs
+    if what == "product":  # the arithmetic only, with the columns in memory
         left = torch.randn(options.dim, options.features)
         start = time.perf_counter()
         x @ left
@@ -104,7 +104,7 @@ def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def alive(source: SaeSource, x: torch.Tensor, drawn: list[str]) -> list[str]:
-    """Those of the drawn that are active on some token."""
+    """The drawn latents that are active on any token."""
     fired = torch.zeros(len(drawn), dtype=torch.bool)
     for low in range(0, x.shape[1], BATCH):
         fired |= (source.activations(x[:, low : low + BATCH], drawn)[0] > 0).any(dim=0)
@@ -112,7 +112,7 @@ def alive(source: SaeSource, x: torch.Tensor, drawn: list[str]) -> list[str]:
 
 
 def bytes_read() -> int:
-    """By this process from files, cached or not; 0 where the system does not say."""
+    """Bytes that this process has read from files, cached or not; 0 if the system does not report them."""
     counts = Path("/proc/self/io")
     return int(counts.read_text().split()[1]) if counts.exists() else 0
 
@@ -126,7 +126,7 @@ def in_its_own_process(what: str, folder: Path, options: argparse.Namespace) -> 
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    """All measurements; the shares are of what encoding every latent would take."""
+    """All measurements; shares are relative to the time of encoding every latent."""
     size = (folder / "params.safetensors").stat().st_size
     seconds = {}
     for what in ("full encode", "open", "choose alive", "activations", "product"):

@@ -1,6 +1,6 @@
-"""Runs every benchmark, prints its JSON lines as they come, and writes them as tables into RESULTS.md beside this file.
+"""Runs every benchmark, prints its JSON lines as they arrive, and writes them as tables to RESULTS.md beside this file.
 
-Run: ``make bench``, on a machine that does nothing else.
+Run: ``make bench``, on an idle machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ENGINE = ("bench_vllm_client.py",)  # run with the environment of vLLM, where there is one
+ENGINE = ("bench_vllm_client.py",)  # run with the environment of vLLM if it exists
 
 
 def lines_of(script: Path) -> Iterator[dict[str, Any]]:
@@ -29,7 +29,7 @@ def lines_of(script: Path) -> Iterator[dict[str, Any]]:
             if line.startswith("{"):
                 yield json.loads(line)
     if process.returncode:
-        print(f"{script.name}: exit code {process.returncode}, nothing of it is kept", file=sys.stderr)
+        print(f"{script.name}: exit code {process.returncode}; its results are dropped", file=sys.stderr)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

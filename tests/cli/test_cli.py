@@ -231,7 +231,7 @@ def test_a_stage_in_which_everything_fails_is_an_error(
     arguments = [*options, "--explainer", "default", "--client", f"replay:{recording}"]
     code, _, err = call(capsys, monkeypatch, "-q", "run", *arguments)
     assert code == 2
-    assert re.search(r"explain: explainer default@\S+: expected at least one of", err) and "every one failed" in err
+    assert re.search(r"explain: explainer default@\S+: expected at least one of", err) and "all failed" in err
     frames = read_run(tmp_path / "run")
     assert "failed" in set(frames.features["status"])
 

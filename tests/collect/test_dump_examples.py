@@ -192,8 +192,8 @@ def test_the_tables_say_what_was_not_verified(collected: Path, dump: Path, caplo
         assert density == pytest.approx(0.001 * (int(feature) + 1))
     with caplog.at_level(logging.WARNING):
         run(config(dump, controls=("shuffled", "planted")), collected.parent / "logged", stages=("collect",))
-    assert f"{NAME}: negatives: texts of other features, not verified" in caplog.messages
-    assert "no planted control: ready examples come without activations to make it from" in caplog.messages
+    assert f"{NAME}: negatives are texts of other features, not verified to be silent" in caplog.messages
+    assert "no planted control: it needs activations on a corpus, which dumps do not contain" in caplog.messages
 
 
 def test_texts_count_once(collected: Path, dump: Path) -> None:
@@ -318,8 +318,9 @@ def test_a_mixture_is_refused_before_anything_is_done(dump: Path, tmp_path: Path
             with pytest.raises(BadConfig) as caught:
                 call()
             assert str(caught.value) == (
-                "dictionaries: expected either dictionaries, which a model reads a corpus for, or dumps with ready "
-                f"examples; seen model/layers.3/sae/width-64/l0-10 beside {NAME}; fix: make two runs with two --out folders"
+                "dictionaries: expected either dictionaries, which need a corpus, or dumps, which contain their examples; "
+                f"seen both: the dictionary model/layers.3/sae/width-64/l0-10 and the dump {NAME}; "
+                "fix: make two runs with two --out folders"
             )
         assert not (tmp_path / "run" / "examples").exists()
 
@@ -347,13 +348,13 @@ def test_named_features(dump: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_too_few_texts_say_how_many_would_do(dump: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         run(config(dump, n_positives=50, n_negatives=50), tmp_path / "run", stages=("collect",))
-    assert "expected a feature with 50 activating texts and 50 others in either pool; seen at most" in str(caught.value)
+    assert "expected a feature with 50 activating texts and 50 others in each pool; seen at most" in str(caught.value)
     fix = str(caught.value).split("--positives ")[1]
     half = int(fix.split()[0])
-    assert fix == f"{half} --negatives {half}: half of the features have so many"
+    assert fix == f"{half} --negatives {half}, which half of the features have"
     run(config(dump, n_positives=half, n_negatives=half), tmp_path / "half", stages=("collect",))
     assert (read_run(tmp_path / "half").features["status"] == "ok").sum() >= 4
-    with pytest.raises(CorpusError, match=r"expected texts with 100 tokens in a row and no BOS among them; seen none"):
+    with pytest.raises(CorpusError, match=r"expected texts with 100 successive tokens without a BOS; seen none"):
         run(config(dump, window_length=100), tmp_path / "long", stages=("collect",))
 
 

@@ -33,6 +33,6 @@ def test_a_dictionary_that_never_fires_is_refused(calibration: Calibration) -> N
 
 def test_two_dictionaries_of_one_name_are_refused(calibration: Calibration) -> None:
     with pytest.raises(
-        BadConfig, match="expected a name of its own for every dictionary; seen two dictionaries of this name"
+        BadConfig, match="expected a different name for every dictionary; seen two dictionaries of this name"
     ):
         select_features(run_config(), [ReluSource(), ReluSource()], calibration, [])

@@ -329,5 +329,5 @@ except StorageError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "expected room to write the tokenised corpus; seen File too large" in done.stdout
+    assert "expected space to write the tokenised corpus; seen File too large" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tokenizer"]

@@ -225,7 +225,7 @@ def test_ctrl_c_leaves_the_batches_and_says_so(folder: Path) -> None:
         other = command(folder, server, "openai")
         assert other.finish() == 0, other.said
         warned = " ".join(other.said.split())
-        assert "11 requests of stand-in are in batches: --client openai-batch fetches their answers" in warned
+        assert "11 requests of stand-in are in batches; --client openai-batch fetches them" in warned
 
 
 @pytest.mark.slow

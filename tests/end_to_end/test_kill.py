@@ -317,7 +317,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(scoring: Scoring, tmp
         first.wait_for("score:")
         second = Command(*scoring.command(server))
         assert second.finish() == 2
-        assert second.said.count("error:") == 1 and f"process {first.process.pid} at work" in second.said
+        assert second.said.count("error:") == 1 and f"process {first.process.pid} writing it" in second.said
         assert first.process.poll() is None
         assert first.finish() == 0, first.said
         assert {len(times) for times in server.events("received").values()} == {1}
@@ -337,7 +337,7 @@ def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_
     assert not gone and set(received) == set(finished)
     recorded = scoring.recorded(tmp_path)
     assert set(finished) <= set(recorded)
-    assert "Traceback" not in process.said and re.search("waiting for [1-4] requests that were sent", process.said)
+    assert "Traceback" not in process.said and re.search("waiting for [1-4] requests in flight", process.said)
     typed = process.said.partition("run the same command to resume:\n")[2].splitlines()[0]
 
     with serving(tmp_path / "more.jsonl", 0, server.port) as server:
@@ -359,7 +359,7 @@ def test_what_was_sent_is_recorded_after_the_kill_and_the_next_command_waits_for
     under_way = [key for key, times in finished.items() if received[key][0] < killed < times[0]]
     assert len(under_way) == 4 and set(under_way) <= set(scoring.recorded(tmp_path))
     assert {len(times) for times in received.values()} == {1}
-    assert "waiting for answers to what an earlier command sent; `kill " in last.said
+    assert "waiting for answers to requests of an earlier command; `kill " in last.said
 
 
 def test_a_kill_stops_what_would_be_tried_again(scoring: Scoring, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_second_ctrl_c_ends_at_once(scoring: Scoring, tmp_path: Path) -> None:
         process.process.send_signal(signal.SIGINT)
         assert process.finish(10) == 130
         assert "Traceback" not in process.said and process.said.count("run the same command to resume") == 1
-        assert re.search(r"process \d+ waits for what was sent and records it", process.said)
+        assert re.search(r"process \d+ waits for requests in flight, records the answers", process.said)
 
 
 @contextlib.contextmanager

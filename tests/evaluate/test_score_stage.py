@@ -139,7 +139,7 @@ def test_one_failing_feature_is_recorded_and_tried_again(tmp_path: Path) -> None
 
 def test_a_failing_judge_is_this_feature_s_alone_but_a_full_disk_stops_the_run(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, {"a": 1}) as store:
-        with pytest.raises(StageFailed, match="expected at least one of 8 features to succeed; seen every one failed"):
+        with pytest.raises(StageFailed, match="expected at least one of 8 features to succeed; seen all failed"):
             run(store, FirstWindow(), Contains(fails=ClientError))
         assert set(store.frames().features["status"]) <= {"failed"}
         assert store.finished_scores() == {}

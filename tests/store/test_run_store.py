@@ -160,7 +160,7 @@ sys.stdin.read()
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(RunLocked, match=f"seen process {holder.pid} at work"):
+    with pytest.raises(RunLocked, match=f"seen process {holder.pid} writing it"):
         RunStore.create(tmp_path, {"model": "m"})
     holder.kill()
     holder.communicate()

@@ -110,7 +110,7 @@ def test_the_replacement_ends_with_an_error_too(tiny_llama: Path) -> None:
         language.losses(IDS, site="layers.3", replace=lambda hidden: hidden[:, :-1])
     assert str(caught.value) == (
         "replacement at layers.3: expected shape (3, 40, 32); seen shape (3, 39, 32); "
-        "fix: return one state for each that was given"
+        "fix: return one state per given state"
     )
     with pytest.raises(BadConfig, match=r"site 'layers.99'"):
         language.losses(IDS, site="layers.99", replace=lambda hidden: hidden)

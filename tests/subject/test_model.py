@@ -232,7 +232,7 @@ def test_unknown_site_text(tiny_llama: Path) -> None:
         "site 'layers.12': expected a module path of tiny-llama, layers.0 to layers.11; seen no such module; "
         "fix: use one of layers.10, layers.11, …"
     )
-    with pytest.raises(BadConfig, match="name this site when loading"):
+    with pytest.raises(BadConfig, match="pass this site when loading"):
         Subject.load(tiny_llama, sites=["layers.2"]).hidden(IDS, sites=["layers.9"])
 
 

@@ -42,11 +42,11 @@ except StorageError as error:
     print(error.expected, "|", error.seen)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "to be able to write it | File too large"
+    assert done.stdout.strip() == "a file that can be written | File too large"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(StorageError, match="to be able to write it"):
+    with pytest.raises(StorageError, match="a file that can be written"):
         write_bytes(tmp_path / "taken" / "file.bin", b"x")

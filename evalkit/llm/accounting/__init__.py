@@ -1,1 +1,1 @@
-"""What was answered and what it cost: the recording, prices, limits."""
+"""Recorded answers, token prices and the limits on calls and cost."""

@@ -1,7 +1,7 @@
-"""The file of recorded answers: one SQLite row per request, under a key that is the hash of the request's content.
+"""The recording: a SQLite file with one row per answered request, keyed by a hash of the request's content.
 
-Every answer is committed as soon as it is there, so a crash loses nothing that was paid for. Holds no keys or headers:
-those never reach a request. Knows no client.
+Every answer is committed as soon as it arrives, so a crash loses nothing that was paid for. The file holds no API keys and
+no headers, because requests do not contain them. Knows no client.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _TABLE = """CREATE TABLE IF NOT EXISTS answers (
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, seconds REAL NOT NULL, paid INTEGER NOT NULL
     ) WITHOUT ROWID"""
 _COLUMNS = "key, model, request, response, prompt_tokens, completion_tokens, seconds"
-# paid: 0 for an answer copied from another recording, 1 for one that was asked for here, 2 for one from a batch
+# paid: 0 if the answer was copied from another recording, 1 if this run sent the request, 2 if it sent it in a batch
 _ADD = f"INSERT OR IGNORE INTO answers ({_COLUMNS}, paid) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True)
 class KeyedRequest:
-    """A request as it is recorded: ``text`` is its canonical JSON, ``key`` the hash of that."""
+    """A request as it is recorded: ``text`` is its canonical JSON, ``key`` the hash of ``text``."""
 
     key: str
     model: str
@@ -53,7 +53,7 @@ class KeyedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An answer with what it took: ``seconds`` from sending to receiving."""
+    """An answer and the ``seconds`` from sending the request to receiving the answer."""
 
     response: Response
     seconds: float
@@ -61,9 +61,11 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What the answers of a recording took that were asked for it, not copied from another.
+    """Totals over the answers of a recording, without those copied from another recording.
 
-    ``batched_…``: the part of it that was asked in batches; ``seconds`` are those of the other calls.
+    ``batched_…``: the part of each total that was sent in batches.
+    ``prompt_characters``: length of the requests' canonical JSON.
+    ``seconds``: summed over the calls that were not sent in batches.
     """
 
     calls: int = 0
@@ -77,12 +79,15 @@ class Spent:
 
     @property
     def timed_calls(self) -> int:
-        """Those that ``seconds`` are the time of."""
+        """The number of calls that ``seconds`` covers: all that were not sent in batches."""
         return self.calls - self.batched_calls
 
 
 class Recording:
-    """Open to read, or with ``write=True`` to go on with. Raises BadFile, StorageError."""
+    """The recording in the file ``path``; ``write=True`` allows adding answers and creates the file if it is missing.
+
+    Raises BadFile, StorageError.
+    """
 
     def __init__(self, path: Path, *, write: bool) -> None:
         self.path = path
@@ -109,11 +114,11 @@ class Recording:
             ) from error
 
     def models(self) -> list[str]:
-        """Whose answers it holds."""
+        """The names of the models whose answers are recorded, sorted."""
         return [row[0] for row in self._database.execute("SELECT DISTINCT model FROM answers ORDER BY model")]
 
     def find(self, key: str) -> Recorded | None:
-        """The answer to a request. Raises BadFile where the row is damaged."""
+        """The answer recorded under ``key``, or None. Raises BadFile if the row is damaged."""
         row = self._database.execute("SELECT response, seconds FROM answers WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
@@ -125,11 +130,11 @@ class Recording:
             ) from error
 
     def add(self, request: KeyedRequest, recorded: Recorded, *, paid: bool) -> None:
-        """Keep an answer; the first one of a request stays. ``paid``: it was asked for here. Raises StorageError."""
+        """Record an answer, unless the request already has one. ``paid``: whether this run sent it. Raises StorageError."""
         self._add([_row(request, recorded, int(paid))])
 
     def add_batched(self, answers: Sequence[tuple[KeyedRequest, Recorded]]) -> None:
-        """Keep answers that were asked for here in a batch, in one transaction. Raises StorageError."""
+        """Record the answers of a batch that this run submitted, in one transaction. Raises StorageError."""
         self._add([_row(request, recorded, 2) for request, recorded in answers])
 
     def _add(self, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -140,7 +145,7 @@ class Recording:
             raise self._storage_error(error) from error
 
     def add_all(self, other: Recording, model: str) -> None:
-        """Take over another recording's answers of a model, unpaid here. Raises StorageError."""
+        """Copy another recording's answers of ``model``, marked as not paid for here. Raises StorageError."""
         rows = other._database.execute(f"SELECT {_COLUMNS}, 0 FROM answers WHERE model = ?", (model,))
         try:
             with self._database:
@@ -149,7 +154,7 @@ class Recording:
             raise self._storage_error(error) from error
 
     def spent(self, model: str) -> Spent:
-        """What was paid for here."""
+        """Totals over the answers of ``model`` that this run paid for."""
         row = self._database.execute(
             "SELECT count(*), total(prompt_tokens), total(completion_tokens), total(length(request)), "
             "total(seconds * (paid != 2)), total(paid = 2), total(prompt_tokens * (paid = 2)), "
@@ -168,15 +173,18 @@ class Recording:
         )
 
     def close(self, *, whole: bool = True) -> None:
-        """Close the file; a written one becomes a ``whole``, single file that can be copied. Nothing is lost without."""
+        """Close the file. ``whole``: merge SQLite's side files into it if possible, so that it can be copied as one file.
+
+        No answer is lost without merging: the side files then hold the latest answers.
+        """
         if self._write and whole:
-            with contextlib.suppress(sqlite3.OperationalError):  # another process has it open
+            with contextlib.suppress(sqlite3.OperationalError):  # another process has the file open
                 self._database.execute("PRAGMA journal_mode = DELETE")
         self._database.close()
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
-    """A file without any table is an empty recording: who made it was killed in its first moment."""
+    """A file without tables counts as an empty recording: its process was killed right after creating the file."""
     database = open_to_read(path, "sqlite_master")
     if database.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
         database.close()
@@ -192,7 +200,7 @@ def _row(request: KeyedRequest, recorded: Recorded, paid: int) -> tuple[Any, ...
 
 
 def _encoded(response: Response) -> str:
-    """JSON proper: a log-probability of minus infinity, which it has no number for, is null."""
+    """The response as standard JSON, which has no infinity: a log-probability of minus infinity is written as null."""
     logprobs = [
         {token: value if math.isfinite(value) else None for token, value in candidates.items()}
         for candidates in response.logprobs

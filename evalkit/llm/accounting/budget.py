@@ -1,6 +1,6 @@
-"""A client in front of another one that stops before the next request would go over the limits of a run.
+"""A client that wraps another one and stops before a request would exceed the run's limit on calls or cost.
 
-Requests in flight count with the most they can cost. Knows no server; keeps nothing.
+A request in flight is counted at the highest cost it can have. Knows no server; writes nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from evalkit.records import Message, Response
 
 __all__ = ["MOST_TOKENS_PER_CHARACTER", "TOKENS_PER_CHARACTER", "BudgetedClient"]
 
-TOKENS_PER_CHARACTER = 0.25  # of prompts, where nothing better is known; 0.22 to 0.25 was seen with a vocabulary of 49k
-MOST_TOKENS_PER_CHARACTER = 1.5 * TOKENS_PER_CHARACTER  # where it must not be too little
+# estimate for prompts before any reply has reported usage; measured: 0.22 to 0.25 with a vocabulary of 49k tokens
+TOKENS_PER_CHARACTER = 0.25
+MOST_TOKENS_PER_CHARACTER = 1.5 * TOKENS_PER_CHARACTER  # used where an estimate that is too low would break a limit
 
 
 class BudgetedClient:
-    """Counts requests sent and what they cost. ``spent_calls`` and ``spent_cost`` (US dollars) start with earlier ones."""
+    """Counts the requests that are sent and their cost.
+
+    ``live``: the client that sends them.
+    ``max_calls``, ``max_cost`` (US dollars): the limits; None for no limit.
+    ``price``: of the model's tokens; None counts every request as free.
+    ``spent_calls``, ``spent_cost`` (US dollars): the totals of earlier commands, where counting starts.
+    """
 
     def __init__(
         self,
@@ -41,17 +48,20 @@ class BudgetedClient:
         self._max_calls, self._max_cost = max_calls, max_cost
         self.spent_calls, self.spent_cost = spent_calls, spent_cost
         self._reserved = 0.0
-        self._under_way: dict[str, float] = {}  # by key, the most a request costs that an earlier command sent
+        self._under_way: dict[str, float] = {}  # unanswered requests of earlier commands: key → highest cost
 
     def count_under_way(self, requests: Sequence[KeyedRequest]) -> None:
-        """Count what an earlier command handed in and is not answered yet; asked for again, it is not counted twice."""
+        """Count requests that an earlier command submitted and that have no answer yet.
+
+        ``generate`` does not count them a second time.
+        """
         for request in requests:
             self._under_way[request.key] = self._most(request.content())
         self.spent_calls += len(requests)
         self._reserved += sum(self._under_way.values())
 
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
-        """The reply of the client behind. Raises BudgetSpent before sending what would go over a limit."""
+        """The wrapped client's reply. Raises BudgetSpent, without sending, if the request would exceed a limit."""
         request = GenerateRequest(messages, **options)
         key = KeyedRequest.of(self.name, request).key if self._under_way else ""
         if (most := self._under_way.pop(key, None)) is not None:
@@ -59,17 +69,17 @@ class BudgetedClient:
         if self._max_calls is not None and self.spent_calls >= self._max_calls:
             raise BudgetSpent(
                 "--max-calls",
-                expected=f"at most {self._max_calls} requests over all of this run",
-                seen="more to ask",
-                fix="every answer is kept; raise the limit and run the same command to go on",
+                expected=f"at most {self._max_calls} requests in this run",
+                seen="more requests to send",
+                fix="raise the limit and run the same command again; it resumes, and every answer is kept",
             )
         most = self._most(request)
         if self._max_cost is not None and self.spent_cost + self._reserved + most > self._max_cost:
             raise BudgetSpent(
                 "--max-cost",
-                expected=f"at most ${self._max_cost:.2f} over all of this run",
-                seen=f"${self.spent_cost:.2f} spent, ${self._reserved + most:.4f} for the requests in flight and the next",
-                fix="every answer is kept; raise the limit and run the same command to go on",
+                expected=f"at most ${self._max_cost:.2f} in this run",
+                seen=f"${self.spent_cost:.2f} spent, ${self._reserved + most:.4f} for the next request and those in flight",
+                fix="raise the limit and run the same command again; it resumes, and every answer is kept",
             )
         self.spent_calls += 1
         self._reserved += most
@@ -82,13 +92,14 @@ class BudgetedClient:
             self._reserved -= most
         if self._price is not None:
             told = self._price.cost(response.prompt_tokens, response.completion_tokens)
-            self.spent_cost += told if response.prompt_tokens > 0 else most  # a server that tells no usage
+            self.spent_cost += told if response.prompt_tokens > 0 else most  # 0: the server reports no usage
         return response
 
     def _most(self, request: GenerateRequest) -> float:
-        """What a request costs if its reply is as long as it may be; the prompt's tokens are estimated, generously.
+        """The cost of a request whose reply uses all of ``max_tokens``, with a high estimate of the prompt's tokens.
 
-        By bytes: what takes several per character, Chinese for example, takes more tokens as well.
+        The estimate counts bytes, not characters: text with several bytes per character, such as Chinese, also takes more
+        tokens per character.
         """
         if self._price is None:
             return 0.0
@@ -96,5 +107,5 @@ class BudgetedClient:
         return self._price.cost(MOST_TOKENS_PER_CHARACTER * size, request.max_tokens)
 
     async def close(self) -> None:
-        """Close the client behind."""
+        """Close the wrapped client."""
         await close_client(self._live)

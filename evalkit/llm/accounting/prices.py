@@ -1,8 +1,8 @@
-"""What tokens cost: a TOML file of the user's, one table per model, in US dollars per million tokens.
+"""Token prices, from a TOML file that the user writes: one table per model, in US dollars per million tokens.
 
-``batch_discount`` is the share that the provider takes off for requests in batches; nothing where it is not there.
+``batch_discount`` is the share of the price that the provider deducts for requests in batches; 0 if it is left out.
 
-No prices come with the package: they would be wrong within months. Reads one file; knows no client.
+The package contains no prices because they would be out of date within months. Reads one file; knows no client.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _KEYS = {"prompt", "completion", "batch_discount"}
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per million tokens. ``batch_discount``: share taken off in batches."""
+    """``prompt``, ``completion``: US dollars per million tokens. ``batch_discount``: share deducted in batches, 0 to 1."""
 
     prompt: float
     completion: float
     batch_discount: float = 0.0
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """US dollars."""
+        """The cost of so many tokens outside batches, in US dollars."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
     def in_batches(self) -> Price:
-        """What the same tokens cost in batches."""
+        """The price of the same tokens in batches."""
         left = 1 - self.batch_discount
         return Price(left * self.prompt, left * self.completion)
 
     def of(self, spent: Spent) -> float:
-        """US dollars for all that a recording's answers took, in batches or not."""
+        """The cost in US dollars of all answers of a recording, in batches or not."""
         batched = spent.batched_prompt_tokens, spent.batched_completion_tokens
         others = spent.prompt_tokens - batched[0], spent.completion_tokens - batched[1]
         return self.cost(*others) + self.in_batches().cost(*batched)
@@ -55,8 +55,8 @@ def _price(path: Path, model: str, table: Any) -> Price:
     if not sound or table.get("batch_discount", 0) > 1:
         raise BadConfig(
             f"{path} [{model}]",
-            expected="prompt and completion, in US dollars per million tokens, and perhaps batch_discount, from 0 to 1",
+            expected="prompt and completion in US dollars per million tokens, and optionally batch_discount from 0 to 1",
             seen=repr(table)[:80],
-            fix='write for example ["my-model"] with the lines prompt = 0.15 and completion = 0.6',
+            fix='write, for example, ["my-model"] with the lines prompt = 0.15 and completion = 0.6',
         )
     return Price(*(float(table.get(key, 0)) for key in ("prompt", "completion", "batch_discount")))

@@ -1,1 +1,1 @@
-"""Clients, one module per way of reaching a language model."""
+"""Clients: one module per way to query a language model."""

@@ -1,9 +1,9 @@
-"""The client for any server that speaks the chat-completions protocol: a hosted API, vLLM's server, several of them.
+"""The client for servers that speak the chat-completions protocol: a hosted API, vLLM's server, or several servers.
 
-Keeps many requests in flight, over all its base URLs together; a request goes to the least busy server that is well
-(``breaker`` says which are), as soon as the limits of the account allow (``limits``). What can heal is tried again with
-growing, jittered pauses, or as long as the server asks for; what cannot is not. The key comes from the environment and
-goes nowhere but to the servers. Writes nothing.
+Keeps many requests in flight, over all its base URLs together. A request goes to the least busy healthy server
+(``breaker`` decides which are) as soon as the rate limits of the account allow (``limits``). Transient failures are
+retried after growing, jittered pauses, or after the pause that the server asks for; other failures are not retried. The
+API key comes from the environment and is sent to the servers only. Writes nothing.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ __all__ = ["OpenAIClient"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_TOLD_PAUSE_S = 20.0  # the user hears of a pause that a server asks for if it is longer
-_PATIENCE_S = 180.0  # after so long without an answer to anybody, one more silence is the last
-_BAD_NEWS_S = 1.0  # whoever asks so soon after all were given up is told the same
+_TOLD_PAUSE_S = 20.0  # a pause that a server asks for is logged as a warning if it is longer than this
+_PATIENCE_S = 180.0  # if no request has been answered for this long, a request without any reply is not retried
+_BAD_NEWS_S = 1.0  # after a ClientDown, requests made up to this much later fail with the same error
 
 
 class OpenAIClient:
-    """Asks ``model`` at ``base_url``: one, or a list that serve the same model; default the hosted API of OpenAI.
+    """Sends requests to ``model``.
 
-    ``temperature``: None leaves it to the server. ``concurrency``: requests in flight, over all servers.
-    ``requests_per_minute``, ``tokens_per_minute``: limits of the account; the tokens are those of prompts and replies.
+    ``base_url``: one URL, or several that serve the same model. Default: the hosted API of OpenAI.
+    ``temperature``: None leaves it to the server.
+    ``concurrency``: limit of requests in flight, over all servers.
+    ``requests_per_minute``, ``tokens_per_minute``: rate limits of the account; tokens of prompts and replies together.
     ``timeout_s``: of one attempt, from sending to the last byte.
-    ``max_attempts``: per request. ``api_key_env``: the environment variable that holds the key. ``constraints``: how
-    output is constrained, "auto" asks the server what it is. ``extra_body``: further fields of every request.
+    ``max_attempts``: per request.
+    ``api_key_env``: the environment variable that holds the key.
+    ``constraints``: how the server is told to constrain output; "auto" detects which way it supports.
+    ``extra_body``: further fields of every request.
+
     Raises BadConfig, MissingExtra.
     """
 
@@ -78,7 +83,7 @@ class OpenAIClient:
         self._servers: list[Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_success = self._told_until = 0.0
-        self._down: ClientDown | None = None  # as all hear who asked before ``_down_until``
+        self._down: ClientDown | None = None  # raised for requests made before ``_down_until``
         self._down_until = 0.0
         self._finishing = False
 
@@ -105,13 +110,13 @@ class OpenAIClient:
             except ClientDown as error:
                 if asked >= self._down_until:
                     self._down, self._down_until = error, time.monotonic() + _BAD_NEWS_S
-                    self._bad_news.set()  # wakes who pauses …
-                    self._bad_news.clear()  # … now, and nobody later
+                    self._bad_news.set()  # wakes the requests that pause now …
+                    self._bad_news.clear()  # … but none that pause later
                     self._limits.dismiss()
                 raise
 
     def finish(self) -> None:
-        """Wait for what is sent and send nothing more, nor anything again. Raises NoAnswer for the rest, where it waits."""
+        """Send nothing more and retry nothing. Requests in flight are awaited; the others fail with NoAnswer."""
         self._finishing = True
         if self._servers:
             self._bad_news.set()
@@ -120,15 +125,15 @@ class OpenAIClient:
     async def close(self) -> None:
         """Close the connections."""
         servers, self._servers = self._servers, []
-        if self._loop is asyncio.get_running_loop():  # those of a loop that is gone went with it
+        if self._loop is asyncio.get_running_loop():  # connections of another loop were closed with it
             await asyncio.gather(*(server.close() for server in servers))
 
     def _connect(self) -> None:
-        """Connections of the running event loop, unless there are some."""
+        """Open connections for the running event loop, unless it has some."""
         loop = asyncio.get_running_loop()
         if self._servers and self._loop is loop:
             return
-        if self._loop is not None:  # another loop than before: what was finished there begins anew
+        if self._loop is not None:  # a new event loop: ``finish`` applied to the old one
             self._finishing = False
         self._loop, self._down_until, self._bad_news = loop, 0.0, asyncio.Event()
         self._gate = asyncio.Semaphore(self.concurrency)
@@ -140,7 +145,7 @@ class OpenAIClient:
         jittered = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
 
         def pause(state: Any) -> float:
-            """At least what the server asks for, and a little apart from all others that it asked the same."""
+            """At least the pause that the server asks for, plus jitter so that requests do not all return at once."""
             asked, own = state.outcome.exception().wait_s, float(jittered(state))
             return own if asked is None else max(own, asked + min(own, 0.1 * asked))
 
@@ -168,35 +173,35 @@ class OpenAIClient:
             await asyncio.wait_for(self._bad_news.wait(), seconds)
 
     def _tell(self, state: Any) -> None:
-        """Of a long pause that a server asked for, once while it lasts; of others in the debugging log only."""
+        """Log a pause: a long one that a server asked for as a warning, once while it lasts; others at level DEBUG."""
         error, pause_s, now = state.outcome.exception(), state.next_action.sleep, time.monotonic()
         level = logging.DEBUG
         if error.wait_s is not None and pause_s > _TOLD_PAUSE_S and now >= self._told_until:
             level, self._told_until = logging.WARNING, now + pause_s
-        _LOG.log(level, "attempt %d: %s; again in %.1f s", state.attempt_number, error.reason, pause_s)
+        _LOG.log(level, "attempt %d: %s; retrying in %.1f s", state.attempt_number, error.reason, pause_s)
 
     def _is_silent(self, error: Transient, started: float) -> bool:
-        """Whether nobody has been answered for so long that waiting on would be in vain."""
+        """Whether there was no reply, and no request has been answered for so long that retrying is pointless."""
         return error.silent and time.monotonic() - max(started, self._last_success) > _PATIENCE_S
 
     def _gave_up(self, error: Transient, started: float) -> ClientError:
         where = ", ".join(server.url for server in self._servers)
-        again = "the same command goes on"
-        fix = f"see that the server is up, lower concurrency or raise timeout_s; {again}"
+        again = "the same command resumes"
+        fix = f"check that the server is up, lower concurrency or raise timeout_s; {again}"
         if self._last_success < started or self._is_silent(error, started):
             mend = fix if error.silent else f"see the reason, and check the base URL; {again}"
             return ClientDown(where, expected="an answer to any request", seen=self._reasons(error), fix=mend)
         return NoAnswer(where, expected=f"an answer in {self._max_attempts} attempts", seen=error.reason, fix=fix)
 
     def _reasons(self, error: Transient) -> str:
-        """Of several servers, what is wrong with each that is known to fail."""
+        """The reason of the failure; with several servers, the reason of each that is known to fail."""
         failing = [server for server in self._servers if server.breaker.is_open]
         if len(self._servers) == 1 or not failing:
             return error.reason
         return "; ".join(f"{server.url}: {server.breaker.reason}" for server in failing)
 
     async def _attempt(self, request: GenerateRequest, asked: float) -> Response:
-        """Ask one server; again at once where it only refuses a parameter. Raises Transient, ClientError."""
+        """Send to one server, and again at once if it only rejects a parameter. Raises Transient, ClientError."""
         while True:
             permit = await self._permit(request, asked)
             server = self._choose()
@@ -213,7 +218,7 @@ class OpenAIClient:
                 self._limits.leave(permit)
 
     async def _permit(self, request: GenerateRequest, asked: float) -> Permit:
-        """Leave to send. Raises ClientDown, Transient where nothing is sent any more."""
+        """Wait until the rate limits allow the request. Raises ClientDown or Transient if nothing is sent any more."""
         characters = sum(len(message.content) for message in request.messages)
         while True:
             permit = await self._limits.admit(characters, request.max_tokens)
@@ -223,12 +228,12 @@ class OpenAIClient:
             if down is not None:
                 raise ClientDown(down.subject, expected=down.expected, seen=down.seen, fix=down.fix)
             if self._finishing:
-                raise Transient("nothing more is sent")
+                raise Transient("the client is stopping and sends no more requests")
             if permit is not None:
                 return permit
 
     async def _ask(self, server: Server, request: GenerateRequest, permit: Permit) -> Response | None:
-        """The reply; None where the server will be asked without a parameter from now on. Raises Transient, ClientError."""
+        """The reply; None if the server rejected a parameter, left out from now on. Raises Transient, ClientError."""
         form = self.endpoint.form(request, server.dialect)
         try:
             completion, headers = await server.complete(self.endpoint.body(form))
@@ -236,9 +241,9 @@ class OpenAIClient:
             self._hear(error.response.headers)
             failure = judge_failure(error, server.url, form.removable, self.endpoint.redact)
             if not isinstance(failure, Refusal):
-                raise failure from None  # the SDK's error holds the server's own words
+                raise failure from None  # the SDK's error quotes the server, perhaps with the key
             if server.dialect.refuse(failure.parameter):
-                _LOG.warning("%s does not take %s (%s): asking without", server.url, failure.parameter, failure.reason)
+                _LOG.warning("%s rejects %s (%s); retrying without it", server.url, failure.parameter, failure.reason)
             return None
         self._hear(headers)
         response = self._read(server, request, form, completion)
@@ -246,12 +251,12 @@ class OpenAIClient:
         return response
 
     def _hear(self, headers: Mapping[str, str]) -> None:
-        """What a server says of its limits. Several servers have limits of their own, which ours are not."""
+        """Use the rate limits that a server reports. Ignored with several servers, as each has its own limits."""
         if len(self._servers) == 1:
             self._limits.told(headers)
 
     def _choose(self) -> Server:
-        """The least busy of those that are well. One that failed gets a single request after its rest, to see."""
+        """The least busy healthy server, or the least busy of all if none is healthy."""
         well = [server for server in self._servers if server.breaker.admits()]
         return min(well or self._servers, key=lambda server: (server.in_flight, server.breaker.trips))
 

@@ -68,7 +68,7 @@ class Recorder:
     def _forget(self, key: str, task: asyncio.Task[Response]) -> None:
         del self._pending[key]
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: without, asyncio logs it where every caller was cancelled
+            task.exception()  # marks it as retrieved: else asyncio logs it if every caller was cancelled
 
     async def _send(self, request: KeyedRequest, content: GenerateRequest) -> Response:
         async with self._slots:

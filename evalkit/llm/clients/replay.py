@@ -1,4 +1,4 @@
-"""The client that answers from a recording alone. Makes no API calls and writes nothing."""
+"""The client that answers from a recording only. Makes no API calls and writes nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ReplayClient"]
 
 
 class ReplayClient:
-    """Answers recorded requests. Its ``name`` is the model's, so that live and replayed scores are the same records.
+    """Answers recorded requests. Its ``name`` is the model's, so that replayed scores equal the live ones.
 
     ``path``: the recording.
-    ``model``: the model whose answers to replay, needed where the recording holds those of several.
+    ``model``: the model whose answers to replay; required if the recording holds answers of several models.
 
-    Raises MissingFile, BadFile, BadConfig (the recording does not hold the model, or holds several and none is named).
+    Raises MissingFile, BadFile, BadConfig (``model`` is not in the recording, or is missing although it holds several).
     """
 
     main_option = "path"
@@ -45,8 +45,8 @@ class ReplayClient:
             raise BadConfig(
                 str(self.path),
                 expected=f"one of the recorded models: {', '.join(recorded) or '(the recording is empty)'}",
-                seen="no model named" if model is None else repr(model),
-                fix="pass model=…, one of the recorded ones",
+                seen="no model given" if model is None else repr(model),
+                fix="pass model=…, naming one of the recorded models",
             )
         return model
 
@@ -59,7 +59,7 @@ class ReplayClient:
             f"request {request.key[:12]}",
             expected=f"an answer of {self.name} recorded in {self.path}",
             seen=f"none for: {messages[-1].content[:60]!r}" if messages else "none for an empty request",
-            fix="record again with the client that made the recording, or undo the change of prompt, seed or model",
+            fix="record again with a live client, or undo the change to the prompt, seed or model",
         )
 
     async def close(self) -> None:

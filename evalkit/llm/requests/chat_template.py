@@ -1,6 +1,6 @@
-"""From chat messages to the tokens of a prompt, by the model's own chat template.
+"""Turns chat messages into the tokens of a prompt, with the model's chat template or one from a file.
 
-Pure but for reading a template file. Knows no engine.
+Reads the template file and writes nothing. Knows no engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ __all__ = ["ChatTemplate", "without_system"]
 
 
 class ChatTemplate:
-    """``path``: a Jinja file to use instead of the model's template. ``options``: variables of the template.
+    """The template of one model.
+
+    ``path``: a Jinja file to use instead of the model's template.
+    ``options``: values for variables of the template.
 
     Raises MissingFile.
     """
@@ -34,15 +37,16 @@ class ChatTemplate:
                 ) from error
 
     def tokens(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks for the assistant's next turn. Raises ClientDown where the model has no usable template.
+        """The tokens of the prompt for the assistant's next turn.
 
-        Where a template takes no system message, it stands at the head of the first user message.
+        If the template rejects system messages, the system message is put at the start of the first user message. Raises
+        ClientDown if the model has no usable template.
         """
         if self._no_system:
             return self._apply(tokenizer, without_system(messages))
         try:
             return self._apply(tokenizer, messages)
-        except Exception as error:  # templates raise what they like, from Jinja
+        except Exception as error:  # a template may raise an error of any class
             shorter = without_system(messages)
             if len(shorter) == len(messages) or "system" not in str(error).lower():
                 raise _unusable(error) from error
@@ -61,11 +65,11 @@ class ChatTemplate:
             tokenize=False,
             **self._options,
         )
-        return list(tokenizer.encode(text, add_special_tokens=False))  # the template wrote the special ones
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template has added the special tokens
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with the system message at the head of the first user message."""
+    """The same conversation with the system message at the start of the first user message."""
     if not messages or messages[0].role != "system":
         return list(messages)
     system, rest = messages[0], list(messages[1:])
@@ -77,7 +81,7 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 def _unusable(error: Exception) -> ClientDown:
     return ClientDown(
         "chat template",
-        expected="one that takes these messages",
+        expected="a template that accepts these messages",
         seen=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-        fix="use an instruction-tuned model, or give a template file with chat_template",
+        fix="use an instruction-tuned model, or name a template file with the client option chat_template",
     )

@@ -1,6 +1,6 @@
-"""One request to a language model, as every part of ``evalkit.llm`` passes it on, and its canonical JSON.
+"""One request to a language model, as the modules of ``evalkit.llm`` pass it to each other, and its canonical JSON.
 
-The recording's keys are hashes of that JSON, so its form never changes. Knows no server, client or file.
+The recording's keys are hashes of that JSON, so its form must never change. Knows no server, client or file.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class GenerateRequest:
 
     @classmethod
     def from_json(cls, text: str) -> GenerateRequest:
-        """The request in a JSON object with at least its fields, as ``canonical_json`` writes it."""
+        """The request in JSON that ``canonical_json`` wrote; further fields are ignored."""
         content = json.loads(text)
         messages = [Message(message["role"], message["content"]) for message in content["messages"]]
         return cls(messages, **{name: content[name] for name in (*_DEFAULTS, "max_tokens")})
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of ``Client.generate``, without those that have the contract's default."""
+        """The keyword arguments for ``Client.generate``, without those that equal its defaults."""
         given = {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
         return {**given, "max_tokens": self.max_tokens}
 

@@ -99,8 +99,8 @@ def test_what_earlier_commands_spent_counts() -> None:
     assert client.spent_cost == pytest.approx(0.5 + 2 * (10 * 1 + 10 * 4) / 1e6)
     (first, *_) = [result for result in results if isinstance(result, BudgetSpent)]
     assert str(first) == (
-        "--max-calls: expected at most 10 requests over all of this run; seen more to ask; "
-        "fix: every answer is kept; raise the limit and run the same command to go on"
+        "--max-calls: expected at most 10 requests in this run; seen more requests to send; "
+        "fix: raise the limit and run the same command again; it resumes, and every answer is kept"
     )
 
 

@@ -44,7 +44,7 @@ def test_prices_are_dollars_per_million_tokens(tmp_path: Path) -> None:
 )
 def test_what_is_no_price(table: str, tmp_path: Path) -> None:
     with pytest.raises(
-        BadConfig, match=r"prices\.toml \[m\]: expected prompt and completion, in US dollars per million"
+        BadConfig, match=r"prices\.toml \[m\]: expected prompt and completion in US dollars per million"
     ):
         read_prices(written(tmp_path, f"[m]\n{table}"))
 

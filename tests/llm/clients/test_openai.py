@@ -282,15 +282,35 @@ def test_pauses_grow_and_differ(pauses: list[float]) -> None:
     [
         (400, error("no such thing"), RequestRefused, "status 400: no such thing"),
         (400, error("the text is too rude", param="messages"), RequestRefused, "too rude"),
-        (401, {"error": "Unauthorized"}, ClientDown, "Unauthorized.*the key in the environment is missing or wrong"),
-        (402, error("pay"), ClientDown, "the account has no credit"),
-        (403, error("not for you"), ClientDown, "may not use this model"),
-        (404, error("The model `m` does not exist.", param="model"), ClientDown, "check model name and base URL"),
-        (404, b"<html>nginx</html>", ClientDown, "check model name and base URL"),
+        (
+            401,
+            {"error": "Unauthorized"},
+            ClientDown,
+            "Unauthorized.*set the right API key in the environment; it is missing or wrong",
+        ),
+        (402, error("pay"), ClientDown, "add credit to the account, which has none left"),
+        (403, error("not for you"), ClientDown, "use an API key that has access to this model"),
+        (
+            404,
+            error("The model `m` does not exist.", param="model"),
+            ClientDown,
+            "check the model name and the base URL",
+        ),
+        (404, b"<html>nginx</html>", ClientDown, "check the model name and the base URL"),
         (405, {"detail": "Method Not Allowed"}, ClientDown, "Method Not Allowed.*check the base URL"),
         (422, {"detail": [{"loc": ["body", "n"], "msg": "bad"}]}, RequestRefused, "status 422: body.n: bad"),
-        (429, error("You exceeded your quota", code="insufficient_quota"), ClientDown, "the account has no credit"),
-        (429, error("You exceeded your quota", type="insufficient_quota"), ClientDown, "the account has no credit"),
+        (
+            429,
+            error("You exceeded your quota", code="insufficient_quota"),
+            ClientDown,
+            "add credit to the account, which has none left",
+        ),
+        (
+            429,
+            error("You exceeded your quota", type="insufficient_quota"),
+            ClientDown,
+            "add credit to the account, which has none left",
+        ),
     ],
 )
 def test_what_no_retry_heals_is_sent_once(status: int, body: Any, kind: type[Exception], words: str) -> None:
@@ -369,7 +389,7 @@ def test_refused_parameters_are_left_out_from_then_on(owned_by: str, caplog: pyt
         events = [entry["event"] for entry in server.log]
     assert first == second and len(first) == 20
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    refused = [text.split(" does not take ")[1].split(" ")[0] for text in told]
+    refused = [text.split(" rejects ")[1].split(" ")[0] for text in told]
     own = {"structured_outputs"} if owned_by == "vllm" else set()
     assert set(refused) == {*refuse} - {"structured_outputs"} | own
     assert len(refused) == len(set(refused))  # one warning each, however many requests met it
@@ -460,7 +480,7 @@ def test_a_dead_server_among_others_costs_little(
     assert all(isinstance(reply, Response) for reply in replies)
     assert took < 8
     told = [record.getMessage() for record in caplog.records if url in record.getMessage()]
-    assert len(told) == 1 and "trying again" in told[0]
+    assert len(told) == 1 and "; retrying" in told[0]
 
 
 def test_a_server_that_falls_silent_is_left_alone_and_comes_back(
@@ -489,7 +509,7 @@ def test_a_server_that_falls_silent_is_left_alone_and_comes_back(
         replies = asyncio.run(with_one_and_with_two())
     assert len(replies) == 70
     told = [record.getMessage() for record in caplog.records if url in record.getMessage()]
-    assert len(told) == 2 and "trying again" in told[0] and "answers again" in told[1]
+    assert len(told) == 2 and "; retrying" in told[0] and "answers again" in told[1]
 
 
 def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
@@ -507,7 +527,7 @@ def test_who_asks_in_turn_is_not_held_up_by_a_dead_server(
             await client.close()
 
         asyncio.run(in_turn())
-    assert sum("again in" in record.getMessage() for record in caplog.records) == 1
+    assert sum("retrying in" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_server_that_breaks_some_connections_is_asked_on(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,7 +604,7 @@ def test_a_long_pause_is_told_of_once(pauses: list[float], caplog: pytest.LogCap
         asyncio.run(ask_many(client_of(server.base_url), 12))
     assert len(pauses) == 12
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "status 429: wait; again in 4" in told
+    assert "status 429: wait; retrying in 4" in told
 
 
 def test_who_asks_after_all_were_given_up_is_tried_anew(quick: None) -> None:
@@ -741,7 +761,7 @@ def test_a_server_that_keeps_failing_is_left_to_the_others(quick: None, caplog: 
     assert all(isinstance(reply, Response) for reply in replies)
     assert 5 <= asked <= 20  # as many as it takes to know, and what was under way then
     told = [record.getMessage() for record in caplog.records if broken.base_url in record.getMessage()]
-    assert told == [f"{broken.base_url}: status 500; trying again"]
+    assert told == [f"{broken.base_url}: status 500; retrying"]
 
 
 def test_a_server_that_fails_more_often_than_not_is_asked_now_and_then(

@@ -92,7 +92,7 @@ def test_a_failed_answer_is_not_recorded(tmp_path: Path) -> None:
 def test_models_of_one_file_are_kept_apart(tmp_path: Path) -> None:
     for name in ("model-a", "model-b"):
         ask(Recorder(tmp_path / "a.sqlite", Counting(name)))
-    with pytest.raises(BadConfig, match="expected one of the recorded models: model-a, model-b; seen no model named"):
+    with pytest.raises(BadConfig, match="expected one of the recorded models: model-a, model-b; seen no model given"):
         ReplayClient(tmp_path / "a.sqlite")
     assert ReplayClient(tmp_path / "a.sqlite", model="model-b").name == "model-b"
     with pytest.raises(BadConfig, match="seen 'model-c'"):

@@ -1,1 +1,1 @@
-"""The Batch API: what was submitted, how far it is, and fetching its answers."""
+"""The Batch API client: submits batches, polls them and fetches their answers."""

@@ -1,8 +1,8 @@
-"""The Batch API of OpenAI's protocol: files up, batches made, found and looked at, files down.
+"""The Batch API of OpenAI's protocol: upload files, create, find and poll batches, download files.
 
-Everything but the making of a batch may be done twice and is tried again until it works, for as long as anybody answers
-now and then. A batch whose making got no clear answer is looked for before it is made again. Knows nothing of what the
-files say.
+Every call except creating a batch can safely be repeated, and is retried until it succeeds or the server has been silent
+for too long. If creating a batch got no clear answer, the server's list of batches is searched before creating it again.
+Does not know the content of the files.
 """
 
 from __future__ import annotations
@@ -27,23 +27,31 @@ __all__ = ["ENDED", "BatchApi", "State", "TooLarge"]
 _LOG = logging.getLogger(__name__)
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _GOING_ON = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
-METADATA = "evalkit"  # under which our name of a batch stands in what the server keeps of it
+METADATA = "evalkit"  # field of a batch's metadata that holds the name we gave it
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_PATIENCE_S, _LONG_PATIENCE_S = 180.0, 3600.0  # without an answer: before the first one, and after it
-_PAGE, _PAGES = 100, 50  # of the list of batches
-_EARLIER_S = 3600  # that clocks may differ
-_SLOWEST, _LARGEST = 1e5, 1e9  # bytes a second of a connection that is still of use; bytes of a file that comes down
-_FILE_BYTES, _LINE_BYTES = 256_000_000, 64_000  # of a file that comes down: in any case, and for each request
+_PATIENCE_S, _LONG_PATIENCE_S = (
+    180.0,
+    3600.0,
+)  # how long to retry a silent server: before its first answer, and after it
+_PAGE, _PAGES = 100, 50  # batches per page of the server's list; pages that are read at most
+_EARLIER_S = 3600  # allowance for a server clock that differs from ours
+_SLOWEST, _LARGEST = 1e5, 1e9  # for the timeout of a transfer: bytes per second at worst, bytes of a downloaded file
+_FILE_BYTES, _LINE_BYTES = 256_000_000, 64_000  # size limit of a downloaded file: a base, and an allowance per request
 _NO_BATCHES = (404, 405, 501)
 
 
 class TooLarge(Exception):
-    """The server takes no file of this size."""
+    """The server rejects a file of this size."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A batch as the server describes it. ``errors``: why it failed as a whole, with the number of a line where told."""
+    """A batch as the server describes it.
+
+    ``status``: one of the protocol's, else "unknown".
+    ``completed``, ``failed``: numbers of requests.
+    ``errors``: why the batch failed as a whole; the line is None if the server names none.
+    """
 
     id: str
     status: str
@@ -59,8 +67,11 @@ class State:
 
 
 class BatchApi:
-    """Of one server. ``window``: within which batches are to be worked off. ``listed_within_s``: so soon after it was made
-    a batch is in the list of batches.
+    """The Batch API of one server.
+
+    ``timeout_s``: of one attempt.
+    ``window``: the time within which the server should complete a batch.
+    ``listed_within_s``: the longest time after its creation until the server lists a batch.
     """
 
     def __init__(
@@ -69,13 +80,13 @@ class BatchApi:
         self.listed_within_s = listed_within_s
         self._server, self._redact, self._sdk = server, redact, sdk
         self._timeout_s, self.window = timeout_s, window
-        self._heard = False  # an answer, ever
+        self._heard = False  # whether the server has ever answered
 
     async def close(self) -> None:
         await self._server.close()
 
     async def look(self) -> None:
-        """Find out what kind of server it is. Raises ClientDown."""
+        """Find out which kind of server it is. Raises ClientDown."""
         patience = _Patience(self._server.url)
         while True:
             try:
@@ -84,7 +95,7 @@ class BatchApi:
                 await patience.pause(_Unclear(error.reason, error.wait_s, perhaps_done=False), self._heard)
 
     async def upload(self, name: str, content: bytes) -> str:
-        """The file's name at the server. Raises TooLarge, ClientDown."""
+        """Upload a file and return the server's id for it. Raises TooLarge, ClientDown."""
         files = self._server.connections.files
         timeout_s = self._timeout_s + len(content) / _SLOWEST
         found = await self._until_done(
@@ -93,12 +104,12 @@ class BatchApi:
         return str(found.id)
 
     async def delete(self, file: str) -> None:
-        """Delete a file, where that can be done at once: it is only in the way."""
+        """Delete a file in a single attempt. A failure is ignored: a file that stays only takes up space."""
         with contextlib.suppress(Transient, self._sdk.APIStatusError):
             await self._server.call(self._server.connections.files.delete(file), self._timeout_s)
 
     async def create(self, name: str, file: str) -> State:
-        """Make a batch of an uploaded file, once. Raises TooLarge, ClientDown."""
+        """Create a batch of an uploaded file, and never a second one. Raises TooLarge, ClientDown."""
         create = self._server.connections.batches.create
         patience, uncertain = _Patience(self._server.url), False
         while True:
@@ -119,13 +130,13 @@ class BatchApi:
                 )
                 return _state(made)
             except _Unclear as error:
-                uncertain |= error.perhaps_done  # whatever is said of later attempts
+                uncertain |= error.perhaps_done  # and stays so, whatever later attempts return
                 await patience.pause(error, self._heard)
 
     async def find(self, name: str, file: str, since: float | None = None) -> State | None:
-        """The batch that was made under our name, or of this file; None where there is none.
+        """The batch that was created under our ``name`` or from this file; None if the server lists no such batch.
 
-        Looks no further back than ``since`` (Unix time, default an hour ago). Raises ClientDown.
+        Searches back to one hour before ``since`` (Unix time, default now). Raises ClientDown.
         """
         earliest = (time.time() if since is None else since) - _EARLIER_S
         after: dict[str, Any] = {}
@@ -140,7 +151,7 @@ class BatchApi:
             first, last = (rows[0], rows[-1]) if rows else (None, None)
             if last is None or not getattr(listed, "has_more", False):
                 break
-            if _made_at(last) < earliest and _made_at(last) <= _made_at(first):  # the newest come first, as a rule
+            if _made_at(last) < earliest and _made_at(last) <= _made_at(first):  # most servers list the newest first
                 break
             after = {"after": last.id}
         return None
@@ -149,12 +160,12 @@ class BatchApi:
         return await self._server.connections.batches.list(limit=_PAGE, **after)
 
     async def state(self, id: str) -> State:
-        """How a batch is. Raises ClientDown, for one that is not there as well."""
+        """The state of a batch. Raises ClientDown, also if the server does not know the batch."""
         retrieve = self._server.connections.batches.retrieve
         return _state(await self._until_done(f"batch {id}", lambda: retrieve(id), _named))
 
     async def content(self, file: str, requests: int) -> bytes:
-        """A file about so many requests. Raises ClientDown, for one that is not there or too large as well."""
+        """Download a file with results of ``requests`` requests. Raises ClientDown, also if it is missing or too large."""
         read = self._server.connections.files.content
         found = await self._until_done(
             f"file {file}",
@@ -188,15 +199,15 @@ class BatchApi:
         timeout_s: float | None = None,
         most_bytes: int = REPLY_BYTES,
     ) -> Any:
-        """Raises _Unclear for what may be tried again, TooLarge, ClientDown."""
+        """One attempt. Raises _Unclear if it may be retried, TooLarge, ClientDown."""
         try:
             answer = await self._server.call(call, timeout_s or self._timeout_s, most_bytes)
             if not sound(answer) or self._tells_the_key(answer):
-                raise Transient(f"no answer of the Batch API: {self._redact(str(answer))[:100]}")
+                raise Transient(f"not an answer of the Batch API: {self._redact(str(answer))[:100]}")
         except Oversize as error:
-            fix = "ask whoever runs the server; the same command looks again"
+            fix = "ask the operator of the server; the same command resumes"
             raise ClientDown(
-                self._server.url, expected=f"{what} in a size to read", seen=error.reason, fix=fix
+                self._server.url, expected=f"{what} of a readable size", seen=error.reason, fix=fix
             ) from None
         except Transient as error:
             raise _Unclear(error.reason, error.wait_s, perhaps_done=True) from None
@@ -206,7 +217,7 @@ class BatchApi:
         return answer
 
     def _tells_the_key(self, answer: Any) -> bool:
-        """In a name, which would be written down."""
+        """Whether the API key occurs in an id, which would be written to the ledger and the log."""
         rows = getattr(answer, "data", None)
         told = [answer, *(rows if isinstance(rows, list) else ())]
         names = [getattr(one, name, None) for one in told for name in ("id", "output_file_id", "error_file_id")]
@@ -227,12 +238,20 @@ class BatchApi:
         if isinstance(failure, ClientDown):
             return failure
         return ClientDown(
-            self._server.url, expected=f"it to take {what}", seen=reason, fix="see the reason; the same command goes on"
+            self._server.url,
+            expected=f"it to accept {what}",
+            seen=reason,
+            fix="see the reason; the same command resumes",
         )
 
 
 class _Unclear(Exception):
-    """No answer, or none that says what happened. ``answered``: the server is there, and said to come back later."""
+    """No answer, or one that does not say what happened.
+
+    ``wait_s``: seconds to wait that the server asks for.
+    ``perhaps_done``: whether the server may have carried out the call.
+    ``answered``: whether the server is up and only asks to retry later.
+    """
 
     def __init__(self, reason: str, wait_s: float | None = None, *, perhaps_done: bool, answered: bool = False) -> None:
         self.reason, self.wait_s, self.perhaps_done, self.answered = reason, wait_s, perhaps_done, answered
@@ -240,14 +259,17 @@ class _Unclear(Exception):
 
 
 class _Patience:
-    """Growing pauses between attempts at one thing, up to a time without any answer."""
+    """Growing pauses between the attempts of one call, until the server has been silent for too long."""
 
     def __init__(self, server: str) -> None:
         self._server, self._began, self._pause_s = server, time.monotonic(), _FIRST_PAUSE_S
         self._told = False
 
     async def pause(self, error: _Unclear, heard: bool) -> None:
-        """``heard``: the server has answered before. Raises ClientDown when patience is over."""
+        """Wait before the next attempt. ``heard``: the server has answered before, so wait for it longer.
+
+        Raises ClientDown if the server has been silent for too long.
+        """
         reason = error.reason
         if error.answered:
             self._began = time.monotonic()
@@ -256,11 +278,11 @@ class _Patience:
                 self._server,
                 expected="an answer",
                 seen=reason,
-                fix="see that the server can be reached; batches go on there, the same command fetches their answers",
+                fix="check that the server can be reached; batches continue there, the same command fetches their answers",
             )
         pause_s = max(self._pause_s, error.wait_s or 0.0)
         _LOG.log(
-            logging.DEBUG if self._told else logging.INFO, "%s: %s; again in %.0f s", self._server, reason, pause_s
+            logging.DEBUG if self._told else logging.INFO, "%s: %s; retrying in %.0f s", self._server, reason, pause_s
         )
         self._told = True
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
@@ -269,10 +291,10 @@ class _Patience:
 
 def _missing(server: str, what: str, seen: str) -> ClientError:
     if what in ("files", "batches"):
-        fix = "check the base URL; for a server without the Batch API, use --client openai:MODEL"
+        fix = "check the base URL; if the server has no Batch API, use --client openai:MODEL"
         return ClientDown(server, expected="the Batch API (/files and /batches)", seen=seen, fix=fix)
-    fix = "use the key that handed it in; to give it up and ask again, delete batches.sqlite in the run folder"
-    return ClientDown(server, expected=f"{what}, which this run handed in", seen=seen, fix=fix)
+    fix = "use the API key that submitted it; to give it up and send it again, delete batches.sqlite in the run folder"
+    return ClientDown(server, expected=f"{what}, which this run submitted", seen=seen, fix=fix)
 
 
 def _named(answer: Any) -> bool:
@@ -289,7 +311,7 @@ def _made_at(batch: Any) -> float:
 
 
 def _count(value: Any) -> int:
-    """0 where a server says what is no number of requests."""
+    """A number of requests; 0 if the server's value is not a plausible one."""
     return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0
 
 

@@ -1,8 +1,8 @@
 """The client for the Batch API: all requests of a stage are uploaded in one file and answered within a day.
 
 Requests are collected until no more come, cut into batches, submitted and polled. Answers are recorded under the same keys
-as those of the client ``openai``, so that either client can resume the work of the other. Submitted batches are written
-down in a ledger beside the recording, and are never submitted again. ``probe`` sends the first request of every form alone.
+as those of the client ``openai``, so that either client can resume the other's run. Submitted batches are recorded in a
+ledger beside the recording, and are never submitted again. ``probe`` sends the first request of every form by itself.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class OpenAIBatchClient:
                 "base URL of client 'openai-batch'",
                 expected="one server, which keeps the batches",
                 seen=f"{len(self._endpoint.urls)} URLs",
-                fix="name one, or use --client openai for several servers",
+                fix="give one URL, or use --client openai for several servers",
             )
         (self._url,) = self._endpoint.urls
         self.name, self.concurrency = self._endpoint.name, concurrency
@@ -117,7 +117,7 @@ class OpenAIBatchClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._attempts: Counter[str] = Counter()
         self._left = False
-        self._stopped: dict[str, Batch] = {}  # by key of a request: batches that may not have ended and are not polled
+        self._stopped: dict[str, Batch] = {}  # by key of a request: batches that may still be running, unpolled
 
     def keep_in(self, path: Path, record: Record) -> None:
         """Keep the ledger at ``path``, and call ``record`` with every answer, even if no caller awaits it."""
@@ -170,7 +170,7 @@ class OpenAIBatchClient:
                 "%s keeps working on %s requests in batches (%d); the same command fetches their answers", *told
             )
         for key in list(self._answers):
-            if key != self._probe.in_flight:  # what is sent is paid for
+            if key != self._probe.in_flight:  # a request that was sent is paid for
                 self._resolve(key, left_open())
         for task in self._tasks:
             if task is not self._submitting or self._probe.in_flight is None:
@@ -205,7 +205,7 @@ class OpenAIBatchClient:
         self._left, self._room, self._loop = False, Room(self._most_requests), loop
         for url, count in self._ledger.elsewhere().items():
             told = (f"{count:,}", self.name, url, self._url)
-            _LOG.warning("%s requests of %s are in batches at %s; asking at %s, their answers are not fetched", *told)
+            _LOG.warning("%s requests of %s are in batches at %s; this command uses %s and does not fetch them", *told)
         for batch in self._ledger.open_batches():
             self._batches[batch.name] = batch
             self._start(self._follow(batch))
@@ -248,7 +248,7 @@ class OpenAIBatchClient:
             self._added.clear()
             try:
                 await self._submit()
-            except Exception as error:  # of any kind: without it the callers would wait for ever
+            except Exception as error:  # of any class: otherwise the callers would wait for ever
                 for key in list(self._waiting):
                     self._resolve(key, error)
 
@@ -295,12 +295,12 @@ class OpenAIBatchClient:
         """Put the requests of a batch that is too large into smaller ones."""
         if len(batch.requests) == 1:
             (key,) = batch.requests
-            fix = "use fewer examples, or smaller ones"
-            self._resolve(key, RequestRefused("request", expected="a line that fits a file", seen=reason, fix=fix))
+            fix = "use fewer or shorter examples"
+            self._resolve(key, RequestRefused("request", expected="a size that fits a file", seen=reason, fix=fix))
             return
         self._room.too_large(len(batch.requests))
         told = (self._url, len(batch.requests), reason, self._room.size)
-        _LOG.warning("%s takes no batch of %d requests (%s); trying %d", *told)
+        _LOG.warning("%s rejects a batch of %d requests as too large (%s); retrying with %d", *told)
         for request in batch.requests.values():
             self._collect(request)
 
@@ -310,7 +310,7 @@ class OpenAIBatchClient:
             result = await self._follower.follow(batch)
             self._drop(batch)
             self._settle(batch, result)
-        except Exception as error:  # of any kind: the callers, and later ones, must get it
+        except Exception as error:  # of any class: present and later callers must get it
             self._fail(batch, error)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
@@ -334,7 +334,7 @@ class OpenAIBatchClient:
         if result.full:
             self._room.full(len(batch.requests))
             told = (self._url, result.full, self._room.size, self._room.pause_s)
-            _LOG.warning("%s has no room (%s); batches of at most %d from now on, the next in %.0f s", *told)
+            _LOG.warning("%s has no room (%s); next batch: at most %d requests, in %.0f s", *told)
         else:
             self._room.took()
         for key, reason in result.again.items():

@@ -1,6 +1,6 @@
-"""The lines of a batch: requests as a server reads them from a file, and what came of each as it writes it into others.
+"""The lines of a batch's files: requests in the file that is uploaded, and their results in the files of the server.
 
-Reaches nobody and writes nothing.
+Makes no API calls and writes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ Outcome: TypeAlias = Response | Refusal | Transient | ClientError
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What came of one request: a reply's status and body, or why there is none."""
+    """The result of one request.
+
+    ``status``: the HTTP status of the reply, 0 without a reply.
+    ``body``: the reply's JSON.
+    ``error``: why there is no reply.
+    """
 
     key: str
     status: int
@@ -41,13 +46,16 @@ class Line:
 
 
 def request_line(key: str, body: dict[str, Any]) -> bytes:
-    """A line of the file that is uploaded, its end included. The key comes back with the answer."""
+    """A line of the file that is uploaded, with its newline. The server returns the key with the answer."""
     line = {"custom_id": key, "method": "POST", "url": URL, "body": body}
-    return json.dumps(line, separators=(",", ":")).encode() + b"\n"  # in ASCII: no character can pass for a line's end
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"  # ASCII: no other line break can occur
 
 
 def form_of(request: KeyedRequest) -> str:
-    """What of a request a server might refuse: its fields and the words of its schema, whatever stands in them."""
+    """The parts of a request that a server might reject: the names of its fields and the keys of its schema.
+
+    Values do not count, so many requests share a form.
+    """
     content = request.content()
     fields = [
         name for name in ("schema", "choices", "regex", "logprobs", "seed") if getattr(content, name) not in (None, 0)
@@ -65,7 +73,7 @@ def _keys(schema: Any) -> set[str]:
 def cut_batch(
     requests: Mapping[str, KeyedRequest], endpoint: Endpoint, dialect: Dialect, most_requests: int, most_bytes: int
 ) -> Batch:
-    """A batch of the first of these requests, as many as it may have, and one at least."""
+    """A batch of the first of these requests, as many as fit both limits, but at least one."""
     chosen: dict[str, KeyedRequest] = {}
     lines: list[bytes] = []
     left = most_bytes
@@ -80,9 +88,9 @@ def cut_batch(
 
 
 def read_lines(content: bytes) -> tuple[list[Line], int]:
-    """The lines of a server's file, the first of each key, and how many others nobody can be told of.
+    """The lines of a server's file, the first one per key, and the number of unreadable lines that name no request.
 
-    One that cannot be read but names its request is one without a reply. What a file breaks off in is not counted.
+    An unreadable line that names its request counts as a request without a reply. A last line that is cut off is ignored.
     """
     found: dict[str, Line] = {}
     unread: dict[str, Line] = {}
@@ -94,14 +102,14 @@ def read_lines(content: bytes) -> tuple[list[Line], int]:
                 found.setdefault(line.key, line)
             elif (line := _unread(text)) is not None:
                 unread[line.key] = line
-            elif text.lstrip().startswith(b"{"):  # not of the page of a gateway
+            elif text.lstrip().startswith(b"{"):  # otherwise it is from the HTML page of a gateway
                 unreadable += 1
     return list((unread | found).values()), unreadable
 
 
 def _unread(text: bytes) -> Line | None:
     named = _KEY.search(text)
-    return Line(named[1].decode(), 0, None, "a line that cannot be read") if named else None
+    return Line(named[1].decode(), 0, None, "an unreadable line in the server's file") if named else None
 
 
 def _read(text: bytes) -> Line | None:
@@ -117,7 +125,7 @@ def _read(text: bytes) -> Line | None:
 
 
 def outcome(line: Line, request: GenerateRequest, form: Form, endpoint: Endpoint, server: str) -> Outcome:
-    """What a line means: a reply; what the server does not take; worth another try; never."""
+    """The meaning of a line: a reply, a rejected parameter (Refusal), a reason to retry (Transient) or a final error."""
     if line.status == 0:
         return Transient(endpoint.redact(line.error)[:200])
     try:
@@ -128,11 +136,11 @@ def outcome(line: Line, request: GenerateRequest, form: Form, endpoint: Endpoint
     except MalformedReply as error:
         return Transient(endpoint.redact(str(error))[:200])
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        return Transient(endpoint.redact(f"a reply that cannot be read: {error}")[:200])
+        return Transient(endpoint.redact(f"an unreadable reply: {error}")[:200])
 
 
 def _status_error(line: Line) -> Any:
-    """In the shape that errors of the SDK have."""
+    """The line as an object with the attributes of the SDK's APIStatusError."""
     inside = line.body.get("error", line.body) if isinstance(line.body, dict) else line.body
     response = SimpleNamespace(headers={})
     return SimpleNamespace(status_code=line.status, body=inside, message=str(inside), response=response)

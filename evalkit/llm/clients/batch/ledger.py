@@ -1,8 +1,9 @@
-"""What was handed to a server in batches: a SQLite file beside a run's recording, so that no batch is ever handed in twice.
+"""The ledger of submitted batches: a SQLite file beside a run's recording, so that no batch is submitted twice.
 
-A batch is written down, with all its requests, before anything is sent; then the file it was uploaded as; then that it is
-about to be created; then the server's name for it; at last that its answers are recorded. Whoever is killed in between
-leaves enough behind to find the batch again. Holds no keys; knows no server and no answers.
+Each step of a batch is recorded: first the batch with all its requests, before anything is sent; then the id of the
+uploaded file; then the time just before the batch is created; then the server's id of the batch; finally that its answers
+are recorded. A command that is killed between two steps leaves enough for the next one to find the batch. The file holds
+no API keys and no answers. Queries no server.
 """
 
 from __future__ import annotations
@@ -37,8 +38,14 @@ _SET = "UPDATE batches SET {} = ? WHERE name = ?"
 
 @dataclass(slots=True)
 class Batch:
-    """``name`` is ours, ``id`` the server's. ``dialect``: in whose terms its requests were put. ``begun``: when it was
-    about to be created, in seconds of Unix time. ``number`` counts those of a file from 1.
+    """A batch of requests.
+
+    ``name``: our name for it; ``id``: the server's.
+    ``dialect``: the dialect its requests are written in.
+    ``number``: counts the batches of a ledger, from 1.
+    ``file``: the server's id of the uploaded file.
+    ``begun``: the time just before it was created (Unix time, seconds).
+    ``ended``: whether all its results are recorded.
     """
 
     name: str
@@ -48,12 +55,12 @@ class Batch:
     file: str | None = None
     begun: float | None = None
     id: str | None = None
-    lines: list[bytes] = field(default_factory=list)  # what is uploaded; not kept
+    lines: list[bytes] = field(default_factory=list)  # to upload; not in the ledger
     ended: bool = False
 
 
 class Ledger:
-    """Of one model at one server, in the file ``path``; None: in memory, for whoever needs none afterwards.
+    """The batches of one model at one server. ``path``: the file; None keeps the ledger in memory only.
 
     Raises BadFile, StorageError.
     """
@@ -62,7 +69,7 @@ class Ledger:
         self.path, self._model, self._server = path, model, server
         self._database = sqlite3.connect(":memory:") if path is None else open_to_write(path)
         try:
-            self._database.execute("PRAGMA synchronous = FULL")  # few rows, and each of them is worth a batch
+            self._database.execute("PRAGMA synchronous = FULL")  # rows are few, and losing one loses a paid batch
             self._database.executescript(_TABLES)
             self._database.execute(
                 "SELECT number, name, model, server, dialect, count, file, begun, batch, ended FROM batches"
@@ -82,11 +89,11 @@ class Ledger:
                 str(self.path),
                 expected="a file that can be written",
                 seen=str(error),
-                fix="free space on the disk; the same command goes on",
+                fix="free space on the disk, then run the same command again; it resumes",
             ) from error
 
     def write(self, batch: Batch) -> None:
-        """Before anything of it is sent. Gives it its number."""
+        """Record a new batch, before anything of it is sent, and set its number."""
         with self._writing() as database:
             row = (batch.name, self._model, self._server, _packed(batch.dialect), len(batch.requests))
             cursor = database.execute(
@@ -102,7 +109,7 @@ class Ledger:
         batch.file = file
 
     def begins(self, batch: Batch, time: float) -> None:
-        """It is about to be created: from now on it may be there, whatever we hear."""
+        """Record that it is about to be created: from now on the server may have it, even if no answer arrives."""
         with self._writing() as database:
             database.execute(_SET.format("begun"), (time, batch.name))
         batch.begun = time
@@ -113,14 +120,14 @@ class Ledger:
         batch.id = id
 
     def ended(self, batch: Batch, how: str) -> None:
-        """All that came of it is recorded."""
+        """Record that all its results are kept, or that it has none, and forget its requests."""
         with self._writing() as database:
             database.execute(_SET.format("ended"), (how, batch.name))
             database.execute("DELETE FROM requests WHERE number = ?", (batch.number,))
         batch.ended = True
 
     def open_batches(self) -> list[Batch]:
-        """Those that have not ended, oldest first."""
+        """The batches that have not ended, oldest first."""
         rows = self._database.execute(
             "SELECT name, dialect, number, file, begun, batch FROM batches "
             "WHERE ended IS NULL AND model = ? AND server = ? ORDER BY number",
@@ -132,7 +139,10 @@ class Ledger:
         ]
 
     def elsewhere(self) -> dict[str, int]:
-        """Requests in batches of the model that have not ended, at other servers or under other names of this one."""
+        """The model's requests in batches at other servers that have not ended: base URL → number of requests.
+
+        The same server under another URL counts as another server.
+        """
         rows = self._database.execute(
             "SELECT server, total(count) FROM batches "
             "WHERE ended IS NULL AND batch IS NOT NULL AND model = ? AND server != ? GROUP BY server ORDER BY server",
@@ -145,13 +155,13 @@ class Ledger:
         return {key: KeyedRequest(key, self._model, text) for key, text in rows}
 
     def learn(self, dialect: Dialect, forms: set[str]) -> None:
-        """What is known of the server: its terms, and forms of requests that it has answered."""
+        """Record the server's dialect and the forms of requests that it has answered."""
         row = (self._model, self._server, _packed(dialect), json.dumps(sorted(forms)))
         with self._writing() as database:
             database.execute("INSERT OR REPLACE INTO learned VALUES (?, ?, ?, ?)", row)
 
     def learned(self) -> tuple[Dialect, set[str]] | None:
-        """What ``learn`` was told last."""
+        """The arguments of the last call of ``learn``, None without one."""
         row = self._database.execute(
             "SELECT dialect, forms FROM learned WHERE model = ? AND server = ?", (self._model, self._server)
         ).fetchone()
@@ -162,7 +172,7 @@ class Ledger:
 
 
 def requests_in_batches(path: Path, model: str) -> list[KeyedRequest]:
-    """The requests of a model that are in batches which have not ended; none where there is no ledger."""
+    """The requests of a model in batches that have not ended; empty if there is no readable ledger."""
     if not path.is_file():
         return []
     try:

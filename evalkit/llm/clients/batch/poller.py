@@ -1,7 +1,7 @@
-"""One batch from the file to its answers: handed in, looked at until it has ended, read, recorded.
+"""Handles one batch from its file to its answers: submits it, polls it until it ends, reads and records the results.
 
-Writes every step into the ledger before or right after it is taken, so that another process can go on from any of them.
-Knows nothing of who waits for the answers.
+Writes every step into the ledger just before or after taking it, so that another process can resume from any of them.
+Does not know who waits for the answers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from evalkit.records import Response
 __all__ = ["Follower", "Result"]
 
 _LOG = logging.getLogger(__name__)
-_TOGETHER = 500  # answers that are recorded in one go
+_TOGETHER = 500  # answers recorded per transaction
 _TELL_EVERY_S = 60.0
-_LOOKS_AGAIN = 10  # at a batch that has ended and whose answers are not all there
-_LATE_S = 3600.0  # after its window, until a batch that has not ended is spoken of
+_LOOKS_AGAIN = 10  # further polls of a batch that has ended and whose answers are incomplete
+_LATE_S = 3600.0  # how long after its window a batch that has not ended is reported as late
 _FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded")
 
 
 @dataclass(slots=True)
 class Result:
-    """What came of a batch, by request: answers and final errors, and why others go into a next batch ("": no fault of
-    theirs). ``refused``: parameters that the server does not take. ``full``: why it has no room for all of it now.
-    ``withheld``: requests that were answered, by the server's count, and whose answers it does not hand out.
+    """The result of a batch.
+
+    ``settled``: by key of a request, its answer or final error.
+    ``again``: by key of a request, why it goes into another batch; "" if this was not the request's fault.
+    ``refused``: parameters that the server rejects.
+    ``full``: why the server has no room for this batch at present; "" otherwise.
+    ``withheld``: number of requests that the server counts as answered but whose answers are not in its files.
     """
 
     settled: dict[str, Response | ClientError] = field(default_factory=dict)
@@ -48,7 +52,11 @@ class Result:
 
 
 class Follower:
-    """For batches of one model at one server. ``record`` is handed all answers before the ledger forgets their batch."""
+    """Follows the batches of one model at one server.
+
+    ``record``: called with all answers of a batch before the ledger marks it as ended.
+    ``look_every_s``: time between two polls.
+    """
 
     def __init__(
         self,
@@ -65,7 +73,7 @@ class Follower:
         self._told: set[tuple[str, str]] = set()
 
     async def hand_in(self, batch: Batch) -> None:
-        """Upload it and have it made. Raises TooLarge, ClientDown, StorageError."""
+        """Upload and create the batch. Raises TooLarge, ClientDown, StorageError."""
         content = b"".join(batch.lines)
         batch.lines.clear()
         self._ledger.uploaded(batch, await self._api.upload(batch.name, content))
@@ -73,10 +81,10 @@ class Follower:
         self._ledger.begins(batch, time.time())
         state = await self._api.create(batch.name, batch.file or "")
         self._ledger.created(batch, state.id)
-        _LOG.info("batch %d (%s): %s requests handed in", batch.number, state.id, f"{len(batch.requests):,}")
+        _LOG.info("batch %d (%s): %s requests submitted", batch.number, state.id, f"{len(batch.requests):,}")
 
     async def follow(self, batch: Batch) -> Result:
-        """Its result, when it has ended and all is recorded. Raises ClientDown, StorageError."""
+        """Wait until the batch has ended and its answers are recorded; its result. Raises ClientDown, StorageError."""
         if batch.id is None and not await self._found(batch):
             return Result(again=dict.fromkeys(batch.requests, ""))
         state = await self._until_ended(batch)
@@ -85,7 +93,7 @@ class Follower:
         else:
             completed = state.completed
             result = await self._read(batch, state, completed)
-            for _ in range(_LOOKS_AGAIN):  # at some servers the files are there later than the end
+            for _ in range(_LOOKS_AGAIN):  # some servers report the end before the files are complete
                 if not result.withheld:
                     break
                 await asyncio.sleep(self._look_every_s)
@@ -100,18 +108,19 @@ class Follower:
         return result
 
     def _hold_open(self, state: State, result: Result, completed: int) -> None:
-        """Nothing of a batch is handed in again while answers that are paid for may still come out of it."""
+        """Fail the requests without an answer instead of submitting them again: the batch may still return paid answers."""
         down = ClientDown(
             f"batch {state.id} at {self._url}",
-            expected=f"the answers to {completed:,} requests, which it has, by its count",
+            expected=f"answers to the {completed:,} requests that the server counts as answered",
             seen=f"{result.withheld:,} fewer in its files",
-            fix="the same command looks again; to give it up and ask again, delete batches.sqlite in the run folder",
+            fix="run the same command again later; to give the batch up and send its requests again, "
+            "delete batches.sqlite in the run folder",
         )
         result.settled |= dict.fromkeys(result.again, down)
         result.again.clear()
 
     async def _found(self, batch: Batch) -> bool:
-        """Whether a batch of which an earlier command heard no more was made. If not, it is given up."""
+        """Whether the server created a batch whose creation an earlier command did not see confirmed. If not, drop it."""
         state = None
         if batch.begun is not None:
             await asyncio.sleep(max(0.0, batch.begun + self._api.listed_within_s - time.time()))
@@ -138,20 +147,22 @@ class Follower:
         return state
 
     def _wonder(self, batch: Batch, state: State) -> None:
-        """Tell of a batch that may never end, once of each kind."""
+        """Warn of a batch that may never end, once per batch and reason."""
         window_s = duration_s(self._api.window)
         late = batch.begun is not None and window_s is not None and time.time() - batch.begun > window_s + _LATE_S
         for odd, words in (
             (state.status == "unknown", "is in a state that the protocol does not know"),
-            (late, f"has not ended, and was to be worked off within {self._api.window}"),
+            (late, f"has not ended, though its window was {self._api.window}"),
         ):
             if odd and (batch.name, words) not in self._told:
                 self._told.add((batch.name, words))
                 told = (batch.number, batch.id, words, self._look_every_s)
-                _LOG.warning("batch %d (%s) %s; looking again every %g s; Ctrl-C leaves it open", *told)
+                _LOG.warning(
+                    "batch %d (%s) %s; still polling every %g s; Ctrl-C stops waiting and leaves it open", *told
+                )
 
     async def _read(self, batch: Batch, state: State, completed: int) -> Result:
-        """What its files say, recorded. ``completed``: requests of which the server has said that it answered them."""
+        """Read the batch's files and record the answers. ``completed``: requests that the server counts as answered."""
         result, seconds = Result(), time.time() - (batch.begun or time.time())
         lines: list[Line] = []
         there = unreadable = 0
@@ -173,14 +184,16 @@ class Follower:
             await asyncio.sleep(0)
         missing = [key for key in batch.requests if key not in result.settled and key not in result.again]
         result.withheld = min(max(completed - there, 0), max(len(missing) - unreadable, 0))
-        why = f"{unreadable} lines that cannot be read" if unreadable else f"none, of a batch that is {state.status}"
+        why = f"{unreadable} unreadable lines" if unreadable else f"no result in a batch that is {state.status}"
         result.again |= dict.fromkeys(missing, why)
-        if state.status == "cancelled" and not result.withheld:  # somebody wanted that
+        if (
+            state.status == "cancelled" and not result.withheld
+        ):  # on purpose, so do not submit the rest without being told
             down = ClientDown(
                 f"batch {state.id}",
-                expected="it to be worked off",
-                seen="it was cancelled",
-                fix="the same command hands in again what it left",
+                expected="it to be completed",
+                seen="it was cancelled at the server",
+                fix="run the same command again to submit the requests without an answer again",
             )
             result.settled |= dict.fromkeys(result.again, down)
             result.again.clear()
@@ -200,7 +213,11 @@ class Follower:
             result.again.pop(line.key, None)
 
     def _failed(self, batch: Batch, state: State) -> Result:
-        """A batch of which the server took nothing: as too much at a time, for some lines, or for a reason of its own."""
+        """The result of a batch that the server rejected as a whole.
+
+        If the server is full, or rejects single lines, the other requests go into another batch. Raises ClientDown
+        otherwise.
+        """
         redact = self._endpoint.redact
         told = [(redact(code)[:80], redact(message)[:200], line) for code, message, line in state.errors]
         reason = f"{told[0][0]}: {told[0][1]}" if told else "no reason"
@@ -211,17 +228,17 @@ class Follower:
         if told and len(bad) == len(told) and 0 < len(bad) < len(keys) and all(0 < line <= len(keys) for line in bad):
             refused = {
                 keys[line - 1]: RequestRefused(
-                    f"request to {self._url}", expected="a line that fits a batch", seen=why, fix="see the reason"
+                    f"request to {self._url}", expected="it to be accepted in a batch", seen=why, fix="see the reason"
                 )
                 for line, why in bad.items()
             }
             return Result(settled=dict(refused), again={key: "" for key in keys if key not in refused})
-        self._ledger.ended(batch, state.status)  # nothing of it was answered
+        self._ledger.ended(batch, state.status)  # no request of it was answered
         raise ClientDown(
             f"batch {state.id} at {self._url}",
-            expected="it to be taken",
+            expected="it to be accepted",
             seen=reason,
-            fix="see the reason; the same command hands it in again",
+            fix="see the reason; the same command submits it again",
         )
 
 
@@ -232,4 +249,4 @@ def _tell(batch: Batch, state: State, result: Result) -> None:
     if failed := Counter(reason for reason in result.again.values() if reason):
         reason, _ = failed.most_common(1)[0]
         told = (batch.number, state.id, failed.total(), reason)
-        _LOG.warning("batch %d (%s): %d requests got no answer (%s); they go into a next batch", *told)
+        _LOG.warning("batch %d (%s): %d requests got no answer (%s); retrying in another batch", *told)

@@ -1,6 +1,7 @@
-"""The first request of every form, sent without a batch: a wrong key, name or parameter shows in a second, not in a day.
+"""Sends the first request of every form without a batch, so that a wrong key, name or parameter fails in a second.
 
-Keeps in the ledger which forms the server has answered and which parameters it rejects.
+In a batch it would fail after up to a day. Records in the ledger which forms the server has answered and which parameters
+it rejects.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Probe:
-    """Of one model at one server. Adds what the ledger says of the server to ``dialect``.
+    """Probes one model at one server. Updates ``dialect`` with what the ledger knows of the server.
 
     ``in_flight``: the key of the request that is being sent, None between requests.
     ``resolve``: called with the key and the result of every request that was sent.
@@ -62,7 +63,7 @@ class Probe:
                     return
                 if isinstance(error, ClientDown):
                     raise
-                _LOG.info("%s; its batch will show", error)
+                _LOG.info("%s; sending it in a batch", error)
                 continue
             except ClientError as error:
                 self._resolve(request.key, error)
@@ -76,7 +77,7 @@ class Probe:
                 return
 
     def refuse(self, parameters: set[str]) -> None:
-        """Leave out the parameters that the server rejects from now on."""
+        """From now on leave out these parameters, which the server rejects."""
         if {parameter for parameter in parameters if self._dialect.refuse(parameter)}:
             self._ledger.learn(self._dialect, self._forms)
 
@@ -91,7 +92,7 @@ def left_open() -> NoAnswer:
     """The error for callers whose batch the next command fetches."""
     return NoAnswer(
         "batches",
-        expected="the command to wait for them",
-        seen="the end of the command",
-        fix="run the same command again; it resumes",
+        expected="the command to wait until they end",
+        seen="the command stopped first",
+        fix="run the same command again; it fetches their answers",
     )

@@ -1,1 +1,1 @@
-"""A client in a process of its own, so that answers outlive the command that asked for them."""
+"""Runs a client in its own process, so that answers are recorded even if the command that sent the requests is killed."""

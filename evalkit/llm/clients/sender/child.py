@@ -1,6 +1,7 @@
-"""The other end of ``sender``: asks a client, records every answer, then hands it over. Outlives who started it.
+"""The process that ``Sender`` starts: sends requests with a client, records every answer, then passes it to the parent.
 
-Reads lines from standard input until its end; writes lines to standard output as long as somebody reads them.
+Reads one request per line from standard input until its end, and writes results to standard output while the parent reads
+them. Keeps running after its parent is gone, until everything in flight is answered and recorded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Say = Callable[[dict[str, Any]], None]
 
 
 class _Telling(logging.Handler):
-    """Hands log records over, as they are worded here."""
+    """Passes log records to the parent, as formatted messages."""
 
     def __init__(self, say: Say) -> None:
         super().__init__()
@@ -37,12 +38,12 @@ class _Telling(logging.Handler):
 
 
 def main() -> None:
-    """Until standard input ends and everything that was sent is answered."""
+    """Run until standard input ends and all requests in flight are answered."""
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anybody's code prints must not get between the lines
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output that plug-ins print must not mix with our lines
 
     def say(content: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # the parent is gone
             output.write(to_line(content))
             output.flush()
 
@@ -56,7 +57,7 @@ def main() -> None:
     try:
         client: Client = registry.create("clients", start["client"], **start["options"])
         recordings = [Recording(Path(path), write=True) for path in start["recordings"]]
-    except Exception as error:  # whatever it is, who waits must hear of it
+    except Exception as error:  # of any class: the parent must get it
         say({"failed": packed_error(error)})
         return
     asyncio.run(_serve(client, recordings, start["parent"], say))
@@ -67,7 +68,7 @@ async def _serve(client: Client, recordings: list[Recording], parent: int, say: 
     tasks: set[asyncio.Task[None]] = set()
 
     def take(line: bytes) -> None:
-        if os.getppid() != parent:  # it lay in the pipe when the command was killed: not sent yet, and not wanted
+        if os.getppid() != parent:  # the parent was killed before we read this request: drop it
             return
         content = from_line(line)
         if "finish" in content:
@@ -100,7 +101,7 @@ async def _answer(client: Client, recordings: list[Recording], content: dict[str
         recorded = Recorded(response, time.monotonic() - started)
         for recording in recordings:
             recording.add(KeyedRequest.of(client.name, request), recorded, paid=True)
-    except Exception as error:  # a client may be anybody's code; who asked decides what the error means
+    except Exception as error:  # clients are plug-ins, which may raise anything; the parent handles it
         say({"number": content["number"], "error": packed_error(error)})
     else:
         say({"number": content["number"], "response": packed_response(response)})

@@ -1,7 +1,7 @@
-"""A client that asks another one in a process of its own, so that a command that is killed loses no answer it paid for.
+"""A client that runs another one in its own process, so that a command that is killed loses no answer it paid for.
 
-That process (``sender_process``) records every answer before it hands it over. When the command is gone it sends nothing
-more, waits for what was sent, records that and ends. It holds the lock given to it for as long.
+That process (``sender.child``) records every answer before passing it on. Once the command is gone it sends nothing more,
+waits for the requests in flight, records their answers and ends. It holds a lock until then.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _LOOK_EVERY_S, _TELL_AFTER_S = 0.02, 0.5
 
 
 async def lock_when_free(path: Path) -> int:
-    """Lock a file as soon as no sender holds it, however long that takes; the user is told. Its descriptor.
+    """Wait until no other process holds the lock on a file, then lock it and return its descriptor.
 
-    Raises StorageError.
+    Logs a warning if it has to wait. Raises StorageError.
     """
     with storage_errors(path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -51,7 +51,7 @@ async def lock_when_free(path: Path) -> int:
                 if waited - _LOOK_EVERY_S < _TELL_AFTER_S <= waited:
                     holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
                     _LOG.warning(
-                        "waiting for answers to what an earlier command sent; `kill %s` gives them up", holder or "…"
+                        "waiting for answers to requests of an earlier command; `kill %s` gives them up", holder or "…"
                     )
                 await asyncio.sleep(_LOOK_EVERY_S)
             else:
@@ -62,10 +62,12 @@ async def lock_when_free(path: Path) -> int:
 
 
 class Sender:
-    """Stands for ``client``, which it has made anew from ``part`` in the other process with the first request.
+    """Sends the requests of ``client`` from another process, which starts with the first request.
 
-    Answers are recorded there in the files ``recordings``. ``lock``: the descriptor of a locked file, which that process
-    shares until it ends.
+    ``part``: the client's name and options, from which that process creates it again.
+    ``client``: the same client in this process; only its name and concurrency limit are used.
+    ``recordings``: the files in which that process records answers.
+    ``lock``: the descriptor of a locked file; that process keeps the lock until it ends.
     """
 
     def __init__(self, part: Part, client: Client, recordings: Sequence[Path], lock: int) -> None:
@@ -73,12 +75,12 @@ class Sender:
         self.concurrency = concurrency_of(client)
         self._part, self._recordings, self._lock = part, recordings, lock
         self._process: subprocess.Popen[bytes] | None = None
-        self._waiting: dict[int, asyncio.Future[Response]] = {}  # of all that is unanswered, wanted or not
+        self._waiting: dict[int, asyncio.Future[Response]] = {}  # unanswered, also if the caller was cancelled
         self._asked = 0
         self._gone: Exception | None = None
 
     async def generate(self, messages: Sequence[Message], **options: Any) -> Response:
-        """The reply of the client behind. Raises what it raises, StorageError, ClientDown (the process ended)."""
+        """The client's reply. Raises the client's errors, StorageError, and ClientDown if the process ended."""
         if self._process is None:
             self._start()
         if self._gone is not None:
@@ -91,31 +93,31 @@ class Sender:
         return await answer
 
     def finish(self) -> None:
-        """Have the client behind send nothing more, nor anything again; what was sent is waited for."""
+        """Let the client send nothing more and retry nothing; requests in flight are awaited."""
         self._say({"finish": True})
 
     async def close(self) -> None:
-        """Send no more, and wait for the process to end, unless it waits for answers that nobody here wants any more."""
+        """Send no more requests and wait for the process to end, or leave it running if requests are still in flight."""
         process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(OSError):
             self._input(process).close()
         if self._waiting and self._gone is None:
-            _LOG.warning("process %d waits for what was sent and records it; then it ends", process.pid)
+            _LOG.warning("process %d waits for requests in flight, records the answers and then ends", process.pid)
             return
         await asyncio.to_thread(process.wait)
 
     def _start(self) -> None:
         said = tempfile.TemporaryFile()  # noqa: SIM115 (the thread that listens closes it)
         self._process = process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "evalkit.llm.clients.sender.child"],  # -P: nothing from the working directory
+            [sys.executable, "-P", "-m", "evalkit.llm.clients.sender.child"],  # -P: not from the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(part or str(Path.cwd()) for part in sys.path)},
             pass_fds=[self._lock],
-            start_new_session=True,  # neither Ctrl-C nor the terminal's end is meant for it
+            start_new_session=True,  # it must survive Ctrl-C and the end of the terminal
         )
         with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)
@@ -133,7 +135,7 @@ class Sender:
         )
 
     def _say(self, content: dict[str, Any]) -> None:
-        """Where nobody listens any more, ``_listen`` finds out why."""
+        """Send a line to the process. If it is gone, the error is ignored here and reported by ``_listen``."""
         if self._process is not None:
             with contextlib.suppress(OSError):
                 stream = self._input(self._process)
@@ -146,9 +148,9 @@ class Sender:
         return process.stdin
 
     def _listen(self, process: subprocess.Popen[bytes], said: IO[bytes], loop: asyncio.AbstractEventLoop) -> None:
-        """The thread that hears the process, until it ends."""
+        """Read the process's lines until it ends. Runs in a thread of its own."""
         assert process.stdout is not None
-        with contextlib.suppress(RuntimeError), process.stdout, said:  # RuntimeError: the loop is closed, nobody waits
+        with contextlib.suppress(RuntimeError), process.stdout, said:  # RuntimeError: the event loop is closed
             for line in process.stdout:
                 loop.call_soon_threadsafe(self._take, from_line(line))
             code = process.wait()
@@ -164,7 +166,7 @@ class Sender:
             self._gone = unpacked_error(content["failed"])
         else:
             answer = self._waiting.pop(content["number"])
-            if answer.done():  # cancelled: nobody waits for it any more
+            if answer.done():  # the caller was cancelled
                 return
             if "error" in content:
                 answer.set_exception(unpacked_error(content["error"]))
@@ -172,12 +174,12 @@ class Sender:
                 answer.set_result(unpacked_response(content["response"]))
 
     def _end(self, last_words: str) -> None:
-        """All who wait hear that nobody answers any more."""
+        """The process has ended: fail all requests without an answer."""
         self._gone = self._gone or ClientDown(
             f"the process of client {self._part.name!r}",
-            expected="it to run as long as there is something to ask",
+            expected="it to run until all requests are answered",
             seen=last_words,
-            fix="see the reason; what was answered is kept, the same command goes on",
+            fix="see the reason, then run the same command again; it resumes, and every answer is kept",
         )
         for answer in self._waiting.values():
             if not answer.done():
@@ -185,7 +187,7 @@ class Sender:
 
 
 def _log_levels() -> dict[str, int]:
-    """Of every logger that has one of its own, so that the other process tells what would be heard here."""
+    """The level of every logger that has its own, so that the other process logs what this one would log."""
     named = {
         name: logger for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)
     }

@@ -1,4 +1,4 @@
-"""What the two ends of a sender's pipes say to each other: one JSON object a line. Knows neither end."""
+"""The messages between a sender's two processes: one JSON object per line. Knows neither process."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ __all__ = [
 
 
 def to_line(content: Mapping[str, Any]) -> bytes:
-    """The line, its end included. Log-probabilities may be infinite: both ends are Python."""
+    """The line with its newline. Log-probabilities may be infinite, which Python's JSON reader on the other end accepts."""
     return json.dumps(content).encode() + b"\n"
 
 
 def from_line(line: bytes) -> dict[str, Any]:
-    """What a line says. Raises ValueError."""
+    """The content of a line. Raises ValueError."""
     return dict(json.loads(line))
 
 
 def packed_request(request: GenerateRequest) -> dict[str, Any]:
-    """A request."""
+    """A request as JSON values."""
     return {"messages": [asdict(message) for message in request.messages], "options": request.options()}
 
 
 def unpacked_request(packed: Mapping[str, Any]) -> GenerateRequest:
-    """The request again."""
+    """The request that ``packed_request`` packed."""
     return GenerateRequest([Message(**message) for message in packed["messages"]], **packed["options"])
 
 
 def packed_response(response: Response) -> dict[str, Any]:
-    """A reply."""
+    """A reply as JSON values."""
     return asdict(response)
 
 
 def unpacked_response(packed: Mapping[str, Any]) -> Response:
-    """The reply again."""
+    """The reply that ``packed_response`` packed."""
     return Response(**{**packed, "logprobs": tuple(packed["logprobs"])})
 
 
 def packed_error(error: Exception) -> dict[str, Any]:
-    """The error's nearest class that this package defines, its message and its fields."""
+    """An error as JSON values: its nearest class that ``evalkit.errors`` defines, its message and its fields."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind]
     message = str(error) if kinds else f"{type(error).__name__}: {error}"
     fields = {key: value for key, value in vars(error).items() if isinstance(value, str | int | None)} if kinds else {}
@@ -62,7 +62,7 @@ def packed_error(error: Exception) -> dict[str, Any]:
 
 
 def unpacked_error(packed: Mapping[str, Any]) -> Exception:
-    """The error again; a ``RuntimeError`` for one that this package does not define."""
+    """The error that ``packed_error`` packed; a ``RuntimeError`` if no class of ``evalkit.errors`` fits."""
     if packed["kind"] is None:
         return RuntimeError(packed["message"])
     kind = getattr(errors, packed["kind"])

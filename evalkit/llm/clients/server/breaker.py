@@ -1,8 +1,8 @@
-"""When a server that keeps failing is left alone, for how long, and when it is tried again.
+"""The circuit breaker of one server: when to stop sending to a server that fails, for how long, and when to probe it.
 
-It is left alone at once where nobody answered, and where half of what it was asked in the last minute failed. After a
-rest, twice as long every time, one request is sent to see; the others wait for what comes of it. Sends nothing itself;
-the clock is the caller's.
+The breaker opens (no requests) as soon as a request gets no reply at all, or when half of the requests in the last minute
+failed. After a rest, which doubles every time, a single request probes the server; the others wait for its result. Sends
+nothing itself; the caller provides the clock.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ __all__ = ["Breaker"]
 
 _LOG = logging.getLogger(__name__)
 _REST_S, _LONGEST_REST_S = 5.0, 60.0
-_DOUBLINGS = 8  # of a rest, at most: more make too large a number in the end
-_WINDOW_S, _WINDOW = 60.0, 40  # outcomes that count: of the last minute, and no more than so many
-_LEAST_FAILURES, _SHARE = 5, 0.5  # so many of them, and so large a share, are too many
+_DOUBLINGS = 8  # limit of the exponent, to avoid overflow
+_WINDOW_S, _WINDOW = 60.0, 40  # outcomes that count: those of the last minute, and at most this many
+_LEAST_FAILURES, _SHARE = 5, 0.5  # the breaker opens at this number of failures if they are this share of the outcomes
 _TELL_EVERY_S = 60.0
 
 
 class Breaker:
-    """Of one server, which is closed (asked as usual) or open (left alone, or asked once to see).
+    """The breaker of one server: closed (requests go there as usual) or open (no requests, except a single probe).
 
-    ``trips``: how often in a row it was opened; 0 for a server that is well. ``reason``: of the last failure.
+    ``trips``: how often in a row it was opened; 0 for a healthy server.
+    ``reason``: of the last failure.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,22 +44,22 @@ class Breaker:
         return self._open
 
     def admits(self) -> bool:
-        """Whether a request may go there now."""
+        """Whether a request may be sent to the server now."""
         return not self._open or (self._clock() >= self.resting_until and not self._probing)
 
     def begin(self) -> bool:
-        """A request goes there; whether it is the one that is sent to see. Then ``end`` must follow."""
+        """Register a request that is being sent; returns whether it is the probe. A probe must be followed by ``end``."""
         if self._open and self.admits():
             self._probing = True
             return True
         return False
 
     def end(self) -> None:
-        """The request that was sent to see is done with, whatever came of it."""
+        """The probe has ended, with any result."""
         self._probing = False
 
     def answered(self, began: float) -> None:
-        """A request that began then got an answer. What was asked before the server failed says nothing of it now."""
+        """A request sent at ``began`` was answered. Ignored if it was sent before the server failed."""
         if self._open and began < self._tripped_at:
             return
         now = self._clock()
@@ -73,11 +74,15 @@ class Breaker:
         self._outcomes.append((now, True))
 
     def failed(self, began: float, reason: str, *, silent: bool = False, wait_s: float | None = None) -> None:
-        """A request that began then failed. ``silent``: nobody was there. ``wait_s``: so long the server wants to rest."""
+        """A request sent at ``began`` failed.
+
+        ``silent``: there was no reply at all.
+        ``wait_s``: the pause that the server asks for, in seconds.
+        """
         now = self._clock()
         self.reason, self.failed_at = reason, now
         if self._open:
-            if began >= self._tripped_at and now >= self.resting_until:  # the others met what is known already
+            if began >= self._tripped_at and now >= self.resting_until:  # a request sent earlier tells nothing new
                 self._trip(now, wait_s)
             return
         self._outcomes.append((now, False))
@@ -91,7 +96,7 @@ class Breaker:
 
     def _trip(self, now: float, wait_s: float | None) -> None:
         if not self._open and now - self._closed_at > _WINDOW_S:
-            self.trips = 0  # it was well for long enough
+            self.trips = 0  # it was healthy for long enough
         rest_s = max(
             min(_REST_S * 2 ** min(self.trips, _DOUBLINGS), _LONGEST_REST_S), min(wait_s or 0.0, _LONGEST_REST_S)
         )
@@ -99,5 +104,5 @@ class Breaker:
         self.trips += 1
         self._open = True
         if not self._telling and now - self._told_at > _TELL_EVERY_S:
-            _LOG.warning("%s: %s; trying again", self.url, self.reason)
+            _LOG.warning("%s: %s; retrying", self.url, self.reason)
             self._told_at, self._telling = now, True

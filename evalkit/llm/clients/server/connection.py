@@ -1,7 +1,7 @@
-"""One server of OpenAI's protocol: its connections, what kind it is, and how well it is.
+"""One server of OpenAI's protocol: its connections, which kind of server it is, and whether it is healthy.
 
-Turns silence and nonsense into ``Transient``; leaves errors that a server words itself to the caller. Sends only what it
-is given.
+Raises ``Transient`` if a server does not reply or its reply is unreadable; an error status is left to the caller. Sends
+only what it is given, except for one look at the list of models.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from evalkit.llm.clients.server.keys import Redactor
 
 __all__ = ["REPLY_BYTES", "Oversize", "Server"]
 
-_CONNECT_S, _LOOK_S = 10.0, 20.0  # time for a connection, and for the list of models
-REPLY_BYTES = 64_000_000  # of a reply, unpacked
-_most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=REPLY_BYTES)  # of the reply to the call under way
-_LOOKS = 3  # at the list of models, before it is done without
+_CONNECT_S, _LOOK_S = 10.0, 20.0  # timeouts of connecting, and of reading the list of models
+REPLY_BYTES = 64_000_000  # size limit of a reply, decompressed
+_most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=REPLY_BYTES)  # size limit of the current call's reply
+_LOOKS = 3  # attempts to read the list of models before assuming a server that is not vLLM's
 
 
 class Oversize(Transient):
-    """A reply of more bytes than are read."""
+    """A reply that exceeds the size limit."""
 
 
 async def _limit(response: Any) -> None:
-    """Have a response of HTTP read no further than it may, whatever its bytes unpack to."""
+    """Make an HTTP response stop reading at the size limit; decompressed bytes count, so a small reply cannot expand."""
     read, most = response.aiter_bytes, _most_bytes.get()
 
     async def some(*options: Any, **named: Any) -> AsyncIterator[bytes]:
@@ -46,9 +46,9 @@ async def _limit(response: Any) -> None:
 
 
 class Server:
-    """The server at ``url``, through the ``openai`` SDK. ``in_flight``: requests, which the caller counts.
+    """The server at ``url``, used through the ``openai`` SDK. Create and use it in one event loop.
 
-    To be made and used in one event loop.
+    ``in_flight``: number of requests in flight; the caller counts them.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Server:
         await self.connections.close()
 
     async def complete(self, body: dict[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """The completion that a server answers with, and the reply's headers. Raises Transient, the SDK's APIStatusError.
+        """The server's completion and the reply's headers. Raises Transient, the SDK's APIStatusError.
 
-        ``body``: every field that is sent; what the SDK does not know is sent as it is.
+        ``body``: all fields of the request; fields that the SDK does not know are sent unchanged.
         """
         fields = {"model": body["model"], "messages": body["messages"]}
         more = {name: value for name, value in body.items() if name not in fields}
@@ -85,12 +85,12 @@ class Server:
         return raw.parse(), raw.headers
 
     async def look(self) -> None:
-        """Find out what kind of server it is, once. Raises Transient where it cannot be reached."""
+        """Find out which kind of server it is from its list of models, once. Raises Transient if it does not reply."""
         began = time.monotonic()
         async with self._looking:
             if self.dialect.kind is not None:
                 return
-            if self.breaker.is_open and self.breaker.failed_at >= began:  # as whoever looked before us found
+            if self.breaker.is_open and self.breaker.failed_at >= began:  # the attempt before ours failed
                 raise Transient(self.breaker.reason, silent=True)
             self._looks += 1
             listed: Any = None
@@ -108,7 +108,7 @@ class Server:
             self.dialect.kind = "vllm" if "vllm" in owners else "json_schema"
 
     async def call(self, answer: Awaitable[Any], timeout_s: float, most_bytes: int = REPLY_BYTES) -> Any:
-        """What is answered, within so many seconds and bytes. Raises Transient, Oversize, the SDK's APIStatusError."""
+        """Await ``answer``, within limits of time and size. Raises Transient, Oversize, the SDK's APIStatusError."""
         began = time.monotonic()
         before = _most_bytes.set(most_bytes)
         try:
@@ -126,7 +126,7 @@ class Server:
                 raise error.__cause__ from None
             raise self._silence(error, timeout_s, began) from None
         except (self._sdk.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            reason = f"a reply that cannot be read: {self._redact(str(error))[:100]}"
+            reason = f"an unreadable reply: {self._redact(str(error))[:100]}"
             self.breaker.failed(began, reason)
             raise Transient(reason) from None
         finally:
@@ -135,7 +135,7 @@ class Server:
         return answered
 
     def _silence(self, error: Exception, timeout_s: float, began: float) -> Transient:
-        """What there is to say of no answer."""
+        """The error for a request that got no reply."""
         cause = error.__cause__ or error
         never_met = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
         why = self._redact(" ".join(f"{type(cause).__name__} {cause}".split()))[:200]

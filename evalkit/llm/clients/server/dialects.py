@@ -1,8 +1,8 @@
-"""How one request is put to the kinds of server that speak the chat-completions protocol, and how a reply is read back.
+"""Translates requests into the dialects of the chat-completions protocol, and reads the replies.
 
-They differ in how output is constrained: vLLM's server takes a schema, choices or a pattern of their own; others take a
-JSON schema whose root must be an object, so anything else is wrapped in one and unwrapped from the reply. What a server
-refused is left out, or put another way, from then on. Pure: reaches nobody.
+Servers differ in how output is constrained: vLLM's server accepts a schema, choices or a pattern in a field of its own;
+others accept a JSON schema whose root must be an object, so anything else is wrapped in one and unwrapped from the reply.
+A parameter that a server rejected is left out, or written another way, from then on. Makes no API calls.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ Constraints: TypeAlias = Literal["auto", "vllm", "json_schema", "none"]
 CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
 
 _WRAP = "answer"
-_WRAPPING_TOKENS = 16  # what {"answer": …} adds to a reply
-# what can be left out when a server refuses it; a reply without is worth less, but it is a reply
+_WRAPPING_TOKENS = 16  # allowance for the tokens that {"answer": …} adds to a reply
+# parameters that are left out if a server rejects them: a less constrained reply is better than none
 _OPTIONAL = ("seed", "temperature", "top_logprobs", "logprobs", "response_format", "structured_outputs")
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 class MalformedReply(ValueError):
-    """A reply with status 200 that is not what the protocol says."""
+    """A reply with status 200 that does not follow the protocol."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A request as one server takes it: ``body`` without the model's name, ``extra`` what is not in the protocol.
+    """A request in a server's dialect.
 
-    ``wrapped``: the reply has to be taken out of an object.
+    ``body``: fields of the protocol, without the model's name.
+    ``extra``: fields that are not in the protocol.
+    ``wrapped``: whether the reply is wrapped in an object.
     """
 
     body: dict[str, Any]
@@ -46,20 +48,24 @@ class Form:
 
     @property
     def removable(self) -> set[str]:
-        """What could be left out, or put another way."""
+        """The parameters that can be left out or written another way."""
         found = {name for name in (*_OPTIONAL, "max_tokens") if name in self.body or name in self.extra}
         return found | ({"system"} if self.body["messages"][0]["role"] == "system" else set())
 
 
 @dataclass(slots=True)
 class Dialect:
-    """What is known of one server. ``kind`` is None until it was asked what it is."""
+    """The dialect of one server.
+
+    ``kind``: how it accepts constraints; None until that is known.
+    ``refused``: parameters that it rejected.
+    """
 
     kind: Constraints | None = None
     refused: set[str] = field(default_factory=set)
 
     def put(self, request: GenerateRequest, temperature: float | None = 0.0) -> Form:
-        """The request in this server's terms. ``temperature``: None leaves it to the server."""
+        """The request in this server's dialect. ``temperature``: None leaves it to the server."""
         wrapped = self._wraps(request)
         messages = without_system(request.messages) if "system" in self.refused else request.messages
         body: dict[str, Any] = {
@@ -77,22 +83,25 @@ class Dialect:
             form = {"name": "reply", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         own = _own(request) if self.kind == "vllm" else {}
-        if "max_tokens" in self.refused:  # the name that newer models take
+        if "max_tokens" in self.refused:  # the name that newer models expect
             body["max_completion_tokens"] = body["max_tokens"]
         for name in self.refused | ({"top_logprobs"} if "logprobs" in self.refused else set()):
             body.pop(name, None)
         return Form(body, {"structured_outputs": own} if own else {}, wrapped)
 
     def refuse(self, parameter: str) -> bool:
-        """Leave a parameter out from now on; whether that is news."""
+        """Leave a parameter out from now on; returns whether it was still in use."""
         new = parameter not in self.refused
         self.refused.add(parameter)
         if parameter == "structured_outputs" and self.kind == "vllm":
-            self.kind = "json_schema"  # which every server that takes constraints understands
+            self.kind = "json_schema"  # the usual way for servers that accept constraints at all
         return new
 
     def _wraps(self, request: GenerateRequest) -> bool:
-        """Whether the constraint has to be wrapped in an object. A first token with log-probabilities cannot be."""
+        """Whether the constraint has to be wrapped in an object.
+
+        Not with log-probabilities: the first token would belong to the wrapping.
+        """
         if self.kind != "json_schema" or "response_format" in self.refused:
             return False
         if request.schema is not None:
@@ -102,18 +111,18 @@ class Dialect:
 
 def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Response:
     """The reply in a completion object of the SDK. Raises MalformedReply."""
-    if isinstance(completion, str):  # of another content type
-        raise MalformedReply(f"a reply that is no JSON: {completion[:2000]!r}")
+    if isinstance(completion, str):  # the reply has another content type
+        raise MalformedReply(f"a reply that is not JSON: {completion[:2000]!r}")
     try:
         choice = completion.choices[0]
         text = choice.message.content
-        if text is None:  # a model that declines says so in a place of its own
+        if text is None:  # a model that declines uses another field
             text = getattr(choice.message, "refusal", None) or ""
         told, usage = getattr(completion, "model", None), getattr(completion, "usage", None)
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise MalformedReply(f"a reply without choices: {getattr(completion, 'error', None) or error}") from error
     if not isinstance(text, str):
-        raise MalformedReply(f"a reply whose content is {type(text).__name__}")
+        raise MalformedReply(f"a reply whose content is not text but {type(text).__name__}")
     reason = getattr(choice, "finish_reason", None)
     return Response(
         text=_encodable(_unwrapped(request, text) if form.wrapped else text),
@@ -126,12 +135,12 @@ def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Respons
 
 
 def _encodable(text: str) -> str:
-    """Half a character, as cut texts end in, can be neither sent nor stored."""
+    """The text without lone surrogates, such as cut texts end in, which can be neither sent nor stored."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _own(request: GenerateRequest) -> dict[str, Any]:
-    """vLLM's structured outputs."""
+    """The request's constraint as vLLM's ``structured_outputs``; empty without a constraint."""
     if request.schema is not None:
         return {"json": dict(request.schema)}
     if request.choices is not None:
@@ -151,7 +160,7 @@ def _wrapped(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _typed(schema: Any) -> Any:
-    """The schema with a type on every enumeration of one type: strict servers refuse one that goes without."""
+    """The schema with a ``type`` at every enumeration of values of one type: strict servers reject one without it."""
     if isinstance(schema, list):
         return [_typed(part) for part in schema]
     if not isinstance(schema, Mapping):
@@ -169,17 +178,17 @@ def _unwrapped(request: GenerateRequest, text: str) -> str:
     try:
         inside = json.loads(text)[_WRAP]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return text  # not what was asked for: the reader of the answer says so
+        return text  # not the requested form, which the reader of the answer will report
     return json.dumps(inside) if request.schema is not None else str(inside)
 
 
 def _count(value: Any) -> int:
-    """A number of tokens, 0 where a server says something else."""
+    """A number of tokens; 0 if the server's value is not a plausible one."""
     return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0
 
 
 def _logprobs(found: Any) -> tuple[dict[str, float], ...]:
-    """Candidates by token, none where they are not told in the protocol's way. Of equal spellings the likeliest stays."""
+    """The candidates of every token; empty if they do not follow the protocol. Of equal spellings the likeliest is kept."""
     tokens = []
     try:
         for token in found.content or ():

@@ -1,7 +1,7 @@
-"""A model behind OpenAI's protocol as the options of a client say it: where it is, its key, its name, its fields.
+"""A model behind OpenAI's protocol, as a client's options describe it: URLs, API key, name, further fields.
 
-Checks these options, puts requests into the bodies that are sent, and reads replies, without the key should a server tell
-it. Reads the environment; reaches nobody.
+Checks these options, builds the bodies of requests and reads replies; if a server repeats the API key in a reply, it is cut
+out. Reads the environment; makes no API calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ _HOSTED = "https://api.openai.com/v1"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """``name``: the model's, with every option that changes answers. ``redact`` cuts the key out of errors."""
+    """The servers of one model.
+
+    ``sdk``: the ``openai`` package.
+    ``extra``: further fields of every request.
+    ``name``: the model's name and every option that changes answers.
+    ``redact``: cuts the API key out of error messages.
+    """
 
     sdk: ModuleType
     model: str
@@ -37,7 +43,7 @@ class Endpoint:
     name: str
     redact: Redactor
     _key: str | None
-    _clean: Redactor  # for replies, which may hold by chance what is as short as some keys
+    _clean: Redactor  # for replies: less strict, as text may contain a short key by chance
 
     @classmethod
     def of(
@@ -49,9 +55,17 @@ class Endpoint:
         api_key_env: str,
         extra_body: Mapping[str, Any] | None,
     ) -> Endpoint:
-        """``base_url``: default the variable OPENAI_BASE_URL, else the hosted API. Raises BadConfig, MissingExtra."""
+        """Check the options of a client. Raises BadConfig, MissingExtra.
+
+        ``base_url``: default: the environment variable OPENAI_BASE_URL, else the hosted API.
+        """
         sdk = require("openai", "api")
-        expect("temperature", temperature, temperature is None or is_number(temperature, 0), "a number from 0, or null")
+        expect(
+            "temperature",
+            temperature,
+            temperature is None or is_number(temperature, 0),
+            "a number from 0, or null for the server's own",
+        )
         key = read_key(api_key_env)
         redact = Redactor(key, piece=8)
         named = isinstance(model, str) and model != "" and redact(model) == model
@@ -69,19 +83,19 @@ class Endpoint:
         return cls(sdk, model, temperature, extra, checked, name, redact, key, clean)
 
     def server(self, url: str, dialect: Dialect, timeout_s: float) -> Server:
-        """Connections to one of its servers, for the running event loop."""
+        """Connections to the server at ``url``, one of ``urls``, for the running event loop."""
         return Server(self.sdk, url, self._key, dialect, timeout_s, self.redact)
 
     def form(self, request: GenerateRequest, dialect: Dialect) -> Form:
-        """The request as a server of this ``dialect`` takes it, at the temperature of the client."""
+        """The request in this dialect, at the client's temperature."""
         return dialect.put(request, self.temperature)
 
     def body(self, form: Form) -> dict[str, Any]:
-        """What is sent, as one JSON object."""
+        """The JSON object that is sent."""
         return {"model": self.model, **form.body, **self.extra, **form.extra}
 
     def read(self, request: GenerateRequest, form: Form, completion: Any) -> Response:
-        """The reply. Raises MalformedReply."""
+        """The reply without the API key; without log-probabilities if the key was in it. Raises MalformedReply."""
         response = read_reply(request, form, completion)
         clean, text = self._clean, self._clean(response.text)
         spelled = "".join(next(iter(candidates), "") for candidates in response.logprobs)
@@ -97,13 +111,15 @@ class Endpoint:
 
 
 def expect(option: str, value: Any, holds: bool, expected: str, client: str = "openai") -> None:
-    """Raises BadConfig, naming the option, where it does not hold."""
+    """Raise BadConfig, which names the option, unless ``holds``."""
     if not holds:
-        raise BadConfig(f"{option} of client {client!r}", expected=expected, seen=repr(value)[:80], fix="correct it")
+        raise BadConfig(
+            f"{option} of client {client!r}", expected=expected, seen=repr(value)[:80], fix="correct the option"
+        )
 
 
 def is_number(value: Any, least: float, kind: Any = int | float) -> bool:
-    """Whether it is a finite number from ``least`` on, and no truth value."""
+    """Whether it is a finite number, at least ``least`` and not a bool."""
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value < float("inf")
 
 
@@ -112,5 +128,5 @@ def _no_key(variable: str) -> BadConfig:
         "client 'openai'",
         expected=f"the API key in the environment variable {variable}",
         seen="no such variable",
-        fix=f"export {variable}=…, or give the URL of a server of your own with --base-url",
+        fix=f"export {variable}=…, or give the URL of your own server with --base-url",
     )

@@ -1,7 +1,7 @@
-"""What a failed request means: try again, try without a parameter, give this request up, or give the server up.
+"""Decides what a failed request means: retry, retry without a parameter, give up the request, or give up the server.
 
-Reads exceptions of the ``openai`` SDK; sends nothing. No text of a server reaches an error or a log before the key is cut
-out of it.
+Reads exceptions of the ``openai`` SDK; sends nothing. The API key is cut out of a server's text before it reaches an error
+or a log.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from evalkit.llm.clients.server.keys import Redactor
 
 __all__ = ["Refusal", "Transient", "judge_failure", "retry_after"]
 
-_AGAIN = frozenset({408, 409, 425, 429})  # and everything from 500
+_AGAIN = frozenset({408, 409, 425, 429})  # retried, as is every status from 500
 _NEVER = {
-    401: "the key in the environment is missing or wrong",
-    402: "the account has no credit",
-    403: "the key in the environment may not use this model",
-    404: "check model name and base URL (which ends in /v1, most often)",
-    405: "check the base URL (which ends in /v1, most often)",
+    401: "set the right API key in the environment; it is missing or wrong",
+    402: "add credit to the account, which has none left",
+    403: "use an API key that has access to this model",
+    404: "check the model name and the base URL, which usually ends in /v1",
+    405: "check the base URL, which usually ends in /v1",
 }
 _NO_CREDIT = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 _TOO_LONG = re.compile(
@@ -45,7 +45,11 @@ _LONGEST_WAIT_S = 300.0
 
 
 class Transient(Exception):
-    """Worth another try, after ``wait_s`` seconds if the server said so. ``silent``: there was no answer at all."""
+    """A failure that is worth a retry.
+
+    ``wait_s``: the pause that the server asks for, in seconds; None if it asks for none.
+    ``silent``: whether there was no reply at all.
+    """
 
     def __init__(self, reason: str, wait_s: float | None = None, *, silent: bool = False) -> None:
         self.reason, self.wait_s, self.silent = reason, wait_s, silent
@@ -54,7 +58,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The server does not take ``parameter``."""
+    """The server rejects ``parameter``."""
 
     parameter: str
     reason: str
@@ -63,7 +67,7 @@ class Refusal:
 def judge_failure(
     error: Any, server: str, removable: Collection[str], redact: Redactor
 ) -> Transient | Refusal | ClientError:
-    """What an ``openai.APIStatusError`` means for a request of which the ``removable`` parameters can be left out."""
+    """What an ``openai.APIStatusError`` means for a request whose ``removable`` parameters can be left out."""
     status, body = int(error.status_code), error.body if isinstance(error.body, dict) else {}
     message = _words(error)
     reason = f"status {status}: {redact(' '.join(message.split()))[:200]}"
@@ -80,14 +84,14 @@ def judge_failure(
     if parameter := _named(body.get("param"), message, removable):
         return Refusal(parameter, reason)
     if body.get("param") == "model":
-        return _down(server, reason, "check the model's name")
+        return _down(server, reason, "check the model name")
     return RequestRefused(
         f"request to {server}", expected="an answer", seen=reason, fix="see the reason; the same request fails again"
     )
 
 
 def _words(error: Any) -> str:
-    """What the server says of it, in whichever of the usual shapes."""
+    """The server's error message, from any of the usual forms of an error body."""
     body: Any = error.body if error.body else error.message
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
@@ -101,22 +105,25 @@ def _place(loc: Any) -> str:
 
 
 def _named(param: Any, message: str, removable: Collection[str]) -> str | None:
-    """The parameter that an error is about: as the server names it, or else the first in words that say as much."""
+    """The removable parameter that the server rejects, or None.
+
+    Taken from the error's ``param``, or else the first one named in a message that says something is unsupported.
+    """
     root = re.split(r"[.\[]", str(param or ""))[0]
     if root in removable and (root != "max_tokens" or _UNSUPPORTED.search(message)):
-        return root  # a limit on tokens that is merely too small or too large is another matter
+        return root  # a max_tokens that is only too small or too large is not unsupported
     if root and root != "messages":
         return None
     if "system" in removable and _NO_SYSTEM.search(message):
         return "system"
     if root or not _UNSUPPORTED.search(message):
-        return None  # what is said of messages may quote them
+        return None  # an error about messages may quote the prompt
     places = {name: re.search(rf"(?<![a-z_]){name}(?![a-z_])", message) for name in removable if name != "system"}
     found = {name: place.start() for name, place in places.items() if place}
     return min(found, key=found.__getitem__, default=None)
 
 
-_NUMBER = r"(?<!\d)\d{1,12}(?!\d)"  # of tokens; a server can write down more digits than can be read
+_NUMBER = r"(?<!\d)\d{1,12}(?!\d)"  # of tokens; Python refuses to parse numbers with very many digits
 _LIMITS = [
     re.compile(pattern, re.I)
     for pattern in (
@@ -130,7 +137,7 @@ _LIMITS = [
 
 
 def _overflow(message: str) -> ContextOverflow:
-    """The limit as one of the usual wordings has it, and what was asked for: the largest number above it."""
+    """Reads the limit from one of the usual wordings, and the tokens needed: the largest number above the limit."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", message)
     limit = next((int(found[1]) for pattern in _LIMITS if (found := pattern.search(text))), None)
     needed = None
@@ -145,7 +152,7 @@ def _overflow(message: str) -> ContextOverflow:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds from the headers Retry-After-Ms or Retry-After (seconds, or a date), None where they say nothing sound."""
+    """Seconds from the header Retry-After-Ms or Retry-After (seconds or a date); None without a valid one."""
     for header, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         if (value := headers.get(header)) is None:
             continue
@@ -159,7 +166,7 @@ def retry_after(headers: Any) -> float | None:
 
 
 def _until(date: str) -> float:
-    """Seconds until a date, not a number where it is none."""
+    """Seconds until a date; NaN if it is not a date."""
     try:
         return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
     except (ValueError, TypeError, IndexError, OverflowError):

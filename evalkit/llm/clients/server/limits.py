@@ -1,8 +1,8 @@
-"""How fast requests may be sent: so many a minute, so many tokens a minute, and what a server says is left of either.
+"""Rate limits: requests per minute, tokens per minute, and the quota of either that a server reports as remaining.
 
-Who asks first is served first, so that a large request is not passed by small ones for ever. Tokens are estimated before
-a request is sent and corrected by what its reply took. Knows no server and sends nothing; the clock is the caller's, and
-has to be the one that the event loop goes by.
+Requests are admitted in order of arrival, so that small ones cannot overtake a large one for ever. Tokens are estimated
+before a request is sent and corrected once its reply reports the usage. Knows no server and sends nothing. The caller
+provides the clock, which must be the event loop's.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from evalkit.llm.accounting.budget import TOKENS_PER_CHARACTER
 __all__ = ["Bucket", "Limits", "Permit", "TokenRatio", "duration_s"]
 
 _SOON_S = 1e-6  # shorter waits are rounding errors
-_LONGEST_TOLD_S = 300.0  # what a server says is believed for so long
-_PRIOR_CHARACTERS = 4000.0  # of prompts that weigh as much as the ratio we begin with
-_MOST_PER_CHARACTER = 16  # tokens of a prompt: four for each byte of a letter …
-_MOST_BESIDES = 1000  # … and what servers add to it
-_MOST_OVER = 8  # times a reply may be as long as was asked for: some models think first
-_LONGEST_DEBT_MIN = 5.0  # of what replies took beyond what was reckoned
+_LONGEST_TOLD_S = 300.0  # how long a limit that a server reports is respected
+_PRIOR_CHARACTERS = 4000.0  # weight of the initial tokens-per-character ratio, in characters of prompts
+# A reply that reports more tokens than these is not believed, so that a faulty server cannot block all requests.
+_MOST_PER_CHARACTER = 16  # prompt tokens per character: four per byte, at four bytes per character
+_MOST_BESIDES = 1000  # tokens that a server may add to a prompt or a reply
+_MOST_OVER = 8  # length of a reply as a multiple of max_tokens: some models think first
+_LONGEST_DEBT_MIN = 5.0  # limit of the debt from replies that used more tokens than estimated, in minutes of refilling
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 
 
 class Bucket:
-    """``per_minute`` units a minute, evenly. It holds a second's worth, and one unit at least.
+    """A token bucket that refills evenly at ``per_minute`` units per minute.
 
-    What is more than it holds may be taken from a full one, and is owed then: within any time of t seconds no more is
-    taken than ``per_minute`` · t / 60, a bucket's content and the largest single amount together.
+    Its capacity is one second's refill, but at least one unit. An amount above the capacity can be taken from a full
+    bucket, whose level then becomes negative. So in any t seconds at most ``per_minute`` · t / 60 units are taken, plus
+    the capacity and the largest single amount.
     """
 
     def __init__(self, per_minute: float, now: float) -> None:
@@ -46,17 +48,17 @@ class Bucket:
         self._at = now
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until so much may be taken."""
+        """Seconds until ``amount`` may be taken; not above 0 if it may be taken now."""
         self._fill(now)
         return (min(amount, self.capacity) - self._level) / self.rate
 
     def take(self, amount: float, now: float) -> None:
-        """Take it, however much is there; a negative amount is given back."""
+        """Take an amount, whatever the level; a negative amount is a refund."""
         self._fill(now)
         self._level = min(self._level - amount, self.capacity)
 
     def correct(self, amount: float, now: float) -> None:
-        """Take what was found out later, or give it back; no more is owed for it than a few minutes make good."""
+        """Take or refund the difference to an earlier estimate; this causes at most a few minutes of debt."""
         self._fill(now)
         owed = min(self._level, -_LONGEST_DEBT_MIN * 60 * self.rate)
         self._level = min(max(self._level - amount, owed), self.capacity)
@@ -64,7 +66,13 @@ class Bucket:
 
 @dataclass(slots=True)
 class _Told:
-    """What a server says is left. It fills evenly until ``until``, when all is as before; not at all with a rate of 0."""
+    """The remaining quota that a server reported.
+
+    ``level``: what remained at the time ``at``.
+    ``rate``: refill per second; 0 if unknown.
+    ``limit``: the full quota.
+    ``until``: when this stops to apply.
+    """
 
     level: float
     rate: float
@@ -85,7 +93,7 @@ class _Told:
 
 
 class TokenRatio:
-    """Tokens per character of prompts, learned from replies."""
+    """Tokens per character of prompts, estimated from the usage that replies report."""
 
     def __init__(self) -> None:
         self._characters, self._tokens = _PRIOR_CHARACTERS, _PRIOR_CHARACTERS * TOKENS_PER_CHARACTER
@@ -102,17 +110,24 @@ class TokenRatio:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Leave to send one request, with the tokens that it is reckoned with."""
+    """Permission to send one request.
+
+    ``characters``: length of the prompt.
+    ``tokens``: estimate for prompt and reply.
+    ``max_tokens``: the part of ``tokens`` that is for the reply.
+    """
 
     characters: int
     tokens: float
-    max_tokens: int = 0  # of these, those of the reply
+    max_tokens: int = 0
 
 
 class Limits:
-    """Keeps ``requests_per_minute`` and ``tokens_per_minute`` where they are given, and what ``told`` hears in any case.
+    """Keeps requests within rate limits. Create and use it in one event loop.
 
-    To be made and used in one event loop.
+    ``requests_per_minute``, ``tokens_per_minute``: the account's limits; None for no limit.
+
+    Limits that a server reports (``told``) apply in addition.
     """
 
     def __init__(
@@ -127,18 +142,18 @@ class Limits:
         self._tokens = None if tokens_per_minute is None else Bucket(tokens_per_minute, now)
         self._told: dict[str, _Told] = {}
         self.ratio = TokenRatio()
-        self._out: dict[str, float] = {"requests": 0, "tokens": 0.0}  # permits whose requests are under way
+        self._out: dict[str, float] = {"requests": 0, "tokens": 0.0}  # quota of requests in flight
         self._turn, self._news = asyncio.Lock(), asyncio.Event()
         self._dismissed = 0
 
     async def admit(self, characters: int, max_tokens: int) -> Permit | None:
-        """Wait for leave to send a prompt of so many characters and get a reply of so many tokens at most.
+        """Wait until a prompt of ``characters`` with a reply of at most ``max_tokens`` may be sent; the permit for it.
 
-        None to those who waited when ``dismiss`` was called. Whoever has a permit gives it back with ``leave``.
+        Returns None if ``dismiss`` is called meanwhile. Every permit must be given back with ``leave``.
         """
         permit = Permit(characters, characters * self.ratio.value + max_tokens, max_tokens)
         dismissed = self._dismissed
-        async with self._turn:  # hands itself on in the order of arrival
+        async with self._turn:  # asyncio's lock is granted in order of arrival
             while dismissed == self._dismissed:
                 now = self._clock()
                 wait_s = self._wait_s(permit, now)
@@ -173,7 +188,7 @@ class Limits:
                 self._told[kind].take(amount)
 
     def leave(self, permit: Permit, *, unsent: bool = False) -> None:
-        """The request is done with. ``unsent``: it never was sent, and what it took is there for others."""
+        """Give a permit back. ``unsent``: the request was never sent, so refund its reserved quota."""
         self._out["requests"] -= 1
         self._out["tokens"] -= permit.tokens
         if unsent:
@@ -184,7 +199,10 @@ class Limits:
             self._news.set()
 
     def correct(self, permit: Permit, prompt_tokens: int, completion_tokens: int) -> None:
-        """What a request really took, by its reply; nothing where the reply does not say, or says what cannot be."""
+        """Replace a request's estimate by the usage that its reply reports; ignored if the reply reports none.
+
+        An implausible number of prompt tokens is ignored, an implausible number of reply tokens is capped.
+        """
         if not 0 < prompt_tokens <= _MOST_PER_CHARACTER * permit.characters + _MOST_BESIDES:
             return
         completion_tokens = min(completion_tokens, _MOST_OVER * permit.max_tokens + _MOST_BESIDES)
@@ -194,10 +212,10 @@ class Limits:
             self._news.set()
 
     def told(self, headers: Mapping[str, str]) -> None:
-        """What ``x-ratelimit-remaining-…`` and ``x-ratelimit-reset-…`` of a reply say; nothing where they say nothing.
+        """Use the remaining quota in a reply's ``x-ratelimit-…`` headers, which are ignored if missing or malformed.
 
-        Where the limit itself is told, what is left grows evenly until the reset, else not before it. Requests under
-        way count as not yet taken off.
+        If a header gives the limit too, the quota refills evenly until the reset; otherwise it stays until the reset.
+        Requests in flight are deducted, as the server has not counted them yet.
         """
         now = self._clock()
         for kind in self._out:
@@ -213,7 +231,7 @@ class Limits:
         self._news.set()
 
     def dismiss(self) -> None:
-        """Send all away who wait now."""
+        """Make ``admit`` return None to all callers that wait now."""
         self._dismissed += 1
         self._news.set()
 
@@ -227,7 +245,7 @@ def _number(text: str | None) -> float | None:
 
 
 def duration_s(text: str | None) -> float | None:
-    """Seconds of a duration such as ``6m0s``, ``1.5s``, ``20ms`` or a bare number of seconds; None for anything else."""
+    """The seconds of a duration: ``6m0s``, ``1.5s``, ``20ms`` or a number of seconds; None for anything else."""
     found = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", (text or "").strip())
     if not found or "".join(number + unit for number, unit in found) != (text or "").strip():
         return None

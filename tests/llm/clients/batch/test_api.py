@@ -45,7 +45,7 @@ def test_patience_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with BatchServer(first={"GET /v1/batches/ID": [500] * 1000}) as server:
         (reply,) = go(client_of(server), questions(1))
     assert isinstance(reply, ClientDown)
-    assert "expected an answer; seen status 500: busy; fix: see that the server can be reached" in str(reply)
+    assert "expected an answer; seen status 500: busy; fix: check that the server can be reached" in str(reply)
 
 
 def test_a_server_without_batches(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_wrong_key_shows_at_once() -> None:
         for probe in (True, False):
             replies = go(client_of(server, probe=probe), questions(20))
             assert {type(reply) for reply in replies} == {ClientDown}
-            assert "the key in the environment is missing or wrong" in str(replies[0])
+            assert "set the right API key in the environment; it is missing or wrong" in str(replies[0])
         assert not server.batches and server.counts()["received"] == 1
 
 

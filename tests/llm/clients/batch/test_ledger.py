@@ -144,8 +144,8 @@ def test_another_account_s_key_does_not_ask_everything_again(tmp_path: Path) -> 
         mine = server.batches.pop("batch_0")
         replies = go(kept(tmp_path, client_of(server)), questions(4))
         assert {type(reply) for reply in replies} == {ClientDown}
-        assert "batch batch_0, which this run handed in; seen status 404" in str(replies[0])
-        assert "use the key that handed it in" in str(replies[0])
+        assert "batch batch_0, which this run submitted; seen status 404" in str(replies[0])
+        assert "use the API key that submitted it" in str(replies[0])
         server.batches["batch_0"] = mine
         texts(go(kept(tmp_path, client_of(server)), questions(4)))
         assert once_each(server, 4)
@@ -182,7 +182,7 @@ def test_another_name_of_the_server_is_told_of(tmp_path: Path, caplog: pytest.Lo
         cut_short(kept(tmp_path, client_of(server)), questions(4), lambda: server.counts()["GET /v1/batches/ID"] > 0)
         other = server.base_url.replace("127.0.0.1", "localhost")
         texts(go(kept(tmp_path, client_of(server, base_url=other)), questions(1, first=9)))
-    assert f"4 requests of {server.model} are in batches at {server.base_url}; asking at {other}" in caplog.text
+    assert f"4 requests of {server.model} are in batches at {server.base_url}; this command uses {other}" in caplog.text
 
 
 def test_models_and_servers_of_one_ledger_are_kept_apart(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_line_that_never_succeeds_is_given_up_alone(caplog: pytest.LogCaptureF
     failed = [reply for reply in replies if not isinstance(reply, Response)]
     assert 2 <= len(failed) <= 20 and {type(reply) for reply in failed} == {NoAnswer}
     assert "expected an answer in 2 batches; seen status 500: broken" in str(failed[0])
-    assert "requests got no answer (status 500: broken); they go into a next batch" in caplog.text
+    assert "requests got no answer (status 500: broken); retrying in another batch" in caplog.text
 
 
 @pytest.mark.parametrize("owned_by", ["hosted", "vllm"])
@@ -73,8 +73,8 @@ def test_a_cancelled_batch_is_not_made_again_by_the_same_command(tmp_path: Path)
         assert len(server.batches) == 1
         texts(replies[:5])
         assert {str(reply) for reply in replies[5:]} == {
-            "batch batch_0: expected it to be worked off; seen it was cancelled; "
-            "fix: the same command hands in again what it left"
+            "batch batch_0: expected it to be completed; seen it was cancelled at the server; "
+            "fix: run the same command again to submit the requests without an answer again"
         }
         texts(go(kept(tmp_path, client_of(server)), questions(10)))
         assert once_each(server, 10)
@@ -116,8 +116,8 @@ def test_answers_that_never_come_out_are_not_paid_again(tmp_path: Path, monkeypa
         paid = len(server.answered)
         assert {type(reply) for reply in replies} == {Response, ClientDown} and len(server.batches) == 1
         (reply, *_) = [str(reply) for reply in replies if not isinstance(reply, Response)]
-        assert f"batch batch_0 at {server.base_url}: expected the answers to {paid} requests, which it has, " in reply
-        assert "fewer in its files; fix: the same command looks again" in reply
+        assert f"batch batch_0 at {server.base_url}: expected answers to the {paid} requests that the " in reply
+        assert "fewer in its files; fix: run the same command again later" in reply
         assert len(requests_in_batches(tmp_path / "batches.sqlite", server.model)) == 20
         server.read, server.broken = (lambda content: content), 0
         texts(go(kept(tmp_path, client_of(server)), questions(20)))
@@ -172,7 +172,7 @@ def test_no_file_is_read_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with BatchServer(read=lambda content: content + b" " * 10_000_000) as server:
         replies = go(kept(tmp_path, client_of(server)), questions(5))
         assert {type(reply) for reply in replies} == {ClientDown}
-        assert "in a size to read; seen a reply of more than 0 MB" in str(replies[0])
+        assert "of a readable size; seen a reply of more than 0 MB" in str(replies[0])
         server.read = lambda content: content
         texts(go(kept(tmp_path, client_of(server)), questions(5)))
         assert once_each(server, 5)
@@ -200,7 +200,7 @@ def test_a_batch_that_is_not_taken_ends_the_run(errors: list[dict[str, Any]], wo
     with BatchServer(ends=["failed"], errors=errors) as server:
         replies = go(kept(tmp_path, client_of(server)), questions(4))
         assert {type(reply) for reply in replies} == {ClientDown}
-        assert f"seen {words}; fix: see the reason; the same command hands it in again" in str(replies[0])
+        assert f"seen {words}; fix: see the reason; the same command submits it again" in str(replies[0])
         texts(go(kept(tmp_path, client_of(server)), questions(4)))  # which it does
         assert once_each(server, 4)
 
@@ -218,4 +218,4 @@ def test_a_batch_that_outlasts_its_window_is_told_of_once(
     monkeypatch.setattr(batch_following, "_LATE_S", -86400.0)
     with BatchServer(work_s=0.3) as server:
         texts(go(client_of(server), questions(2)))
-    assert caplog.text.count("has not ended, and was to be worked off within 24h") == 1
+    assert caplog.text.count("has not ended, though its window was 24h") == 1

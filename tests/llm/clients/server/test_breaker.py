@@ -161,8 +161,8 @@ def test_the_user_hears_of_it_once_a_minute(breaker: Breaker, clock: Clock, capl
         breaker.failed(clock.now, "came and went", silent=True)
         probe(breaker, clock, well=True)
     told = [record.getMessage() for record in caplog.records]
-    assert told[:2] == [f"{SERVER}: no connection; trying again", f"{SERVER} answers again"]
-    assert set(told[2:]) == {f"{SERVER}: came and went; trying again", f"{SERVER} answers again"}
+    assert told[:2] == [f"{SERVER}: no connection; retrying", f"{SERVER} answers again"]
+    assert set(told[2:]) == {f"{SERVER}: came and went; retrying", f"{SERVER} answers again"}
     assert len(told) <= 2 + 2 * (clock.now - 1000) / 60
 
 

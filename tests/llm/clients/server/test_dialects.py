@@ -232,11 +232,11 @@ def test_odd_numbers_of_tokens() -> None:
     ("made", "words"),
     [
         (None, "a reply without choices"),
-        ("<html>", "a reply that is no JSON: '<html>'"),
+        ("<html>", "a reply that is not JSON: '<html>'"),
         (SimpleNamespace(choices=[]), "a reply without choices"),
         (SimpleNamespace(choices=None, error={"message": "upstream"}), "without choices: .*upstream"),
         (SimpleNamespace(choices=[SimpleNamespace(message=None)]), "a reply without choices"),
-        (completion(["part"]), "a reply whose content is list"),
+        (completion(["part"]), "a reply whose content is not text but list"),
     ],
 )
 def test_what_is_no_reply(made: Any, words: str) -> None:

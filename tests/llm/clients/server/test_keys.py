@@ -261,7 +261,7 @@ def test_a_key_that_cannot_be_sent(planted: str, monkeypatch: pytest.MonkeyPatch
     if planted.strip() == KEY:
         assert read_key("OPENAI_API_KEY") == KEY
         return
-    with pytest.raises(BadConfig, match="environment variable OPENAI_API_KEY: expected a key") as caught:
+    with pytest.raises(BadConfig, match="environment variable OPENAI_API_KEY: expected an API key") as caught:
         OpenAIClient("m", base_url="http://localhost:1/v1")
     assert pieces(str(caught.value)) == []
 

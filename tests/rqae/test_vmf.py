@@ -250,7 +250,9 @@ def test_errors():
     assert "feature 1: expected at least one layer in which its tokens agree; seen a largest kappa of " in str(
         error.value
     )
-    with pytest.raises(RqaeError, match=r"codes of feature 1: expected at least one token, with 4 quantizers.*\[3, 2\]"):
+    with pytest.raises(
+        RqaeError, match=r"codes of feature 1: expected at least one token, with 4 quantizers.*\[3, 2\]"
+    ):
         fit_vmf(model, [codes, codes[:3, :2]])
     with pytest.raises(RqaeError, match="codes of feature 0: expected at least one token"):
         fit_vmf(model, codes[:0])

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     client: Annotated[
         str | None,
         typer.Option(help="Client to test with one short request: NAME:VALUE, e.g. openai:MODEL or vllm:MODEL."),

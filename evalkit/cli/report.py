@@ -13,7 +13,7 @@ __all__ = ["register"]
 
 Run = Annotated[Path, typer.Argument(help="Run folder.")]
 Format = Annotated[str, typer.Option("--format", "-f", help="Output format: markdown, csv, json, latex or parquet.")]
-File = Annotated[Path | None, typer.Option(help="File to write instead of stdout.")]
+File = Annotated[Path | None, typer.Option(help="Write to this file instead of stdout.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -128,7 +128,7 @@ def run(
     if dry_run:
         return
     place = shlex.quote(str(out))
-    STDERR.print(f"done: evalkit table {place}   evalkit plot {place}", highlight=False)
+    STDERR.print(f"done; to see the results: evalkit table {place}; evalkit plot {place}", highlight=False)
 
 
 def collect(

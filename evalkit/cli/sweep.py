@@ -72,4 +72,4 @@ def sweep(
     sys.stdout.flush()
     paths = [path for path in plot_run(frames, folder / "plots") if path.suffix == ".png"]
     STDERR.print(f"figures: {', '.join(str(path) for path in paths)}", highlight=False)
-    STDERR.print(f"done: evalkit table {shlex.quote(str(folder))}", highlight=False)
+    STDERR.print(f"done; to see the full table: evalkit table {shlex.quote(str(folder))}", highlight=False)

@@ -226,7 +226,7 @@ def _explanations(
     for words, (fvu, declared) in others.items():
         if fvu < _BETTER * declared - _TIE:
             seen = f"FVU {declared:.3f}, and {fvu:.3f} when the states are {words}"
-            fix = "declare that input transform (wrong or missing normalisation)"
+            fix = "correct the declared normalisation or bias, for example with --transform"
             found.append(_Explanation(fvu, "the lowest error with the declared transform", seen, fix))
     if own.fvu_centred < _OFFSET * own.fvu - _TIE:
         seen = f"FVU {own.fvu:.3f}, of which {1 - own.fvu_centred / own.fvu:.0%} is one constant vector"

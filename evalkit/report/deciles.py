@@ -36,7 +36,10 @@ def decile_table(frames: RunFrames, metrics: tuple[str, ...] = ("auroc",)) -> pd
     deciles = sorted({int(decile) for decile in frames.judgements.loc[positives, "decile"].dropna()})
     if not deciles:
         raise InputError(
-            "run", expected="judgements with activation deciles", seen="none", fix="collect examples with this version"
+            "run",
+            expected="judgements with activation deciles",
+            seen="none",
+            fix="collect the examples again with this version",
         )
     for decile in deciles:
         chosen = frames.judgements.loc[~positives | (frames.judgements["decile"] == decile).fillna(False)]

@@ -192,7 +192,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadFile(
-                where, expected="one JSON object per line", seen=str(error), fix="correct or remove the line"
+                where,
+                expected="one JSON object per line",
+                seen=f"not valid JSON (column {error.colno})",
+                fix="correct or remove the line",
             ) from error
         if not isinstance(row, dict):
             raise BadFile(

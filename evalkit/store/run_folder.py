@@ -62,7 +62,9 @@ def bind_identity(folder: Path, identity: dict[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadFile(str(path), expected="a run's configuration", seen=str(error), fix="use another --out") from error
+        raise BadFile(
+            str(path), expected="a run's configuration", seen="not valid JSON", fix="use another --out"
+        ) from error
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing and not (folder / "calibration.safetensors").exists() and not (folder / "collected").exists():
         # nothing was computed yet, so the configuration may change

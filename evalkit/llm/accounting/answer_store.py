@@ -126,7 +126,10 @@ class Recording:
             return Recorded(_decoded(row[0]), row[1])
         except (ValueError, TypeError, KeyError) as error:
             raise BadFile(
-                str(self.path), expected=f"an answer under {key[:12]}", seen=str(error), fix="delete that row"
+                str(self.path),
+                expected=f"a recorded answer under the key {key[:12]}…",
+                seen="a damaged row",
+                fix="delete that row from the table answers",
             ) from error
 
     def add(self, request: KeyedRequest, recorded: Recorded, *, paid: bool) -> None:

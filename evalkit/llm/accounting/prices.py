@@ -29,7 +29,7 @@ class Price:
     batch_discount: float = 0.0
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """The cost of so many tokens outside batches, in US dollars."""
+        """The cost of these tokens outside batches, in US dollars."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
     def in_batches(self) -> Price:

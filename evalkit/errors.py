@@ -172,7 +172,7 @@ def json_problem(error: Exception) -> str:
     """Why a JSON file could not be read, in plain words; the text of other errors unchanged."""
     match error:
         case json.JSONDecodeError():
-            return f"invalid JSON (line {error.lineno})"
+            return f"invalid JSON (line {error.lineno}, column {error.colno})"
         case UnicodeDecodeError():
             return "text that is not UTF-8"
         case RecursionError():
@@ -183,7 +183,7 @@ def json_problem(error: Exception) -> str:
             return f"no key {error}"
         case TypeError() | AttributeError():
             return "JSON of another structure"
-    return str(error)
+    return str(error)[:200]
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile
+from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, json_problem
 from evalkit.records import Site
 from evalkit.subject.sites import site_of_hook
 
@@ -130,20 +130,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise BadFile(
-            str(path), expected="a JSON object", seen=_json_fault(error), fix="download that file again, or repair it"
+            str(path), expected="a JSON object", seen=json_problem(error), fix="download that file again, or repair it"
         ) from error
     return held
-
-
-def _json_fault(error: Exception) -> str:
-    """Describe an error from reading JSON in our own words, where it is of a known kind."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON (line {error.lineno}, column {error.colno})"
-    if isinstance(error, UnicodeDecodeError):
-        return "bytes that are not UTF-8"
-    if isinstance(error, RecursionError):
-        return "JSON that is nested too deeply"
-    return str(error)[:200]
 
 
 def read_card(folder: Path) -> dict[str, Any]:

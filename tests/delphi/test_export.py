@@ -228,7 +228,11 @@ def test_no_explanation_goes_to_a_dictionary_it_is_not_of(tmp_path: Path) -> Non
         ('"Explanation could not be parsed."', UnknownFeature, "seen 'Explanation could not be parsed.'"),
         ('"No explanation found"', UnknownFeature, "seen 'No explanation found'"),
         ('""', UnknownFeature, "seen ''"),
-        ("words without quotes", BadFile, "expected an explanation as a JSON string; seen invalid JSON (line 1, column 1)"),
+        (
+            "words without quotes",
+            BadFile,
+            "expected an explanation as a JSON string; seen invalid JSON (line 1, column 1)",
+        ),
         ('{"explanation": "a"}', BadFile, "seen JSON of type dict"),
         ("[" * 100_000, BadFile, "expected an explanation as a JSON string"),
         ('"' + "a" * 1_000_001 + '"', BadFile, "seen 1000003 bytes"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from evalkit.errors import BadConfig, BadFile, BadShape, CorpusError, MissingFile
 from evalkit.subject.model import Subject, denormalise, normalise
+from tests.support.hardware import quick_dtype
 
 RNG = np.random.default_rng(7)
 IDS = RNG.integers(2, 300, size=(5, 40))
@@ -284,7 +285,7 @@ def test_unknown_dtype(tiny_llama: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_bits_do_not_depend_on_the_batch(smollm2: Path) -> None:
-    subject = Subject.load(smollm2, sites=["layers.15"])
+    subject = Subject.load(smollm2, sites=["layers.15"], dtype=quick_dtype())
     ids = np.random.default_rng(3).integers(17, 49152, size=(16, 128))
     lengths = np.array([128, 40, 128, 77, 33, *[128] * 11])
     whole = subject.hidden(ids, lengths=lengths)["layers.15"]

@@ -355,7 +355,7 @@ def test_a_shipped_sae_on_the_real_model(
     """What its card declares is measured."""
     code, out, err = call(
         capsys, monkeypatch, "-q", "inspect", "bundled:sae/layer_15/width_2k/average_l0_32", "--model", smollm2, "--out",
-        tmp_path / "out", "--max-tokens", 20_000, "--only", "all", "--json", "--dtype", quick_dtype(),
+        tmp_path / "out", "--max-tokens", 10_000, "--only", "all", "--json", "--dtype", quick_dtype(),
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out)

@@ -24,6 +24,7 @@ from scorers.judges.causal import CausalModel
 from scorers.judges.subject import SubjectJudge, before_explanation, before_text
 from scorers.surprisal import SurprisalScorer
 from tests.support.builders import EXPLANATION, OracleJudge, examples, random_test
+from tests.support.hardware import quick_dtype
 from tests.support.paths import GOLDEN_PROMPTS as GOLDEN
 from tests.support.plain_forward import log_probabilities_by_hand
 from tests.support.word_features import SOURCE, make_examples
@@ -231,7 +232,7 @@ def test_right_explanations_lower_the_loss_where_the_feature_fires_and_others_do
     """Features of one word each, in real text, and the real subject model; every feature also with another's word."""
     features = make_examples(12)[SOURCE]
     partners = shuffled_partners(features, SOURCE, 0)
-    judge = create("judges", "subject", model=smollm2)
+    judge = create("judges", "subject", model=smollm2, dtype=quick_dtype())
 
     def auroc(word: str, told: str) -> float:
         given = replace(features[word].score, calibration=TestExamples((), (), ()))

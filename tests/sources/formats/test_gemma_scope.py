@@ -278,13 +278,13 @@ def test_bundled_dictionaries_open_with_true_cards() -> None:
 
 @pytest.mark.slow
 def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Path, tmp_path: Path) -> None:
-    """The first 256 full contexts; the card has the first 1,600, so the tolerance is that of the sample."""
+    """The first 96 full contexts; the card has the first 1,600, so the tolerance is that of the sample."""
     from evalkit.corpus.tokenisation import tokenize_corpus
     from evalkit.subject.model import Subject
 
     subject = Subject.load(smollm2, sites=("layers.15",), dtype=quick_dtype(), device="cpu")
-    corpus = tokenize_corpus("bundled:demo", subject.tokenizer, tmp_path / "contexts", max_tokens=60_000)
-    batch = corpus.batch(np.flatnonzero(corpus.lengths == 128)[:256])
+    corpus = tokenize_corpus("bundled:demo", subject.tokenizer, tmp_path / "contexts", max_tokens=30_000)
+    batch = corpus.batch(np.flatnonzero(corpus.lengths == 128)[:96])
     rows = subject.hidden(batch.token_ids)["layers.15"][torch.from_numpy(batch.valid)]
     norms = rows.norm(dim=1)
     x = rows[norms <= 10 * norms.median()].double().numpy()
@@ -297,5 +297,5 @@ def test_bundled_dictionaries_fit_the_demo_corpus_as_their_cards_say(smollm2: Pa
         card = json.loads(
             next(BUNDLED.glob(f"layer_15/width_{info.width // 1024}k/average_l0_{info.l0:g}/card.json")).read_text()
         )
-        assert (error**2).sum() / total == pytest.approx(card["demo"]["fvu"], rel=0.05)
-        assert (active > 0).sum(1).mean() == pytest.approx(card["demo"]["l0"], rel=0.05)
+        assert (error**2).sum() / total == pytest.approx(card["demo"]["fvu"], rel=0.08)
+        assert (active > 0).sum(1).mean() == pytest.approx(card["demo"]["l0"], rel=0.08)

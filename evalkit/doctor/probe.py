@@ -52,18 +52,17 @@ def probe(spec: str, base_url: str | None = None, options: Sequence[str] = ()) -
 
 def _make(spec: str, base_url: str | None, options: Sequence[str]) -> Client:
     from evalkit.config.run_config import RunConfig
-    from evalkit.llm.session import client_part
+    from evalkit.pipeline.resolved import ResolvedRun
 
     given = dict(registry.parse_option(option) for option in options)
     if base_url is not None:
         given["base_url"] = base_url
-    part = client_part(RunConfig(model="-", dictionaries=("-",), client=spec, client_options=given))
-    assert part is not None  # a spec was given
-    hasty = {}
+    part = registry.parse_part("clients", spec)
     with contextlib.suppress(TypeError, ValueError):  # a factory without a signature
         if "max_attempts" in inspect.signature(registry.load_class("clients", part.name)).parameters:
-            hasty["max_attempts"] = _ATTEMPTS
-    client: Client = registry.create("clients", part.name, **{**hasty, **part.options})
+            given = {"max_attempts": _ATTEMPTS, **part.options, **given}
+    client = ResolvedRun(RunConfig(model="-", dictionaries=("-",), client=spec, client_options=given)).client
+    assert client is not None  # a client was given
     return client
 
 

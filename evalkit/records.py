@@ -5,7 +5,7 @@ Uses plain Python and numpy, so tables and plots can be made on a machine withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -76,9 +76,11 @@ class Site:
 class SubjectInfo:
     """The properties of the subject model that a feature source may need.
 
+    ``d_model``: the width of the states between blocks, which the embedding may not have (OPT-350m).
     ``norm_gain``: (d_model,), the factor of the final norm: the weight in Llama-type norms, 1 + weight in Gemma-type norms.
     ``norm_eps``: the constant that the final norm adds to the mean square.
     ``sites``: the module paths that can be hooked.
+    ``widths``: the widths of the states at the sites that were loaded.
     """
 
     model: str
@@ -87,6 +89,7 @@ class SubjectInfo:
     norm_gain: NDArray[np.float32]
     norm_eps: float
     sites: tuple[str, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def promoted_by_source(
         if head is None:
             _LOG.warning("no promoted tokens: no unembedding of %s in a safetensors or torch checkpoint", model)
             return nothing
-        found = [_directions(one, head) if has else None for one, has in zip(selected, directed, strict=True)]
+        found = [_directions(one, head, subject) if has else None for one, has in zip(selected, directed, strict=True)]
         if all(rows is None for rows in found):
             return nothing
         texts = token_texts(subject.tokenizer, subject.vocab_size)
@@ -77,9 +77,9 @@ def promoted_by_source(
     ]
 
 
-def _directions(selected: SelectedFeatures, head: OutputHead) -> Tensor | None:
+def _directions(selected: SelectedFeatures, head: OutputHead, subject: Subject) -> Tensor | None:
     """Directions of one source's features; None unless they are added to the residual stream that the head reads."""
-    if not isinstance(selected.source, DirectedSource) or not head.reads(selected.source.site.out):
+    if not isinstance(selected.source, DirectedSource) or not subject.in_stream(selected.source.site.out):
         return None
     rows = selected.source.directions(selected.features)
     return None if rows is None or rows.shape[1] != head.gain.numel() else rows.float().cpu()

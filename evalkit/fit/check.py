@@ -24,6 +24,7 @@ from evalkit.records import Site, TokenBatch
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.transforms import Centre, LayerNorm, Scale, UnitNorm
 from evalkit.subject.attention_sinks import sink_limit, valid_tokens
+from evalkit.subject.sites import parse_site
 from evalkit.util.progress import SILENT
 
 if TYPE_CHECKING:
@@ -92,8 +93,15 @@ def fit_sites(subject: _Subject, site: Site) -> list[tuple[str, str]]:
     pairs = [(site.path, site.out)]
     if site.reconstructs is None:
         return pairs + [(near, near) for near in subject.layer_neighbours(site.path)]
-    near_in, near_out = subject.layer_neighbours(site.path), subject.layer_neighbours(site.out)
-    return pairs + list(zip(near_in, near_out, strict=False))
+    near_in, near_out = (_by_step(path, subject.layer_neighbours(path)) for path in (site.path, site.out))
+    return pairs + [(near_in[step], near_out[step]) for step in (-1, 1) if step in near_in and step in near_out]
+
+
+def _by_step(path: str, neighbours: Sequence[str]) -> dict[int, str]:
+    """Neighbours by how many blocks later they are: a model may have only one of them."""
+    own = parse_site(path)
+    found = {near: parse_site(near) for near in neighbours}
+    return {block.layer - own.layer: near for near, block in found.items() if own is not None and block is not None}
 
 
 def gather_states(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from evalkit.subject.loading import load_whole
+from evalkit.subject.loading import decoder_of, load_whole
 from evalkit.subject.model import Dtype, Subject, torch_dtype, usable_device
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LanguageModel:
         device = usable_device(device)
         whole, tokenizer = load_whole(model, dtype=computed_in, revision=revision)
         whole.eval().requires_grad_(False).to(device)
-        decoder = whole.get_decoder()
+        decoder = decoder_of(whole)
         name = Path(str(model)).name
         return cls(whole, Subject(decoder, tokenizer, name=name, sites=sites, device=device, keep_blocks=True))
 

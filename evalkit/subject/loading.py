@@ -18,7 +18,7 @@ from evalkit.util.hub import hub_reachable, quiet
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_model", "load_whole", "looks_like_path"]
+__all__ = ["decoder_of", "load_model", "load_whole", "looks_like_path"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load_model(
         gguf_file=gguf_file,
         check=None if check is None else lambda config: check(name, config),
     )
-    return name, whole.get_decoder(), tokenizer
+    return name, decoder_of(whole), tokenizer
 
 
 def load_whole(
@@ -96,6 +96,12 @@ def load_whole(
             fix="download the model again",
         )
     return found, _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
+
+
+def decoder_of(whole: Any) -> Any:
+    """A causal language model without its output head, which some models keep under the name "decoder" (ModernBERT)."""
+    found = whole.get_decoder()
+    return found if hasattr(found, "config") else whole.base_model
 
 
 def _gguf_config() -> Any:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,15 +28,9 @@ from evalkit.errors import BadConfig, BadShape, CorpusError
 from evalkit.records import SubjectInfo
 from evalkit.subject.final_norm import denormalise, measure_norm, normalise
 from evalkit.subject.loading import load_model
-from evalkit.subject.module_paths import (
-    block_index,
-    depth_check,
-    find_blocks,
-    list_sites,
-    no_site_error,
-    submodule,
-)
-from evalkit.subject.sites import EMBED, INPUT, parse_site
+from evalkit.subject.module_paths import Places, block_index, depth_check, find_blocks, list_sites
+from evalkit.subject.probe import Place, token_states, trial_ids
+from evalkit.subject.sites import parse_site
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -81,16 +76,23 @@ class Subject:
         self._blocks = find_blocks(decoder)
         self._n_layers = len(self._blocks)
         self._embedding: nn.Embedding = decoder.get_input_embeddings()  # type: ignore[operator]
-        self._max_positions = getattr(decoder.config, "max_position_embeddings", None)
-        all_sites = tuple(list_sites(self._blocks))
-        gain, eps = measure_norm(decoder, self._embedding.embedding_dim)
-        self.info = SubjectInfo(name, self._embedding.embedding_dim, self._n_layers, gain, eps, all_sites)
+        longest = getattr(decoder.config, "max_position_embeddings", None)
+        self._max_positions = longest if longest and longest > 0 else None  # -1 stands for no limit in some configs
+        width, no_gain = self._embedding.embedding_dim, np.zeros(0, dtype=np.float32)
+        info = SubjectInfo(name, width, self._n_layers, no_gain, 0.0, tuple(list_sites(self._blocks)))
+        ids = trial_ids(self.vocab_size, self._max_positions, getattr(tokenizer, "all_special_ids", ()))
+        self._places = Places(decoder, self._blocks, self._embedding, info, ids.to(self.device))
         for site in self.sites:
-            self._module(site)
+            self._places.module(site)
         indices = [block_index(site) for site in self.sites]
         if self.sites and not keep_blocks and all(index is not None for index in indices):
             del self._blocks[max(index for index in indices if index is not None) + 2 :]
         decoder.eval().requires_grad_(False).to(self.device)
+        self._places.try_out(self.sites)
+        width = self._places.d_model or width
+        gain, eps = measure_norm(decoder, width)
+        widths = {site: found for site in self.sites if (found := self._places.width(site)) is not None}
+        self.info = replace(info, d_model=width, norm_gain=gain, norm_eps=eps, widths=widths)
 
     @classmethod
     def load(
@@ -129,11 +131,22 @@ class Subject:
     def layer_neighbours(self, site: str) -> tuple[str, ...]:
         """The same site one block earlier and one block later, where these exist; () for a site outside the blocks."""
         block = parse_site(site)
-        self._module(site)
+        self._places.place(site)
         if block is None:
             return ()
-        near = (block.layer - 1, block.layer + 1)
-        return tuple(f"layers.{layer}{block.within}" for layer in near if 0 <= layer < self._n_layers)
+        near = [layer for layer in (block.layer - 1, block.layer + 1) if 0 <= layer < self._n_layers]
+        return tuple(f"layers.{layer}{block.within}" for layer in near if self._reads(f"layers.{layer}{block.within}"))
+
+    def in_stream(self, site: str) -> bool:
+        """Whether the states at a site are the residual stream, or are added to it up to a positive factor."""
+        return self._places.in_stream(site)
+
+    def _reads(self, site: str) -> bool:
+        try:
+            self._places.place(site)
+        except BadConfig:
+            return False
+        return True
 
     def hidden(
         self,
@@ -152,12 +165,12 @@ class Subject:
         """
         ids = self._checked(np.asarray(token_ids), lengths)
         wanted = tuple(dict.fromkeys(self.sites if sites is None else sites))
-        modules = {site: self._module(site) for site in wanted}
+        places = {site: self._places.place(site) for site in wanted}
         batch, pos = ids.shape
         if not batch or not pos or not wanted:
             empty = torch.zeros(batch, pos, self.info.d_model, device=self.device)
             return {site: empty.clone() for site in wanted}
-        captured = self._forward(torch.from_numpy(_aligned(ids, self._max_positions)).to(self.device), modules)
+        captured = self._forward(torch.from_numpy(_aligned(ids, self._max_positions)).to(self.device), places)
         # copied outside inference mode, because training differentiates through computations on them
         return {site: captured[site][:batch, :pos].to(torch.float32, copy=True).contiguous() for site in wanted}
 
@@ -169,42 +182,26 @@ class Subject:
         continues in the model's own dtype. Raises BadConfig for an unknown site; the forward pass raises BadShape if
         ``replace`` returns another shape.
         """
-
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            before: Tensor = output[0] if isinstance(output, tuple) else output
-            after = replace(before.float())
-            if after.shape != before.shape:
-                raise BadShape(
-                    f"replacement at {site}",
-                    expected=f"shape {tuple(before.shape)}",
-                    seen=f"shape {tuple(after.shape)}",
-                    fix="return one state per given state",
-                )
-            after = after.to(before.dtype)
-            return (after, *output[1:]) if isinstance(output, tuple) else after
-
-        handle = self._module(site).register_forward_hook(hook)
-        try:
+        with self._places.place(site).replaced(site, replace):
             yield
-        finally:
-            handle.remove()
 
-    def _forward(self, ids: Tensor, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    def _forward(self, ids: Tensor, places: dict[str, Place]) -> dict[str, Tensor]:
         captured: dict[str, Tensor] = {}
 
-        def keep(site: str, states: Tensor) -> None:
-            captured[site] = states
-            if len(captured) == len(modules):
+        def keep(site: str, states: Any) -> None:
+            found = token_states(states, *ids.shape)
+            if found is None:
+                raise BadShape(
+                    f"site {site!r}",
+                    expected="one state per token",
+                    seen=f"shape {tuple(getattr(states, 'shape', ()))}",
+                    fix="use the residual stream after a block, such as layers.0",
+                )
+            captured[site] = found
+            if len(captured) == len(places):
                 raise _Captured
 
-        handles = []
-        for site, module in modules.items():
-            if site == EMBED:
-                handles.append(module.register_forward_hook(_on_ids(partial(keep, site))))
-            elif site.endswith(INPUT):
-                handles.append(module.register_forward_pre_hook(_on_input(partial(keep, site)), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(_on_output(partial(keep, site))))
+        handles = [place.on_read(partial(keep, site)) for site, place in places.items()]
         try:
             with torch.inference_mode():
                 self._decoder(input_ids=ids, use_cache=False)
@@ -242,48 +239,6 @@ class Subject:
                 fix="use a smaller context length",
             )
         return checked
-
-    def _module(self, site: str) -> nn.Module:
-        block = parse_site(site)
-        if site == EMBED:
-            return self._embedding
-        if block is None:
-            names: dict[str, nn.Module] = dict(self._decoder.named_modules())
-            short = site.removesuffix(INPUT).removeprefix(f"{self._decoder.base_model_prefix}.")
-            if short and short in names:
-                return names[short]
-        elif block.layer < len(self._blocks):
-            found = submodule(self._blocks[block.layer], block.part)
-            if found is not None:
-                return found
-        raise no_site_error(site, self.info, len(self._blocks))
-
-
-def _on_input(keep: Callable[[Tensor], None]) -> Any:
-    """A hook that passes a module's input to ``keep``: its first argument, or the keyword ``hidden_states``."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
-def _on_ids(keep: Callable[[Tensor], None]) -> Any:
-    """A hook on an embedding that passes the stored rows of its input ids to ``keep``."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        keep(nn.functional.embedding(args[0], cast("nn.Embedding", module).weight))
-
-    return hook
-
-
-def _on_output(keep: Callable[[Tensor], None]) -> Any:
-    """A hook that passes a module's output, or its first element if it is a tuple, to ``keep``."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
-
-    return hook
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

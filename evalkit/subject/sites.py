@@ -2,8 +2,10 @@
 
 A site is a module path of the subject model, with the same names for every family: ``layers.12``, ``layers.12.mlp``,
 ``layers.12.self_attn.o_proj``, ``layers.12.pre_mlp_norm``, ``embed``. With the suffix ``:in`` it is the input of that
-module instead of its output. Every regular expression for site or hook names is here. Knows names and sizes, no module;
-reads and writes nothing.
+module instead of its output. Three names are no module of their own, because families compute them in different modules:
+``layers.12.resid_mid`` is the residual stream between attention and MLP, ``layers.12.attn_out`` and ``layers.12.mlp_out``
+are what attention and MLP add to it; ``block_parts`` finds them in a loaded model. Every regular expression for site or
+hook names is here. Knows names and sizes, no module; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +16,31 @@ from dataclasses import dataclass
 from evalkit.errors import SiteMismatch
 from evalkit.records import Site, SubjectInfo
 
-__all__ = ["EMBED", "INPUT", "BlockSite", "check_subject", "parse_hook", "parse_site", "site_of_hook"]
+__all__ = [
+    "ATTN_OUT",
+    "EMBED",
+    "INPUT",
+    "MLP_OUT",
+    "PRE_MLP_NORM",
+    "RESID_MID",
+    "BlockSite",
+    "check_subject",
+    "parse_hook",
+    "parse_site",
+    "site_of_hook",
+]
 
 EMBED = "embed"
 INPUT = ":in"
+RESID_MID, ATTN_OUT, MLP_OUT, PRE_MLP_NORM = "resid_mid", "attn_out", "mlp_out", "pre_mlp_norm"
 _SITE = re.compile(r"(?:.*?\.)?(?:layers|h|blocks|block)\.(0|[1-9][0-9]*)(?:\.([^:]+))?(:in)?")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _HOOKS = {
     "hook_resid_post": "",
-    "hook_mlp_out": ".mlp",
-    "hook_attn_out": ".self_attn",
+    "hook_mlp_out": f".{MLP_OUT}",
+    "hook_attn_out": f".{ATTN_OUT}",
     "attn.hook_z": ".self_attn.o_proj:in",
-    "hook_resid_mid": ".pre_mlp_norm:in",
+    "hook_resid_mid": f".{RESID_MID}",
     "ln2.hook_normalized": ".pre_mlp_norm:in",  # declared as the norm without its gain by the source that reads it
     "hook_mlp_in": ".pre_mlp_norm:in",
     "mlp.hook_in": ".mlp:in",
@@ -57,7 +72,12 @@ class BlockSite:
 
 
 def parse_site(path: str) -> BlockSite | None:
-    """The parts of a site's name, with any family's name for its list of blocks; None for a site outside the blocks."""
+    """The parts of a site's name, with any family's name for its list of blocks; None for a site outside the blocks.
+
+    The name of a TransformerLens hook is converted to its site first.
+    """
+    if parse_hook(path):
+        path = site_of_hook(path) or path
     found = _SITE.fullmatch(path)
     return BlockSite(int(found[1]), found[2] or "", found[3] is not None) if found else None
 
@@ -97,11 +117,13 @@ def check_subject(name: str, site: Site, d_model: int, subject: SubjectInfo) -> 
     """Check that a dictionary can read a subject model. Raises SiteMismatch for another width or a missing site."""
     block = parse_site(site.path)
     own_width = block is not None and block.is_input and block.part.endswith(tuple(f".{part}" for part in _OWN_WIDTH))
-    if subject.d_model != d_model and not own_width:
+    width = subject.widths.get(site.path, d_model if own_width else subject.d_model)
+    if width != d_model:
+        at = "d_model" if width == subject.d_model else f"states at {site.path} of width"
         raise SiteMismatch(
             name,
-            expected=f"a subject model with d_model {d_model} ({site.model})",
-            seen=f"{subject.model} with d_model {subject.d_model}",
+            expected=f"a subject model with {at} {d_model} ({site.model})",
+            seen=f"{subject.model} with {at} {width}",
             fix="score it with the model it was trained on",
         )
     if not subject.sites or block is None:

@@ -1,8 +1,8 @@
 """The effect of a direction of the residual stream on the logits: the final norm's gain, then the unembedding's rows.
 
 ``Subject`` does not load the output head, so the unembedding is read from the model's checkpoint, row by row and only when
-it is needed. A checkpoint without an output head shares the token embedding, as in transformers. Knows names of tensors and
-sites; nothing of features, tokens or text. Reads safetensors and torch checkpoints, never the network.
+it is needed. A checkpoint without an output head shares the token embedding, as in transformers. Knows names of tensors;
+nothing of sites, features, tokens or text. Reads safetensors and torch checkpoints, never the network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from evalkit.records import SubjectInfo
-from evalkit.subject.sites import EMBED, parse_site
 from evalkit.util.tensor_files import Stored, open_safetensors, open_torch
 
 if TYPE_CHECKING:
@@ -30,12 +29,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file, or several wi
 _HEADS = ("lm_head", "embed_out", "output")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 _LAYER_NORMS = ("ln_f", "final_layer_norm", "final_layernorm")  # RMS norms are measured, not read
-_POST_NORM = re.compile(r"\.\d+\.post_feedforward_layernorm\.")
 _IN_BLOCK = re.compile(r"\.\d+\.")
-# Sites, by the part of their name after the layer number, whose states are the residual stream, or are added to it.
-_STREAM = ("", ":in", ".pre_mlp_norm:in")
-_ADDED = tuple(f".{part}{last}" for part in ("mlp", "self_attn", "attn") for last in ("", ".o_proj", ".down_proj"))
-_ADDED_NORMED = (".post_feedforward_layernorm", ".post_attention_layernorm")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,20 +39,11 @@ class OutputHead:
     ``unembedding``: (vocab, d_model), on disk.
     ``gain``: (d_model,) factors of the final norm.
     ``centred``: whether the final norm subtracts the mean over dimensions first (a LayerNorm).
-    ``post_norms``: whether outputs of attention and MLP pass another norm before they are added to the residual stream,
-    as in Gemma 2.
     """
 
     unembedding: Stored
     gain: Tensor
     centred: bool = False
-    post_norms: bool = False
-
-    def reads(self, path: str) -> bool:
-        """Whether the states at this site are the residual stream that the head reads, or are added to it."""
-        added = _ADDED_NORMED if self.post_norms else _ADDED
-        block = parse_site(path)
-        return path == EMBED if block is None else block.within in (*_STREAM, *added)
 
     def before_unembedding(self, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Directions after the final norm, without its positive scale, which differs per token."""
@@ -82,11 +67,10 @@ def read_output_head(
         rows = _first(names, tensors, _EMBEDDINGS, shape)
     if rows is None:
         return None
-    post_norms = any(_POST_NORM.search(name) for name in names)
     if info.norm_gain.size:
-        return OutputHead(rows, torch.from_numpy(info.norm_gain), post_norms=post_norms)
+        return OutputHead(rows, torch.from_numpy(info.norm_gain))
     gain = _first(names, tensors, _LAYER_NORMS, (info.d_model,))
-    return None if gain is None else OutputHead(rows, gain.read(), centred=True, post_norms=post_norms)
+    return None if gain is None else OutputHead(rows, gain.read(), centred=True)
 
 
 def _is(name: str, wanted: Iterable[str]) -> bool:

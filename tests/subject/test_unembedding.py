@@ -1,4 +1,4 @@
-"""Finding the unembedding in checkpoints of every layout, and telling which sites the head reads."""
+"""Finding the unembedding in checkpoints of every layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from evalkit.errors import MissingFile
 from evalkit.records import SubjectInfo
@@ -111,57 +111,3 @@ def test_no_head_that_can_be_told_is_none_and_never_another_matrix(tiny_llama: P
     assert read(tiny_llama / "model.safetensors") is None  # a file is no model folder
     unknown_norm = SubjectInfo("m", D_MODEL, 12, np.zeros(0, dtype=np.float32), 0.0)
     assert read(tiny_llama, unknown_norm) is None
-
-
-@pytest.mark.parametrize(
-    ("path", "plain", "post_norms"),
-    [
-        ("layers.12", True, True),
-        ("model.layers.12", True, True),
-        ("transformer.h.3", True, True),
-        ("layers.0:in", True, True),
-        ("layers.12.pre_mlp_norm:in", True, True),
-        ("embed", True, True),
-        ("layers.12.mlp", True, False),
-        ("layers.12.self_attn", True, False),
-        ("layers.12.self_attn.o_proj", True, False),
-        ("layers.12.mlp.down_proj", True, False),
-        ("layers.12.post_feedforward_layernorm", False, True),
-        ("layers.12.post_attention_layernorm", False, True),
-        ("layers.12.pre_mlp_norm", False, False),
-        ("layers.12.input_layernorm", False, False),
-        ("layers.12.self_attn.o_proj:in", False, False),
-        ("layers.12.mlp.down_proj:in", False, False),
-        ("layers.12.mlp:in", False, False),
-        ("layers.12.self_attn.q_proj", False, False),
-        ("norm", False, False),
-    ],
-)
-def test_which_sites_the_head_reads(path: str, plain: bool, post_norms: bool, tiny_llama: Path) -> None:
-    head = read(tiny_llama)
-    assert head is not None
-    for normed, expected in ((False, plain), (True, post_norms)):
-        assert OutputHead(head.unembedding, head.gain, post_norms=normed).reads(path) is expected
-
-
-def test_norms_after_attention_and_mlp_are_seen(tiny_llama: Path, tiny_gemma: Path) -> None:
-    heads = [read(folder) for folder in (tiny_llama, tiny_gemma)]
-    assert [head.post_norms for head in heads if head is not None] == [False, True]
-
-
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma", "tiny_gpt2"])
-def test_what_is_added_to_the_stream_moves_it_by_just_that(model: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(model)
-    last = AutoConfig.from_pretrained(folder).num_hidden_layers - 1
-    subject = Subject.load(folder, sites=[f"layers.{last}"], dtype="float32")
-    head = read_output_head(str(folder), subject.info, vocab_size=subject.vocab_size)
-    assert head is not None
-    ids = np.random.default_rng(0).integers(2, VOCAB, size=(2, 9))
-    before = subject.hidden(ids)[f"layers.{last}"]
-    step = torch.randn(D_MODEL)
-    parts = ["mlp", "mlp.down_proj"] + ["post_feedforward_layernorm"] * (model == "tiny_gemma")
-    for site in (f"layers.{last}.{part}" for part in parts):
-        with subject.replaced(site, lambda states: states + step):
-            after = subject.hidden(ids)[f"layers.{last}"]
-        moved = torch.allclose(after - before, step.expand_as(before), atol=1e-4)
-        assert moved is head.reads(site), site

@@ -38,7 +38,13 @@ __all__ = ["DictionaryLearningReader", "read_weights"]
 
 WEIGHTS, CONFIG, RESULTS = "ae.pt", "config.json", "eval_results.json"
 _PLACE = re.compile(r"(resid_pre|resid_post|resid_out|resid|mlp_out|mlp|attn_out|attn|att)_layer_?(\d+)")
-_HOOKS = {"resid_pre": "hook_resid_pre", "mlp": "hook_mlp_out", "att": "hook_attn_out", "resid": "hook_resid_post"}
+# The library reads what modules return, so that the place is the module also where its output is normalised afterwards.
+_PLACES = {
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "mlp": "layers.{}.mlp",
+    "att": "layers.{}.self_attn",
+    "resid": "layers.{}",
+}
 _PLAIN_NAME = re.compile(r"[^\w.-]+")
 
 
@@ -202,11 +208,11 @@ def _site(folder: Path, trainer: Mapping[str, Any], card: Mapping[str, Any], opt
 
 
 def _hook(name: str) -> str:
-    """``resid_post_layer_8`` → ``blocks.8.hook_resid_post``, TransformerLens's name; other names stay as they are."""
+    """``resid_post_layer_8`` → ``layers.8``, the name of a site or hook; other names stay as they are."""
     if not (found := _PLACE.fullmatch(name)):
         return name
-    kind = next(hook for part, hook in _HOOKS.items() if found[1].startswith(part))
-    return f"blocks.{int(found[2])}.{kind}"
+    place = next(place for part, place in _PLACES.items() if found[1].startswith(part))
+    return place.format(int(found[2]))
 
 
 def _check_layer(file: Path, hook: str, trainer: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ Source: sae-lens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``), ht
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +34,12 @@ from evalkit.sources.formats.saelens_transforms import (
     SKIPPING,
     TRANSCODERS,
     centring,
-    model_of,
     normalisation,
     normalised_hook,
 )
 from evalkit.sources.sae.source import SaeSource
 from evalkit.sources.sae.weights import Gate, SaeWeights
-from evalkit.subject.sites import parse_hook, site_of_hook
+from evalkit.subject.sites import site_of_hook
 from evalkit.util.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
@@ -63,8 +61,6 @@ _RENAMED = {
     "hook_point_layer": "hook_layer",
     "activation_fn_str": "activation_fn",
 }
-_POST_NORMED = re.compile(r"gemma-[23]-")  # in these models, mlp_out and attn_out come after one more norm
-_POST_NORMS = {"hook_mlp_out": "post_feedforward_layernorm", "hook_attn_out": "post_attention_layernorm"}
 _DEAD = 1e-9  # firing rates up to this count as dead; the library stores log10(rate + 1e-10)
 
 
@@ -267,11 +263,7 @@ def _site(where: Path, config: Mapping[str, Any], options: Mapping[str, Any], ca
 def _hook(config: Mapping[str, Any], key: str, plain: str) -> str | None:
     """The hook's name, or the Hugging Face module's name (``plain``) if the hook is not known."""
     names = [config[name] for name in (key, plain) if isinstance(config.get(name), str) and config[name]]
-    name = next((name for name in names if site_of_hook(name)), names[0] if names else None)
-    layer, hook = parse_hook(name or "") or (0, "")
-    if hook in _POST_NORMS and _POST_NORMED.match(model_of(config)):
-        return f"layers.{layer}.{_POST_NORMS[hook]}"
-    return name
+    return next((name for name in names if site_of_hook(name)), names[0] if names else None)
 
 
 def _declared_k(config: Mapping[str, Any], weights: SaeWeights) -> int | None:

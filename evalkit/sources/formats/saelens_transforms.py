@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from evalkit.errors import BadConfig
 from evalkit.sources.formats.common import bad_key, positive
 from evalkit.sources.sae.transforms import Centre, LayerNorm, RmsNorm, Scale, Step, UnitNorm
-from evalkit.subject.sites import EMBED, parse_site, site_of_hook
+from evalkit.subject.sites import ATTN_OUT, EMBED, MLP_OUT, RESID_MID, parse_site, site_of_hook
 
 if TYPE_CHECKING:
     from evalkit.records import Site
@@ -28,7 +28,9 @@ SCALED = "expected_average_only_in"
 SCALER = "activation_scaler.json"
 SKIPPING = frozenset({"skip_transcoder", "jumprelu_skip_transcoder"})
 TRANSCODERS = SKIPPING | {"transcoder", "jumprelu_transcoder"}
-_ON_RESIDUAL = ("", ".mlp", ".self_attn", ".pre_mlp_norm:in", ":in")  # sites in a block that centring affects
+_PARTS = tuple(f".{part}" for part in (RESID_MID, ATTN_OUT, MLP_OUT))
+# Sites in a block that centring affects.
+_ON_RESIDUAL = ("", *_PARTS, ".mlp", ".self_attn", ".pre_mlp_norm:in", ":in")
 _RMS_NORMED = re.compile(r"gemma|(?:meta-)?llama|mistral|mixtral|qwen|deepseek|smollm|yi-|phi-3|olmo-?2|gpt-oss")
 _LAYER_NORMED = re.compile(
     r"(?:distil)?gpt-?2|gpt-?neo|gpt-?j|pythia|opt-|bloom|gelu-|solu-|attn-only|tiny-?stories|phi-[12]"

@@ -20,7 +20,7 @@ from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, UnknownFea
 from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.rqae.shared_encoder import SharedEncoder, rqae_errors
 from evalkit.subject.final_norm import denormalise, normalise
-from evalkit.subject.sites import check_subject
+from evalkit.subject.sites import check_subject, site_of_hook
 from rqae import RQAE, layer_weights, random_codes, scaled_vectors
 from rqae.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
@@ -255,7 +255,8 @@ def _site(folder: Path, card: Mapping[str, Any], options: Mapping[str, Any]) -> 
             seen="neither",
             fix="set where it reads, such as model=gemma-2-2b, site=layers.12",
         )
-    return Site(str(model), str(path).split("/")[-1])
+    named = str(path).split("/")[-1]
+    return Site(str(model), site_of_hook(named) or named)
 
 
 def _label(folder: Path, card: Mapping[str, Any], options: Mapping[str, Any], site: Site) -> str:

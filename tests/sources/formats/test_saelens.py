@@ -25,6 +25,7 @@ from evalkit.sources import open_dictionary
 from evalkit.sources.formats.saelens import CONFIG, WEIGHTS, SaeLensReader
 from evalkit.sources.formats.saelens_registry import open_registered, split_registered
 from evalkit.sources.sae.transforms import Centre, RmsNorm, Scale
+from evalkit.subject.sites import site_of_hook
 from evalkit.util.tensor_files import Stored
 from tests.support.hostile import Bomb
 from tests.support.paths import SOURCES_DATA
@@ -162,7 +163,7 @@ def test_names_sites_and_what_is_declared(tmp_path: Path) -> None:
     assert sources["standard"].name == "gemma-2-2b/layers.12/sae/width-32/standard"
     assert sources["standard"].l0 is None
     assert sources["hook_z"].site == Site("gemma-2-2b", "layers.3.self_attn.o_proj:in")
-    assert sources["transcoder"].site == Site("gemma-2-2b", "layers.12.mlp:in", POST_NORM)
+    assert sources["transcoder"].site == Site("gemma-2-2b", "layers.12.mlp:in", MLP_OUT)
     assert sources["transcoder"].name == "gemma-2-2b/layers.12.mlp:in/transcoder/width-32/transcoder"
     assert sources["old_gpt2"].site == Site("gpt2-small", "layers.7")
     rates = 10 ** load_file(DATA / "old_gpt2" / "sparsity.safetensors")["sparsity"].double().numpy()
@@ -193,23 +194,20 @@ def test_several_in_one_folder(tmp_path: Path) -> None:
     assert len({source.name for source in open_dictionary(DATA)}) == len(NAMES)
 
 
-POST_NORM = "layers.12.post_feedforward_layernorm"
+MLP_OUT = "layers.12.mlp_out"
 
 
+@pytest.mark.parametrize("model", ["google/gemma-2-2b", "allenai/OLMo-2-1124-7B", "gpt2-small", "somebody/new-model"])
 @pytest.mark.parametrize(
-    ("model", "hook", "site"),
-    [
-        ("google/gemma-2-2b", "blocks.12.hook_mlp_out", POST_NORM),
-        ("google/gemma-3-1b-pt", "blocks.3.hook_attn_out", "layers.3.post_attention_layernorm"),
-        ("google/gemma-2-2b", "blocks.3.hook_resid_mid", "layers.3.pre_mlp_norm:in"),
-        ("gemma-2b", "blocks.3.hook_mlp_out", "layers.3.mlp"),
-        ("gpt2-small", "blocks.3.hook_attn_out", "layers.3.self_attn"),
-        ("gpt2-small", "blocks.0.hook_resid_pre", "layers.0:in"),
-    ],
+    "hook",
+    ["blocks.12.hook_mlp_out", "blocks.3.hook_attn_out", "blocks.3.hook_resid_mid", "blocks.0.hook_resid_pre"],
 )
-def test_gemma_adds_to_the_residual_stream_behind_a_norm(tmp_path: Path, model: str, hook: str, site: str) -> None:
-    source = opened(copied(tmp_path, "standard", metadata={"model_name": model, "hook_name": hook}))
-    assert source.site.path == site
+def test_a_hook_means_what_the_option_site_means_whatever_the_model(tmp_path: Path, model: str, hook: str) -> None:
+    """Where it is depends on the model, and is found when that is loaded."""
+    own = opened(copied(tmp_path, "standard", metadata={"model_name": model, "hook_name": hook}))
+    other = {"model_name": model, "hook_name": "blocks.5.hook_resid_post"}
+    given = opened(copied(tmp_path / "given", "standard", metadata=other), site=hook)
+    assert own.site == given.site == Site(model.split("/")[-1], str(site_of_hook(hook)))
 
 
 TRUE, FALSE = {"center_writing_weights": True}, {"center_writing_weights": False}
@@ -266,7 +264,7 @@ def test_centring_alone_explains_the_difference() -> None:
 def test_a_normalised_hook_is_the_norm_without_its_gain(tmp_path: Path, model: str, centred: bool) -> None:
     hooks = {"hook_name": "blocks.5.ln2.hook_normalized", "model_name": model}
     source = opened(copied(tmp_path, "transcoder", metadata=hooks))
-    assert source.site == Site(model, "layers.5.pre_mlp_norm:in", "layers.12.mlp" if centred else POST_NORM)
+    assert source.site == Site(model, "layers.5.pre_mlp_norm:in", MLP_OUT)
     x = X.astype(np.float64)
     eps = 1e-5 if centred else 1e-6
     if centred:
@@ -317,7 +315,7 @@ def test_what_old_files_call_things(tmp_path: Path) -> None:
     ones = with_tensors(copied(tmp_path, "old_gpt2"), scaling_factor=torch.ones(N))
     assert opened(ones).weights.width == N
     layered = copied(tmp_path, "old_gpt2", hook_point="blocks.{layer}.hook_mlp_out")
-    assert opened(layered).site.path == "layers.8.mlp"
+    assert opened(layered).site.path == "layers.8.mlp_out"
     plain = {"hook_name": "blocks.5.hook_unheard_of", "hf_hook_name": "model.layers.5"}
     assert opened(copied(tmp_path, "standard", metadata=plain)).site.path == "layers.5"
     for shifted in (None, True):  # the decoder's bias lives at another site

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evalkit.cli.console import STDERR, progress_bars
-from evalkit.cli.options import ContextLength, Corpus, Device, Dtype, Split, TextField
+from evalkit.cli.options import ContextLength, Corpus, Device, Dtype, PrependBos, Split, TextField
 from evalkit.config import defaults
 from evalkit.errors import require
 
@@ -80,6 +80,7 @@ def inspect(
     text_field: TextField = defaults.TEXT_FIELD,
     split: Split = defaults.SPLIT,
     context_length: ContextLength = defaults.CONTEXT_LENGTH,
+    prepend_bos: PrependBos = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +120,7 @@ def inspect(
         max_tokens=max_tokens,
         fit_tokens=fit_tokens,
         context_length=context_length,
+        prepend_bos=prepend_bos,
         text_field=text_field,
         split=split,
         revision=revision,

@@ -39,6 +39,7 @@ __all__ = [
     "Out",
     "Positives",
     "PositivesBy",
+    "PrependBos",
     "Preset",
     "Prices",
     "Repeats",
@@ -187,6 +188,14 @@ MaxTokens = Annotated[
     int | None, typer.Option(help="Stop reading the corpus after this many tokens.", rich_help_panel=_TEXT)
 ]
 ContextLength = Annotated[int, typer.Option(help="Tokens per context.", rich_help_panel=_TEXT)]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepend-bos/--no-prepend-bos",
+        help="Whether contexts begin with BOS; default: as the dictionary declares, else as the tokenizer does.",
+        rich_help_panel=_TEXT,
+    ),
+]
 WindowLength = Annotated[
     int, typer.Option(help="Tokens per window shown to explainers and judges.", rich_help_panel=_TEXT)
 ]

@@ -22,6 +22,7 @@ from evalkit.collect.dump_windows import check_ready, gather_ready
 from evalkit.collect.example_files import ExampleStore, rows_of
 from evalkit.collect.sampling import Counts, draw_windows, windows_of
 from evalkit.config.run_config import RunConfig
+from evalkit.corpus.bos import wanted_bos
 from evalkit.corpus.windows import Grid, build_grid
 from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
 from evalkit.protocols import ExampleSource, FeatureSource, Progress
@@ -91,10 +92,11 @@ def _collect_from_corpus(
     from evalkit.fit.gate import admit
     from evalkit.subject.download import find_model
 
+    prepend_bos = wanted_bos(config.prepend_bos, [source.info for source in sources])
     model = find_model(config.subject())
     subject = _load_subject(config, model, sources)
     text = _decoder(subject.tokenizer)
-    corpus = _tokenize(config, store, subject, progress)
+    corpus = _tokenize(config, store, subject, prepend_bos, progress)
     bound = [source.bind(subject.info) for source in sources]
     fit_file = store.folder / "fit.json"
     measured = admit(bound, subject, corpus, fit_file, seed=config.seed, force=config.force, progress=progress)
@@ -125,7 +127,9 @@ def _load_subject(config: RunConfig, model: str, sources: Sequence[FeatureSource
     return Subject.load(model, sites=list(sites), dtype=config.dtype, device=config.device, revision=config.revision)
 
 
-def _tokenize(config: RunConfig, store: RunStore, subject: Subject, progress: Progress) -> Corpus:
+def _tokenize(
+    config: RunConfig, store: RunStore, subject: Subject, prepend_bos: bool | None, progress: Progress
+) -> Corpus:
     from evalkit.corpus.tokenisation import tokenize_corpus
 
     return tokenize_corpus(
@@ -136,6 +140,7 @@ def _tokenize(config: RunConfig, store: RunStore, subject: Subject, progress: Pr
         text_field=config.text_field,
         split=config.split,
         max_tokens=config.max_tokens,
+        add_bos=prepend_bos,
         skip_first=config.skip_first,
         revision=config.revision,
         progress=progress,

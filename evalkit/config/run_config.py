@@ -67,6 +67,7 @@ class RunConfig(BaseModel):
     ``model``: the subject model; not needed for dumps with ready examples.
     ``dictionaries``: paths, hub ids, ``bundled:NAME`` patterns, or a ``DictionarySpec`` for one with its own options.
     ``transform``: replaces the input transform that the dictionaries declare.
+    ``prepend_bos``: whether contexts begin with BOS; None: as the dictionaries declare, else as the tokenizer does.
     ``n_features``, ``feature_ids``, ``density_band``: which features are scored (see ``feature_selection``).
     ``explainers``, ``judges``, ``scorers``, ``client``: registered names, with their options if any (``llm:single``).
     ``repeats``: how many times a judge that uses a language model judges each test.
@@ -94,6 +95,7 @@ class RunConfig(BaseModel):
     max_tokens: Count | None = None
     context_length: Annotated[int, Field(ge=8)] = defaults.CONTEXT_LENGTH
     window_length: Annotated[int, Field(ge=4)] = defaults.WINDOW_LENGTH
+    prepend_bos: bool | None = None
     skip_first: Annotated[int, Field(ge=0)] = 1
     calibration_contexts: Annotated[int, Field(ge=8)] = 256
     dtype: Literal["float32", "bfloat16"] = defaults.DTYPE

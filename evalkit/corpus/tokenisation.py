@@ -8,6 +8,7 @@ pools.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MIN_TOKENS", "tokenize_corpus"]
 
+_LOG = logging.getLogger(__name__)
 MIN_TOKENS = 32  # a shorter remainder of a document is dropped
 _TEXTS = 64  # pieces tokenised at once
 _CHARACTERS = 2_000_000  # and at most about this many characters at once
@@ -77,6 +79,7 @@ def tokenize_corpus(
         return _reopen(folder, settings, skip_first)
     with CorpusWriter(folder, context_length=context_length, pad_id=0) as writer:
         if located.kind == "matrix":
+            _tell_of_bos(located.files[0], settings, asked=add_bos)
             _copy_matrix(located.files[0], writer, settings, len(tokenizer), progress)
         else:
             pieces = read_pieces(located, text_field=text_field, split=split, revision=revision)
@@ -105,7 +108,10 @@ def _wants_bos(tokenizer: Any, add_bos: bool | None) -> bool:
         return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     if add_bos and tokenizer.bos_token_id is None:
         raise BadConfig(
-            "add_bos", expected="a tokenizer with a BOS token", seen="none", fix="leave add_bos out, or set it to false"
+            "prepend_bos",
+            expected="a tokenizer with a BOS token",
+            seen="none",
+            fix="use --no-prepend-bos, which reads contexts without it",
         )
     return add_bos
 
@@ -129,6 +135,16 @@ def _check_settings(settings: CorpusSettings) -> None:
             seen=str(settings.max_tokens),
             fix="raise max_tokens",
         )
+
+
+def _tell_of_bos(path: Path, settings: CorpusSettings, *, asked: bool | None) -> None:
+    """A warning where rows of a token matrix, which are used unchanged, do not begin as the run asks for."""
+    if asked is None:
+        return
+    begin = np.asarray(read_matrix(path)[:, 0]) == settings.bos_id
+    if (begin != asked).any():
+        words = "do not all begin" if asked else "begin"
+        _LOG.warning("%s: its rows %s with BOS and are used unchanged", path, words)
 
 
 def _copy_matrix(

@@ -10,10 +10,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from evalkit.corpus.bos import wanted_bos
 from evalkit.errors import BadConfig
 from evalkit.inspection.parts.cache import Part, bind, load_part, save_part
 from evalkit.inspection.parts.measured import Measured
@@ -99,6 +100,7 @@ def inspect_dictionary(
             seen=f"{source.name}, a dictionary of kind {kind}",
             fix="leave --sae out",
         )
+    settings = replace(settings, prepend_bos=wanted_bos(settings.prepend_bos, [source.info]))
     parts = parse_parts(only, has_sae=settings.sae is not None, kind=kind)
     plan = _plan(settings, source, parts)
     folder = folder or _folder(settings, source)

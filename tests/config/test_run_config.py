@@ -105,7 +105,13 @@ def test_no_kind_of_field_shows_the_words_of_a_library() -> None:
 def test_identity_ignores_what_changes_no_record() -> None:
     base = make().identity()
     assert make(batch_size=3, device="cuda", judges=("llm",), explainers=("default",)).identity() == base
-    for change in ({"seed": 1}, {"n_positives": 20}, {"dictionaries": ("e",)}, {"max_tokens": 5}, {"controls": ()}):
+    for change in (
+        {"seed": 1},
+        {"n_positives": 20},
+        {"dictionaries": ("e",)},
+        {"max_tokens": 5},
+        {"prepend_bos": True},
+    ):
         assert make(**change).identity() != base
 
 

@@ -36,6 +36,7 @@ class Settings:
     ``sae``: an SAE for the same site as the RQAE, to compare it with.
     ``format_name``: format of the dictionary; None: detected from its files.
     ``max_tokens``: tokens of the corpus to use.
+    ``prepend_bos``: whether contexts begin with BOS; None: as the dictionary declares, else as the tokenizer does.
     ``fit_tokens``: tokens on which FVU, firing counts and losses are measured.
     ``features``: number of features in the part "ranks" and of latents in the part "sae".
     ``depths``: depths of an RQAE; None: a default list up to the full depth.
@@ -53,6 +54,7 @@ class Settings:
     max_tokens: int = 100_000
     fit_tokens: int = 8192
     context_length: int = 128
+    prepend_bos: bool | None = None
     text_field: str = "text"
     split: str = "train"
     revision: str | None = None
@@ -91,7 +93,8 @@ class Settings:
     def text(self) -> dict[str, Any]:
         """The options that tokens and hidden states depend on; a folder holds the codes for one set of their values."""
         names = ("model", "corpus", "site", "max_tokens", "context_length", "text_field", "split", "revision", "dtype")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found if self.prepend_bos is None else {**found, "prepend_bos": self.prepend_bos}
 
 
 def parse_depths(text: str | None) -> tuple[int, ...] | None:

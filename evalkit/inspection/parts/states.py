@@ -105,6 +105,7 @@ class States:
             self.subject.tokenizer,
             self._folder / "corpus",
             context_length=settings.context_length,
+            add_bos=settings.prepend_bos,
             text_field=settings.text_field,
             split=settings.split,
             max_tokens=settings.max_tokens,

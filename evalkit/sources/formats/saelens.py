@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evalkit.corpus.bos import PREPEND_BOS
 from evalkit.errors import BadConfig, BadFile
 from evalkit.sources.formats.common import (
     COMMON,
@@ -136,6 +137,8 @@ def describe_source(
     steps += normalised_hook(settled, site)
     steps += normalisation(where, settled, weights, options, factor)
     declared = {key: card[key] for key in ("fvu", "l0", "alive_share") if is_number(card.get(key))}
+    if (bos := settled.get(PREPEND_BOS)) is not None:
+        declared[PREPEND_BOS] = bos
     if (k := _declared_k(settled, weights)) is not None:
         declared.setdefault("l0", float(k))
     declared = {**_rates(file, sparsity, weights.width), **declared}
@@ -180,8 +183,8 @@ def _settle(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise bad_key(
             where, "hook_head_index", "null: a dictionary of whole states, not of one head", flat["hook_head_index"]
         )
-    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
-        if not isinstance(flat.get(key, False), bool):
+    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", PREPEND_BOS):
+        if not isinstance(flat.get(key, False), bool | None if key == PREPEND_BOS else bool):
             raise bad_key(where, key, "true or false", flat[key])
     layer, hook = flat.get("hook_layer"), flat.get("hook_name")
     if isinstance(hook, str) and isinstance(layer, int):

@@ -76,11 +76,9 @@ class Site:
 class SubjectInfo:
     """The properties of the subject model that a feature source may need.
 
-    ``d_model``: the width of the states between blocks, which the embedding may not have (OPT-350m).
+    ``d_model``, ``widths``: the width of the states between blocks, and of those at the sites that were loaded.
     ``norm_gain``: (d_model,), the factor of the final norm: the weight in Llama-type norms, 1 + weight in Gemma-type norms.
-    ``norm_eps``: the constant that the final norm adds to the mean square.
-    ``sites``: the module paths that can be hooked.
-    ``widths``: the widths of the states at the sites that were loaded.
+    ``norm_eps``: the constant that the final norm adds to the mean square. ``sites``: module paths that can be hooked.
     """
 
     model: str

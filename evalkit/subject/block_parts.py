@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,7 +98,8 @@ def find_parts(block: nn.Module, events: Sequence[Event], mlp: str | None) -> Bl
     around = [group for group in groups if torch.equal(group.states, start) or torch.equal(group.states, end)]
     if found is None:
         why = "the block's output is not its input plus what one of its modules returns plus what another returns"
-        return _refused(why, _members(around), _returning(around))
+        refused = _refused(why, _members(around), _returning(around))
+        return replace(refused, parts=_projections(block, once, None, None, attention, mlp))
     return _named(block, once, groups, around, found, attention, mlp)
 
 
@@ -236,14 +237,20 @@ def _returning(groups: Iterable[_Group]) -> frozenset[str]:
 
 
 def _projections(
-    block: nn.Module, events: Sequence[Event], first: _Group, second: _Group, attention: str | None, mlp: str | None
+    block: nn.Module,
+    events: Sequence[Event],
+    first: _Group | None,
+    second: _Group | None,
+    attention: str | None,
+    mlp: str | None,
 ) -> dict[str, Part]:
     """The last matrix of attention and of the MLP: it gives what the module returns, or what is added."""
     modules = dict(block.named_modules())
     found = {}
     for name, path, group in ((ATTN_PROJECTION, attention, first), (MLP_PROJECTION, mlp, second)):
         own = [event.states for event in events if path and event.path == path and not event.is_input]
-        wanted = [group.states, *(states for states in own if states is not None)]
+        given = (*own, group.states if group is not None else None)
+        wanted = [states for states in given if states is not None]
         for event in events:
             if event.is_input or event.states is None or (path and not _below(event.path, path)):
                 continue

@@ -336,8 +336,7 @@ def _has(block: nn.Module, path: str) -> bool:
 
 
 def _refusal(site: str, model: str, what: str, why: str) -> BadConfig:
-    block = parse_site(site)
-    after = (
-        f"layers.{block.layer}, the residual stream after the block, or a module by its own path" if block else EMBED
-    )
-    return BadConfig(f"site {site!r}", expected=f"{what} in {model}", seen=why, fix=f"use {after}")
+    block, fix = parse_site(site), "use a module by its own path"
+    if block and block.part:
+        fix = f"use layers.{block.layer}, the residual stream after the block, or a module by its own path"
+    return BadConfig(f"site {site!r}", expected=f"{what} in {model}", seen=why, fix=fix)

@@ -80,10 +80,23 @@ def test_blocks_that_do_not_add_up_are_refused_but_for_their_ends(case: str) -> 
     subject = subject_of(case)
     states = subject.hidden(IDS, sites=["layers.0", "layers.1:in"])
     assert torch.equal(states["layers.0"], states["layers.1:in"])
-    for hook in ("hook_resid_mid", "hook_attn_out", "hook_mlp_out", "mlp.hook_post", "attn.hook_z"):
+    for hook in ("hook_resid_mid", "hook_attn_out", "hook_mlp_out"):
         with pytest.raises(BadConfig, match="seen the block's output is not its input plus what one of its modules"):
             subject.hidden(IDS, sites=[str(site_of_hook(f"blocks.1.{hook}"))])
         assert not subject.in_stream(str(site_of_hook(f"blocks.1.{hook}")))
+
+
+@pytest.mark.parametrize(
+    ("case", "seen"),
+    [
+        ("gemma3n", "states of another shape"),
+        ("xlnet", "states of another shape"),
+        ("rwkv", "block 1 returns other states than block 2 reads"),
+    ],
+)
+def test_what_is_no_residual_stream_is_refused(case: str, seen: str) -> None:
+    with pytest.raises(BadConfig, match=rf"site 'layers\.1': .* seen {seen}; fix: use a module by its own path$"):
+        subject_of(case, "layers.1")
 
 
 @pytest.mark.parametrize("case", [*SEQUENTIAL, *PARALLEL])
@@ -145,6 +158,8 @@ def test_modules_that_return_the_stream_are_refused_under_the_name_of_their_part
         ("mpt", "attn.out_proj", "ffn.down_proj"),
         ("ctrl", "multi_head_attention.dense", "ffn.2"),
         ("gemma2", "self_attn.o_proj", "mlp.down_proj"),
+        ("gpt", "attn.c_proj", "mlp.c_proj"),
+        ("doge", "self_attn.o_proj", "mlp.down_proj"),
     ],
 )
 def test_what_goes_into_the_output_projections(case: str, attention: str, mlp: str) -> None:

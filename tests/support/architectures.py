@@ -72,6 +72,7 @@ SEQUENTIAL: Mapping[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", {**_OPT, "word_embed_proj_dim": WIDTH}),
     "biogpt": ("BioGpt", _SIZE),
     "stablelm": ("StableLm", {**_SIZE, "num_key_value_heads": 2}),
+    "modernbert decoder": ("ModernBertDecoder", _SIZE),  # its output head is called decoder
     "ctrl": ("CTRL", {**_GPT, "dff": 64}),
 }
 PARALLEL: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -97,6 +98,27 @@ OTHER: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "mamba": ("Mamba", {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "state_size": 4}),
     "bart": ("Bart", _BART),
+    "doge": ("Doge", _GROUPED),  # multiplies the stream itself, by weights
+}
+# Between whose blocks is no one state per token, or another one after each block than before the next.
+NO_STREAM: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            **{**_GROUPED, "num_hidden_layers": 5, "intermediate_size": [64] * 5, "sliding_window": 8},
+            **{"layer_types": ["sliding_attention"] * 4 + ["full_attention"], "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
+            **{"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 5},
+        },
+    ),
+    "rwkv": (
+        "Rwkv",
+        {
+            **{"vocab_size": VOCAB, "hidden_size": WIDTH, "attention_hidden_size": WIDTH},
+            **{"num_hidden_layers": BLOCKS, "rescale_every": 2},
+        },
+    ),
+    "xlnet": ("XLNet", {"vocab_size": VOCAB, "d_model": WIDTH, "n_layer": BLOCKS, "n_head": 4, "d_inner": 64}),
 }
 _BIDIRECTIONAL = {
     "gemma3 both ways": ("Gemma3Text", {**_GROUPED, "sliding_window": 8, "use_bidirectional_attention": True}),
@@ -111,7 +133,7 @@ DECODERS_OF_ENCODERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bert as a decoder": ("Bert", {**_SIZE, "is_decoder": True}),
     "roberta as a decoder": ("Roberta", {**_SIZE, "is_decoder": True}),
 }
-ALL = {**SEQUENTIAL, **PARALLEL, **OTHER, **BIDIRECTIONAL, **DECODERS_OF_ENCODERS}
+ALL = {**SEQUENTIAL, **PARALLEL, **OTHER, **NO_STREAM, **BIDIRECTIONAL, **DECODERS_OF_ENCODERS}
 
 
 @cache
@@ -125,7 +147,7 @@ def whole_model(case: str) -> Any:
         for path, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.2)
-            elif "norm" in path or "ln" in path:
+            elif "norm" in path or "ln" in path or "residual" in path:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 

@@ -17,9 +17,16 @@ from typing import Any
 
 from evalkit.errors import ClientDown, ClientError, NoAnswer, require
 from evalkit.llm.clients.server.connection import Server
-from evalkit.llm.clients.server.dialects import CONSTRAINTS, Constraints, Dialect, Form, MalformedReply
+from evalkit.llm.clients.server.dialects import (
+    CONSTRAINTS,
+    REMOVABLE,
+    Constraints,
+    Dialect,
+    Form,
+    MalformedReply,
+)
 from evalkit.llm.clients.server.endpoints import Endpoint, expect, is_number
-from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure
+from evalkit.llm.clients.server.failures import Refusal, Transient, judge_failure, may_be_a_parameter, signature
 from evalkit.llm.clients.server.limits import Limits, Permit
 from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
@@ -240,15 +247,44 @@ class OpenAIClient:
         except self.endpoint.sdk.APIStatusError as error:
             self._hear(error.response.headers)
             failure = judge_failure(error, server.url, form.removable, self.endpoint.redact)
-            if not isinstance(failure, Refusal):
+            if isinstance(failure, Refusal):
+                self._refuse(server, failure.parameter, failure.reason, form)
+                return None
+            found = await self._eliminate(server, request, form, error)
+            if found is None:
                 raise failure from None  # the SDK's error quotes the server, perhaps with the key
-            if server.dialect.refuse(failure.parameter):
-                _LOG.warning("%s rejects %s (%s); retrying without it", server.url, failure.parameter, failure.reason)
-            return None
+            form, completion, headers = found
         self._hear(headers)
         response = self._read(server, request, form, completion)
         self._limits.correct(permit, response.prompt_tokens, response.completion_tokens)
         return response
+
+    def _refuse(self, server: Server, parameter: str, reason: str, form: Form) -> None:
+        if server.dialect.refuse(parameter, form.body.get("top_logprobs")):
+            _LOG.warning("%s rejects %s (%s); retrying without it", server.url, parameter, reason)
+
+    async def _eliminate(
+        self, server: Server, request: GenerateRequest, form: Form, error: Any
+    ) -> tuple[Form, Any, Mapping[str, str]] | None:
+        """Find out which parameter a server rejects that does not name it: send the request without each in turn.
+
+        Returns the first form that is answered, with the answer; None if the fault is no parameter's. Once per error.
+        """
+        found = signature(error)
+        if not may_be_a_parameter(error) or found in server.dialect.unexplained:
+            return None
+        server.dialect.unexplained.add(found)
+        for parameter in (name for name in REMOVABLE if name in form.removable):
+            shorter = self.endpoint.form(request, server.dialect.without(parameter))
+            try:
+                completion, headers = await server.complete(self.endpoint.body(shorter))
+            except (self.endpoint.sdk.APIStatusError, Transient):
+                continue
+            reason = f"status {error.status_code} with it, an answer without it"
+            self._refuse(server, parameter, reason, form)
+            server.dialect.unexplained.discard(found)
+            return shorter, completion, headers
+        return None
 
     def _hear(self, headers: Mapping[str, str]) -> None:
         """Use the rate limits that a server reports. Ignored with several servers, as each has its own limits."""

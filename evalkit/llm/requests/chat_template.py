@@ -46,14 +46,14 @@ class ChatTemplate:
             return self._apply(tokenizer, without_system(messages))
         try:
             return self._apply(tokenizer, messages)
-        except Exception as error:  # a template may raise an error of any class
+        except Exception as error:  # a template may raise an error of any class and in any words
             shorter = without_system(messages)
-            if len(shorter) == len(messages) or "system" not in str(error).lower():
+            if shorter == list(messages):
                 raise _unusable(error) from error
-        try:
-            tokens = self._apply(tokenizer, shorter)
-        except Exception as error:
-            raise _unusable(error) from error
+            try:
+                tokens = self._apply(tokenizer, shorter)
+            except Exception:
+                raise _unusable(error) from error
         self._no_system = True
         return tokens
 

@@ -24,6 +24,7 @@ __all__ = [
     "takes_back",
 ]
 
+_UNKNOWN_SHARE = 0.02  # how far P(yes) may be from its true value because a list of candidates is cut short
 _LONGEST = 20_000  # characters after the reasoning; the answers need a few hundred
 
 _YES = re.compile(r"1(?:\.0*)?(?:e[+-]?0+)?|true|yes", re.IGNORECASE | re.ASCII)
@@ -229,12 +230,23 @@ def _yes_no_mass(candidates: Mapping[str, float], word: str) -> float:
 
 
 def probability_of_yes(candidates: Mapping[str, float]) -> float | None:
-    """P(yes) / (P(yes) + P(no)), from natural-log probabilities of the first token; None if neither is a candidate.
+    """P(yes) / (P(yes) + P(no)), from natural-log probabilities of the first token; None if that is not known.
 
-    Spellings that differ in case or surrounding space are added up.
+    Spellings that differ in case or surrounding space are added up. A list of candidates may be cut short, so that one of
+    the words is missing. Its probability is then at most what the list leaves over, and at most that of the least likely
+    candidate in a list of several. If that could change the result by more than 0.02, there is no result.
     """
     yes, no = _yes_no_mass(candidates, "yes"), _yes_no_mass(candidates, "no")
-    return yes / (yes + no) if yes + no > 0 else None
+    if yes + no == 0:
+        return None
+    if yes and no:
+        return yes / (yes + no)
+    masses = [math.exp(min(logprob, 0.0)) for logprob in candidates.values() if not math.isnan(logprob)]
+    missing = max(0.0, 1.0 - sum(masses))
+    if len(masses) > 1:
+        missing = min(missing, *masses)
+    known = yes + no
+    return float(yes > 0) if missing <= _UNKNOWN_SHARE * (known + missing) else None
 
 
 def _short(text: str) -> str:

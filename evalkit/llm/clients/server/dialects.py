@@ -17,15 +17,18 @@ from evalkit.llm.requests.chat_template import without_system
 from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Response
 
-__all__ = ["CONSTRAINTS", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
+__all__ = ["CONSTRAINTS", "REMOVABLE", "Constraints", "Dialect", "Form", "MalformedReply", "read_reply"]
 
 Constraints: TypeAlias = Literal["auto", "vllm", "json_schema", "none"]
 CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
 
 _WRAP = "answer"
+_MOST_LOGPROBS = 20  # candidates per token; the largest number that the protocol allows
 _WRAPPING_TOKENS = 16  # allowance for the tokens that {"answer": …} adds to a reply
 # parameters that are left out if a server rejects them: a less constrained reply is better than none
 _OPTIONAL = ("seed", "temperature", "top_logprobs", "logprobs", "response_format", "structured_outputs")
+# and those that can be written another way; in the order in which they are suspected if a server names none
+REMOVABLE = ("system", "response_format", "structured_outputs", "logprobs", "temperature", "seed", "max_tokens")
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -58,11 +61,13 @@ class Dialect:
     """The dialect of one server.
 
     ``kind``: how it accepts constraints; None until that is known.
-    ``refused``: parameters that it rejected.
+    ``refused``: parameters that it rejected; "top_logprobs=5" if it returns at most 5 candidates per token.
+    ``unexplained``: signatures of errors that no parameter is to blame for.
     """
 
     kind: Constraints | None = None
     refused: set[str] = field(default_factory=set)
+    unexplained: set[str] = field(default_factory=set)
 
     def put(self, request: GenerateRequest, temperature: float | None = 0.0) -> Form:
         """The request in this server's dialect. ``temperature``: None leaves it to the server."""
@@ -77,7 +82,7 @@ class Dialect:
         if request.seed is not None:
             body["seed"] = request.seed
         if request.logprobs:
-            body |= {"logprobs": True, "top_logprobs": request.logprobs}
+            body |= {"logprobs": True, "top_logprobs": min(request.logprobs, self._most_logprobs())}
         if wrapped or (self.kind == "json_schema" and request.schema is not None):
             schema = _wrapped(request) if wrapped else _typed(request.schema)
             form = {"name": "reply", "schema": schema, "strict": True}
@@ -89,13 +94,33 @@ class Dialect:
             body.pop(name, None)
         return Form(body, {"structured_outputs": own} if own else {}, wrapped)
 
-    def refuse(self, parameter: str) -> bool:
-        """Leave a parameter out from now on; returns whether it was still in use."""
+    def without(self, parameter: str) -> Dialect:
+        """A copy that leaves out one more parameter."""
+        other = Dialect(self.kind, set(self.refused))
+        other.refuse(parameter)
+        return other
+
+    def refuse(self, parameter: str, sent: int | None = None) -> bool:
+        """Leave a parameter out from now on; returns whether it was still in use.
+
+        Of ``top_logprobs`` fewer are asked for: as many as the server said, else half of ``sent``; with none left, none.
+        """
+        if parameter == "top_logprobs" or parameter.startswith("top_logprobs="):
+            told = int(parameter.partition("=")[2] or 0)
+            before = min(self._most_logprobs(), sent or _MOST_LOGPROBS)
+            most = told if 0 < told < before else (sent or before) // 2
+            if most >= self._most_logprobs():
+                return False
+            parameter = f"top_logprobs={most}" if most else "top_logprobs"
         new = parameter not in self.refused
         self.refused.add(parameter)
         if parameter == "structured_outputs" and self.kind == "vllm":
             self.kind = "json_schema"  # the usual way for servers that accept constraints at all
         return new
+
+    def _most_logprobs(self) -> int:
+        limits = [name.partition("=")[2] for name in self.refused if name.startswith("top_logprobs=")]
+        return min((int(limit) for limit in limits if limit.isdigit()), default=_MOST_LOGPROBS)
 
     def _wraps(self, request: GenerateRequest) -> bool:
         """Whether the constraint has to be wrapped in an object.
@@ -115,7 +140,7 @@ def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Respons
         raise MalformedReply(f"a reply that is not JSON: {completion[:2000]!r}")
     try:
         choice = completion.choices[0]
-        text = choice.message.content
+        text = _text(choice.message.content)
         if text is None:  # a model that declines uses another field
             text = getattr(choice.message, "refusal", None) or ""
         told, usage = getattr(completion, "model", None), getattr(completion, "usage", None)
@@ -124,6 +149,8 @@ def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Respons
     if not isinstance(text, str):
         raise MalformedReply(f"a reply whose content is not text but {type(text).__name__}")
     reason = getattr(choice, "finish_reason", None)
+    if reason == "error":  # a router's provider failed after the router had answered with status 200
+        raise MalformedReply(f"a reply that ended in an error: {getattr(choice, 'error', None) or text[:200]}")
     return Response(
         text=_encodable(_unwrapped(request, text) if form.wrapped else text),
         logprobs=_logprobs(getattr(choice, "logprobs", None)) if request.logprobs else (),
@@ -132,6 +159,15 @@ def read_reply(request: GenerateRequest, form: Form, completion: Any) -> Respons
         finish_reason=reason if isinstance(reason, str) else "stop",
         model=told if isinstance(told, str) else "",
     )
+
+
+def _text(content: Any) -> Any:
+    """The content as one text where it comes in parts. Parts of other kinds, for example thoughts, are left out."""
+    if not isinstance(content, list):
+        return content
+    parts = [part if isinstance(part, Mapping) else getattr(part, "__dict__", {}) for part in content]
+    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _encodable(text: str) -> str:
@@ -193,8 +229,8 @@ def _logprobs(found: Any) -> tuple[dict[str, float], ...]:
     try:
         for token in found.content or ():
             candidates: dict[str, float] = {}
-            for one in token.top_logprobs or (token,):
-                if isinstance(one.token, str) and not math.isnan(one.logprob):
+            for one in (token, *(token.top_logprobs or ())):  # the generated token may be missing from the candidates
+                if isinstance(one.token, str) and one.logprob is not None and not math.isnan(one.logprob):
                     best = candidates.get(one.token, -math.inf)
                     candidates[one.token] = max(best, min(float(one.logprob), 0.0))
             tokens.append(candidates)

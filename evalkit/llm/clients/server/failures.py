@@ -17,7 +17,7 @@ from typing import Any
 from evalkit.errors import ClientDown, ClientError, ContextOverflow, RequestRefused
 from evalkit.llm.clients.server.keys import Redactor
 
-__all__ = ["Refusal", "Transient", "judge_failure", "retry_after"]
+__all__ = ["Refusal", "Transient", "judge_failure", "may_be_a_parameter", "retry_after", "signature"]
 
 _AGAIN = frozenset({408, 409, 425, 429})  # retried, as is every status from 500
 _NEVER = {
@@ -35,12 +35,24 @@ _TOO_LONG = re.compile(
 )
 _UNSUPPORTED = re.compile(
     r"unsupported|not supported|n't support|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed"
-    r"|extra (?:field|input)|invalid|not implemented|not available",
+    r"|extra (?:field|input)|invalid|not implemented|not available|unavailable|not enabled|disabled|forbidden|\bonly\b",
     re.I,
 )
 _NO_SYSTEM = re.compile(
-    r"\b(?:system|developer) (?:role|message|prompt|instruction)s?\b.{0,30}(?:\bnot\b|n't|unsupported)", re.I
+    r"\b(?:system|developer)\W{0,3} (?:role|message|prompt|instruction)s?\b.{0,30}(?:\bnot\b|n't|unsupported)"
+    r"|\brole\W{1,3}(?:system|developer)\b|\broles? must (?:strictly )?alternate|\bonly user and assistant\b"
+    r"|\bfirst message must\b.{0,20}\buser\b",
+    re.I,
 )
+_MOST_LOGPROBS = re.compile(
+    r"(?:at most|up to|less than or equal to|no (?:more|greater|larger) than|<=|≤|\bmax(?:imum)?(?: \w+)?(?: is| of|:)?"
+    r"|between \d+ and|\[0, ?)\s*(?<!\d)(\d{1,3})(?!\d)",
+    re.I,
+)
+# An error that may be about a parameter although it names none that was sent. With a status of _NEVER the usual meaning is
+# another, so the words must say so; the other errors of a client's making may have any words.
+_ABOUT_REQUEST = frozenset({400, 403, 404, 405, 415, 422})
+_ABOUT_PARAMETERS = re.compile(r"parameter|feature|support|schema|logprob|format|\brole|field|option", re.I)
 _LONGEST_WAIT_S = 300.0
 
 
@@ -75,19 +87,41 @@ def judge_failure(
         return _down(server, reason, _NEVER[402])
     if status in _AGAIN:
         return Transient(reason, retry_after(error.response.headers))
+    if status in (401, 402):
+        return _down(server, reason, _NEVER[status])
+    if body.get("code") == "context_length_exceeded" or (status not in _NEVER and _TOO_LONG.search(message)):
+        return _overflow(message)
+    if parameter := _named(body.get("param"), message, removable):
+        return Refusal(_with_limit(parameter, message), reason)
     if status in _NEVER:
         return _down(server, reason, _NEVER[status])
-    if body.get("code") == "context_length_exceeded" or _TOO_LONG.search(message):
-        return _overflow(message)
     if status >= 500:
         return Transient(reason, retry_after(error.response.headers))
-    if parameter := _named(body.get("param"), message, removable):
-        return Refusal(parameter, reason)
     if body.get("param") == "model":
         return _down(server, reason, "check the model name")
     return RequestRefused(
         f"request to {server}", expected="an answer", seen=reason, fix="see the reason; the same request fails again"
     )
+
+
+def may_be_a_parameter(error: Any) -> bool:
+    """Whether an ``openai.APIStatusError`` may reject a parameter without naming it.
+
+    Then the request is worth trying without each of them. Never true of a wrong key, a rate limit or a server's failure.
+    """
+    status, message = int(error.status_code), _words(error)
+    return status in _ABOUT_REQUEST and (status not in _NEVER or _ABOUT_PARAMETERS.search(message) is not None)
+
+
+def signature(error: Any) -> str:
+    """What an error says, without numbers and quoted text: equal for errors that differ in the request only."""
+    return re.sub(r"(['\"`]).*?\1|\d+", "", f"{error.status_code} {_words(error)}")[:300]
+
+
+def _with_limit(parameter: str, message: str) -> str:
+    """``top_logprobs`` with the largest number that the server accepts, where its message says one."""
+    found = _MOST_LOGPROBS.search(message) if parameter == "top_logprobs" else None
+    return f"{parameter}={found[1]}" if found else parameter
 
 
 def _words(error: Any) -> str:
@@ -110,6 +144,8 @@ def _named(param: Any, message: str, removable: Collection[str]) -> str | None:
     Taken from the error's ``param``, or else the first one named in a message that says something is unsupported.
     """
     root = re.split(r"[.\[]", str(param or ""))[0]
+    if root == "messages" and "system" in removable and _NO_SYSTEM.search(message):
+        return "system"
     if root in removable and (root != "max_tokens" or _UNSUPPORTED.search(message)):
         return root  # a max_tokens that is only too small or too large is not unsupported
     if root and root != "messages":
@@ -118,7 +154,7 @@ def _named(param: Any, message: str, removable: Collection[str]) -> str | None:
         return "system"
     if root or not _UNSUPPORTED.search(message):
         return None  # an error about messages may quote the prompt
-    places = {name: re.search(rf"(?<![a-z_]){name}(?![a-z_])", message) for name in removable if name != "system"}
+    places = {name: re.search(rf"(?<![a-z_-]){name}(?![a-z_-])", message) for name in removable if name != "system"}
     found = {name: place.start() for name, place in places.items() if place}
     return min(found, key=found.__getitem__, default=None)
 

@@ -93,6 +93,7 @@ class OpenAIClient:
         self._down: ClientDown | None = None  # raised for requests made before ``_down_until``
         self._down_until = 0.0
         self._finishing = False
+        self._told: set[str] = set()  # rejected parameters that a warning has named
 
     async def generate(
         self,
@@ -250,9 +251,14 @@ class OpenAIClient:
             if isinstance(failure, Refusal):
                 self._refuse(server, failure.parameter, failure.reason, form)
                 return None
-            found = await self._eliminate(server, request, form, error)
-            if found is None:
+            if not may_be_a_parameter(error):
                 raise failure from None  # the SDK's error quotes the server, perhaps with the key
+            async with server.eliminating:
+                if self.endpoint.form(request, server.dialect) != form:
+                    return None  # another request has found the parameter meanwhile
+                found = await self._eliminate(server, request, form, error)
+            if found is None:
+                raise failure from None
             form, completion, headers = found
         self._hear(headers)
         response = self._read(server, request, form, completion)
@@ -260,7 +266,8 @@ class OpenAIClient:
         return response
 
     def _refuse(self, server: Server, parameter: str, reason: str, form: Form) -> None:
-        if server.dialect.refuse(parameter, form.body.get("top_logprobs")):
+        if server.dialect.refuse(parameter, form.body.get("top_logprobs")) and parameter not in self._told:
+            self._told.add(parameter)
             _LOG.warning("%s rejects %s (%s); retrying without it", server.url, parameter, reason)
 
     async def _eliminate(
@@ -271,9 +278,8 @@ class OpenAIClient:
         Returns the first form that is answered, with the answer; None if the fault is no parameter's. Once per error.
         """
         found = signature(error)
-        if not may_be_a_parameter(error) or found in server.dialect.unexplained:
+        if found in server.dialect.unexplained:
             return None
-        server.dialect.unexplained.add(found)
         for parameter in (name for name in REMOVABLE if name in form.removable):
             shorter = self.endpoint.form(request, server.dialect.without(parameter))
             try:
@@ -282,8 +288,8 @@ class OpenAIClient:
                 continue
             reason = f"status {error.status_code} with it, an answer without it"
             self._refuse(server, parameter, reason, form)
-            server.dialect.unexplained.discard(found)
             return shorter, completion, headers
+        server.dialect.unexplained.add(found)
         return None
 
     def _hear(self, headers: Mapping[str, str]) -> None:

@@ -65,6 +65,7 @@ class Server:
         )
         self._looks = 0
         self._looking = asyncio.Lock()
+        self.eliminating = asyncio.Lock()  # held while it is found out which parameter the server rejects
 
     async def close(self) -> None:
         await self.connections.close()

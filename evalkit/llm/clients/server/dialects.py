@@ -166,7 +166,9 @@ def _text(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     parts = [part if isinstance(part, Mapping) else getattr(part, "__dict__", {}) for part in content]
-    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+    if not all(isinstance(part.get("type"), str) for part in parts):
+        return content
+    texts = [part.get("text") for part in parts if part["type"] in ("text", "output_text")]
     return "".join(text for text in texts if isinstance(text, str))
 
 

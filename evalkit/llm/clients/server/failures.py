@@ -110,6 +110,9 @@ def may_be_a_parameter(error: Any) -> bool:
     Then the request is worth trying without each of them. Never true of a wrong key, a rate limit or a server's failure.
     """
     status, message = int(error.status_code), _words(error)
+    body = error.body if isinstance(error.body, dict) else {}
+    if body.get("param") not in (None, "", "messages"):  # it names another parameter, which was asked for on purpose
+        return False
     return status in _ABOUT_REQUEST and (status not in _NEVER or _ABOUT_PARAMETERS.search(message) is not None)
 
 

@@ -128,7 +128,7 @@ def test_the_code_alone_is_enough() -> None:
         ("Invalid schema for response_format 'reply': …", "response_format", "response_format"),
         ("unknown", "response_format.json_schema", "response_format"),
         ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "max_tokens", "max_tokens"),
-        ("top_logprobs must be at most 5", "top_logprobs", "top_logprobs"),
+        ("top_logprobs must be at most 5", "top_logprobs", "top_logprobs=5"),
         # named in words only
         ("This model does not support `logprobs`", None, "logprobs"),
         ("Unknown fields: top_logprobs, logprobs", None, "top_logprobs"),

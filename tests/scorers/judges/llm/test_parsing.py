@@ -143,7 +143,10 @@ def test_neither_yes_nor_no(text: str) -> None:
 def test_probability_of_yes() -> None:
     candidates = {"yes": math.log(0.3), " Yes": math.log(0.1), "no": math.log(0.1), "the": math.log(0.4)}
     assert probability_of_yes(candidates) == pytest.approx(0.8)
-    assert probability_of_yes({"yes": math.log(0.2)}) == 1.0
+    assert probability_of_yes({"yes": math.log(0.2)}) is None  # "no" may have any part of the other 0.8
+    assert probability_of_yes({"yes": math.log(0.99)}) == 1.0
+    assert probability_of_yes({"yes": math.log(0.6), "Maybe": math.log(0.2)}) is None  # "no" may have 0.2 too
+    assert probability_of_yes({"no": math.log(0.6), "Maybe": math.log(0.3), "Perhaps": math.log(0.001)}) == 0.0
     assert probability_of_yes({"Ġno": -0.1, "yes": -math.inf}) == 0.0
     assert probability_of_yes({"maybe": -0.1}) is None
     assert probability_of_yes({}) is None

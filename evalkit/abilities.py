@@ -6,7 +6,7 @@ each has. Flags are set on the class. Imports the contracts only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evalkit.protocols import PickingJudge, Progress, SimulatingJudge
@@ -114,6 +114,14 @@ class PreparingExplainer(Protocol):
 
     async def prepare(self, sources: Sequence[str]) -> None:
         """``sources``: the names of all sources of the run."""
+
+
+@runtime_checkable
+class ControlAwareExplainer(Protocol):
+    """An explainer that treats the controls of a run differently."""
+
+    def set_controls(self, controls: Collection[str]) -> None:
+        """``controls``: the names of the sources that the run made as controls; told before anything else."""
 
 
 @runtime_checkable

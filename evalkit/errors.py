@@ -7,6 +7,7 @@ library callers catch the branch of the tree that they can handle.
     ├── InputError            invalid input: a file, an option, text or a feature
     │   ├── MissingFile       a path that does not exist
     │   ├── BadFile           a file that cannot be read in its format
+    │   │   └── DamagedFile   a file of a run that does not hold what was written to it
     │   ├── BadShape          a tensor with an unexpected shape or dtype
     │   ├── BadConfig         an invalid option or TOML key, or an invalid combination of options
     │   ├── CorpusError       a corpus that is empty, too short, or whose tokens do not fit the model
@@ -44,6 +45,7 @@ __all__ = [
     "ClientError",
     "ContextOverflow",
     "CorpusError",
+    "DamagedFile",
     "EvalkitError",
     "InputError",
     "MissingExtra",
@@ -81,6 +83,10 @@ class MissingFile(InputError):
 
 class BadFile(InputError):
     """A file that cannot be read in its format."""
+
+
+class DamagedFile(BadFile):
+    """A file of a run that does not hold what was written to it. It ends the stage that meets it."""
 
 
 class BadShape(InputError):

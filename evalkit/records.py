@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASELINE",
-    "CONTROL_MARK",
+    "CONTROL_KIND",
     "NO_EXPLAINER",
     "REAL",
     "SHUFFLED",
@@ -47,7 +47,7 @@ __all__ = [
 
 REAL, SHUFFLED = "", "shuffled"  # value of "control": the feature's own explanation, or that of another feature
 BASELINE = ("words", "lexical")  # explainer and judge of the control "lexical", which needs no model
-CONTROL_MARK = "/null-"  # part of the name of every dictionary that is a control
+CONTROL_KIND = "null-"  # begins the kind of every source that the run itself made as a control, and of no other
 NO_EXPLAINER = "none"  # recorded as the explainer of tests that need no explanation
 
 FeatureId: TypeAlias = str  # the decimal index of an SAE latent; "<token id>@<context>.<position>" for an RQAE centre
@@ -95,7 +95,7 @@ class SourceInfo:
     """The columns that tables print about a feature source. All records use ``name`` as its key."""
 
     name: str
-    kind: str  # "rqae", "sae", "null-planted", …
+    kind: str  # "rqae", "sae", …; "null-planted", … of controls
     site: str
     width: int | None = None
     l0: float | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature, json_problem
 from evalkit.protocols import Client
-from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
+from evalkit.records import CONTROL_KIND, ExplainExamples, Explanation, FeatureId
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["DelphiFilesExplainer"]
@@ -49,6 +49,7 @@ class DelphiFilesExplainer:
         self.module = None if module is None else str(module).replace("/", "--")
         self.source = source
         self._card = top / CARD
+        self._controls: frozenset[str] | None = None
         if not self._files:
             raise MissingFile(
                 path,
@@ -57,6 +58,13 @@ class DelphiFilesExplainer:
                 fix="give the folder of a run of eai-delphi, or the output of `evalkit export --format delphi`",
             )
 
+    def set_controls(self, controls: Collection[str]) -> None:
+        """``controls``: sources of the run that the files are not about, unless the files list them."""
+        self._controls = frozenset(controls)
+
+    def _is_control(self, source: str) -> bool:
+        return f"/{CONTROL_KIND}" in source if self._controls is None else source in self._controls
+
     async def prepare(self, sources: Sequence[str]) -> None:
         """Check which sources the files explain, before the first feature. ``sources``: all names in the run.
 
@@ -64,7 +72,7 @@ class DelphiFilesExplainer:
         """
         explained = [name for name in sources if self.explains(name)]
         if not explained:
-            self._place(next((name for name in sources if CONTROL_MARK not in name), "no dictionary"), "0")
+            self._place(next((name for name in sources if not self._is_control(name)), "no dictionary"), "0")
         modules = [self._place(name, "0")[0] for name in explained]
         if len(set(modules)) < len(modules) or not explained:
             raise BadConfig(
@@ -80,7 +88,7 @@ class DelphiFilesExplainer:
         """Whether the files may explain features of this source. A control must be listed in ``evalkit.json``."""
         if self.module is None and source in self._listed:
             return True
-        if CONTROL_MARK in source or not (
+        if self._is_control(source) or not (
             self.source is None or source == self.source or fnmatchcase(source, self.source)
         ):
             return False

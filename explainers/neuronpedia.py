@@ -8,14 +8,14 @@ dictionary that the export explains. Other dictionaries and controls get no expl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from evalkit.abilities import ExplainedSource
 from evalkit.errors import BadConfig, CorpusError, UnknownFeature
 from evalkit.protocols import Client
-from evalkit.records import CONTROL_MARK, ExplainExamples, Explanation, FeatureId
+from evalkit.records import CONTROL_KIND, ExplainExamples, Explanation, FeatureId
 from evalkit.sources.dumps.neuronpedia_explanations import ExportedExplanations
 from explainers.asking import LONGEST, phrase
 
@@ -49,6 +49,11 @@ class NeuronpediaExplainer:
         self._sources = sources
         self._export = None if path is None else ExportedExplanations.find(path)
         self._own: dict[str, ExplainedSource] | None = None
+        self._controls: frozenset[str] | None = None
+
+    def set_controls(self, controls: Collection[str]) -> None:
+        """``controls``: sources of the run that the export is never about."""
+        self._controls = frozenset(controls)
 
     async def prepare(self, sources: Sequence[str]) -> None:
         """Check the export before the first feature. ``sources``: the names of all sources of the run.
@@ -71,7 +76,7 @@ class NeuronpediaExplainer:
         """Whether there are explanations of features of this source. Raises BadConfig if no source has explanations."""
         if self._export is None:
             return source in self._opened()
-        if CONTROL_MARK in source:
+        if f"/{CONTROL_KIND}" in source if self._controls is None else source in self._controls:
             return False
         return self.source is None or source == self.source or fnmatchcase(source, self.source)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 from evalkit.errors import BadFile
 from evalkit.protocols import FeatureSource, Progress, TokenSource
 from evalkit.records import Activations, FeatureId, SourceInfo, TokenBatch
+from evalkit.sources.controls import as_dictionary
 from evalkit.subject.attention_sinks import valid_tokens
-from evalkit.util.atomic_files import atomic_path
 from evalkit.util.progress import SILENT
+from evalkit.util.sealed_files import open_sealed, sealed_npz
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,20 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 SHARD_CONTEXTS = 64
+_SHARD = "a shard of this run"
+_REDO = "delete the file and run again"
+# by which the reader of archives says that one without checksums is damaged
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class HiddenStates(Protocol):
@@ -69,16 +85,20 @@ class ContextCorpus(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SelectedFeatures:
-    """A bound source, those of its features that this run scores, and its measurements on the calibration sample."""
+    """A bound source, those of its features that this run scores, and its measurements on the calibration sample.
+
+    control: whether the run made the source itself, to hold the dictionaries against
+    """
 
     source: FeatureSource
     features: tuple[FeatureId, ...]
     measured: dict[str, Any] = field(default_factory=dict)
+    control: bool = False
 
     @property
     def info(self) -> SourceInfo:
-        """The source's own record, with the measured L0 if it declares none."""
-        info = self.source.info
+        """The source's own record, never as a control that it is not; where it declares no L0, with the measured one."""
+        info = self.source.info if self.control else as_dictionary(self.source.info)
         return info if info.l0 is not None else replace(info, l0=self.measured.get("l0_measured"))
 
 
@@ -124,22 +144,28 @@ class Collection:
     def missing(self) -> list[int]:
         return [shard for shard in range(self.n_shards) if not self.path(shard).exists()]
 
+    def write(self, shard: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write one shard and its checksums. Raises StorageError."""
+        with sealed_npz(self.path(shard)) as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
+
     def read(self, source: int) -> Activations:
         """All entries of one source, by its index in the run. Raises BadFile for a damaged shard."""
         tokens, features, values, n_tokens = [], [], [], 0
         for shard in range(self.n_shards):
             path = self.path(shard)
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with (
+                    open_sealed(path, fix=_REDO, expected=_SHARD) as stream,
+                    np.load(stream, allow_pickle=False) as arrays,
+                ):
                     base = shard * SHARD_CONTEXTS * self.context_length
                     tokens.append(arrays[f"{source}.token"].astype(np.int64) + base)
                     features.append(arrays[f"{source}.feature"].astype(np.int64))
                     values.append(arrays[f"{source}.value"])
                     n_tokens += int(arrays["n_tokens"][source])
-            except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-                raise BadFile(
-                    str(path), expected="a shard of this run", seen=str(error), fix="delete the file and run again"
-                ) from error
+            except _UNREADABLE as error:
+                raise BadFile(str(path), expected=_SHARD, seen="a damaged archive", fix=_REDO) from error
         return Activations(np.concatenate(tokens), np.concatenate(features), np.concatenate(values), n_tokens)
 
 
@@ -163,8 +189,7 @@ def collect(
     for shard in missing:
         _LOG.debug("shard %06d: starting forward passes", shard)
         arrays = _collect_shard(corpus, states, selected, collection.rows(shard), batch_size, progress, task)
-        with atomic_path(collection.path(shard)) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
+        collection.write(shard, arrays)
     progress.finish(task)
     return collection
 

@@ -16,6 +16,7 @@ import torch
 from evalkit.collect.activations import SelectedFeatures
 from evalkit.collect.calibration import Calibration, sample_activations, top_share_threshold
 from evalkit.config.run_config import RunConfig
+from evalkit.errors import BadConfig
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.controls import PermutedSource, PlantedSource, RandomDirectionsSource
 from evalkit.sources.rqae.source import RqaeSource, random_codes_source
@@ -38,14 +39,28 @@ def build_controls(
 ) -> list[SelectedFeatures]:
     """The controls that ``config`` asks for, matched to the dictionaries in ``selected``.
 
-    ``token_text`` returns the text of a token id. A control that cannot be built is left out with a warning.
+    ``token_text`` returns the text of a token id. A control that cannot be built is left out with a warning. Raises
+    BadConfig where a dictionary has the name of a control.
     """
     controls = []
     if reference := reference_of(selected):
         controls += _matched_controls(config, reference, calibration, token_text, subject)
     if "random-codes" in config.controls and (deepest := _deepest_rqae(selected)):
         controls.append(_random_codes(config, deepest, calibration))
+    _check_names(selected, controls)
     return controls
+
+
+def _check_names(selected: Sequence[SelectedFeatures], controls: Sequence[SelectedFeatures]) -> None:
+    taken = {one.source.name for one in selected}
+    for control in controls:
+        if (name := control.source.name) in taken:
+            raise BadConfig(
+                name,
+                expected="a dictionary with another name than the control of this run",
+                seen="a dictionary and a control of this name",
+                fix="give the dictionary another name in its card.json, or leave the control out of --controls",
+            )
 
 
 def reference_of(selected: Sequence[SelectedFeatures]) -> SelectedFeatures | None:
@@ -95,7 +110,7 @@ def _matched_controls(
             )
         )
     return [
-        SelectedFeatures(control, tuple(control.features()), {} if isinstance(control, PlantedSource) else note)
+        SelectedFeatures(control, tuple(control.features()), {} if isinstance(control, PlantedSource) else note, True)
         for control in controls
     ]
 
@@ -141,4 +156,4 @@ def _random_codes(config: RunConfig, source: RqaeSource, calibration: Calibratio
     values = sample_activations(null, null.features(), calibration)
     thresholds = top_share_threshold(values, [source.density] * len(null.features()))
     null = null.with_thresholds(dict(zip(null.features(), thresholds, strict=True)))
-    return SelectedFeatures(null, tuple(null.features()), {"matched_to": source.name})
+    return SelectedFeatures(null, tuple(null.features()), {"matched_to": source.name}, True)

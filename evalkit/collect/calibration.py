@@ -24,8 +24,8 @@ from evalkit.protocols import FeatureSource, Progress
 from evalkit.records import FeatureId, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 from evalkit.subject.attention_sinks import sink_limit, valid_tokens
-from evalkit.util.atomic_files import write_bytes
 from evalkit.util.progress import SILENT
+from evalkit.util.sealed_files import verify, write_sealed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Centre", "calibrate", "choose_centres", "sample_activations", "top_share_threshold"]
 
 _BATCH = 16  # contexts per forward
+_REDO = "delete the file and run again"
 
 
 class _Corpus(ContextCorpus, Protocol):
@@ -150,7 +151,7 @@ def calibrate(
         states = _read(path, rows, sites)
     else:
         states = _compute(corpus, subject, rows, sites, progress)
-        write_bytes(path, save({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}))
+        write_sealed(path, save({"rows": torch.from_numpy(rows), **{f"site.{s}": states[s] for s in sites}}))
     in_sample = np.isin(rows, sample)
     valid = torch.from_numpy(corpus.batch(rows[in_sample]).valid)
     limits = {
@@ -186,15 +187,14 @@ def _compact(states: Tensor) -> Tensor:
 
 
 def _read(path: Path, rows: NDArray[np.int64], sites: Sequence[str]) -> dict[str, Tensor]:
+    verify(path, fix=_REDO)
     try:
         with safe_open(path, framework="pt") as stored:
             if not np.array_equal(stored.get_tensor("rows").numpy(), rows):
                 raise ValueError("other contexts")
             return {site: stored.get_tensor(f"site.{site}") for site in sites}
     except (SafetensorError, ValueError, OSError) as error:
-        raise BadFile(
-            str(path), expected="the calibration states of this run", seen=str(error), fix="delete it and run again"
-        ) from error
+        raise BadFile(str(path), expected="the calibration states of this run", seen=str(error), fix=_REDO) from error
 
 
 def sample_activations(

@@ -23,6 +23,7 @@ from evalkit.config.run_config import RunConfig
 from evalkit.corpus.windows import Grid
 from evalkit.errors import CorpusError
 from evalkit.records import FeatureId
+from evalkit.sources.controls import as_dictionary
 from evalkit.store.run_store import RunStore
 from evalkit.store.tables import FeatureRow
 
@@ -36,7 +37,7 @@ def write_ready(config: RunConfig, store: RunStore, material: ReadyMaterial) -> 
     drawn = [_draw(config, one, material.grid) for one in material.sources]
     _check_some_eligible(config, material, drawn)
     store.write_sources(
-        [one.source.info for one in material.sources],
+        [as_dictionary(one.source.info) for one in material.sources],
         [
             {"n_texts": len(one.texts), "negatives_unverified": not verifies_negatives(one.source)}
             for one in material.sources

@@ -22,7 +22,7 @@ from evalkit.corpus.windows import Grid
 from evalkit.errors import BadFile
 from evalkit.records import Example, ExplainExamples, FeatureExamples, FeatureId, ScoreExamples, TestExamples
 from evalkit.seeds import derive
-from evalkit.util.atomic_files import atomic_path
+from evalkit.util.sealed_files import open_sealed, sealed_path
 
 __all__ = ["ExampleRow", "ExampleStore", "rows_of"]
 
@@ -47,6 +47,7 @@ _SCHEMA = pa.schema(
         ("activations", pa.list_(pa.float32())),
     ]
 )
+_REDO = "delete it and run again"
 _WINDOW_SCHEMA = pa.schema([("window", pa.int64()), ("document", pa.int64()), ("tokens", pa.list_(pa.string()))])
 
 
@@ -119,7 +120,7 @@ class ExampleStore:
             },
             schema=_SCHEMA,
         )
-        with atomic_path(self.path(source_index)) as temporary:
+        with sealed_path(self.path(source_index)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
     def write_windows(self, grid: Grid, rows: NDArray[np.int64], pieces: Callable[[int], tuple[str, ...]]) -> None:
@@ -132,7 +133,7 @@ class ExampleStore:
             },
             schema=_WINDOW_SCHEMA,
         )
-        with atomic_path(self.windows_path) as temporary:
+        with sealed_path(self.windows_path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
     def windows(self) -> dict[int, tuple[int, tuple[str, ...]]]:
@@ -157,6 +158,10 @@ class ExampleStore:
         grouped: dict[FeatureId, dict[str, list[Example]]] = {}
         columns = (table[name].to_pylist() for name in ("feature", "role", "window", "decile", "activations"))
         for feature, role, window, decile, activations in zip(*columns, strict=True):
+            if window not in windows or feature not in peaks:
+                raise _damaged(
+                    self.path(source_index), f"a window {window} of feature {feature}, which is nowhere else"
+                )
             document, tokens = windows[window]
             example = Example(window, document, tokens, tuple(activations), decile)
             grouped.setdefault(feature, {}).setdefault(role, []).append(example)
@@ -192,11 +197,11 @@ def _assemble(
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path, schema=schema)
-    except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise BadFile(
-            str(path),
-            expected="an examples file of this run",
-            seen=str(error).splitlines()[0],
-            fix="delete it and run again",
-        ) from error
+        with open_sealed(path, fix=_REDO) as stream:
+            return pq.read_table(stream, schema=schema)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # of a file without checksums
+        raise _damaged(path, str(error).strip().partition("\n")[0]) from error
+
+
+def _damaged(path: Path, seen: str) -> BadFile:
+    return BadFile(str(path), expected="an examples file of this run", seen=seen, fix=_REDO)

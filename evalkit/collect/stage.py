@@ -24,12 +24,12 @@ from evalkit.collect.sampling import Counts, draw_windows, windows_of
 from evalkit.config.run_config import RunConfig
 from evalkit.corpus.bos import wanted_bos
 from evalkit.corpus.windows import Grid, build_grid
-from evalkit.errors import CorpusError, MissingFile, RunMismatch, require
+from evalkit.errors import BadFile, CorpusError, MissingFile, RunMismatch, require
 from evalkit.protocols import ExampleSource, FeatureSource, Progress
 from evalkit.records import FeatureExamples, FeatureId
 from evalkit.store.run_store import RunStore
 from evalkit.store.tables import FeatureRow
-from evalkit.util.atomic_files import write_bytes
+from evalkit.util.sealed_files import read_sealed_json, write_sealed
 
 if TYPE_CHECKING:
     from evalkit.collect.activations import Collection, SelectedFeatures
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from evalkit.subject.model import Subject
 
 __all__ = ["collect_stage", "open_sources", "read_examples"]
+
+_REDO = "delete the folder collected and run again"
 
 
 def open_sources(config: RunConfig) -> list[FeatureSource]:
@@ -190,9 +192,11 @@ def _manifest(selected: Sequence[SelectedFeatures]) -> list[dict[str, Any]]:
 def _check_manifest(path: Path, manifest: list[dict[str, Any]]) -> None:
     """Write the manifest, or raise RunMismatch if the run began with other values (a replaced dictionary file, say)."""
     if not path.exists():
-        write_bytes(path, (json.dumps(manifest, indent=1) + "\n").encode())
+        write_sealed(path, (json.dumps(manifest, indent=1) + "\n").encode())
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_sealed_json(path, expected="what the collection began with", fix=_REDO)
+    if not isinstance(known, list):
+        raise BadFile(str(path), expected="what the collection began with", seen="JSON of another kind", fix=_REDO)
     changed = [new["source"] for old, new in zip(known, manifest, strict=False) if old != new]
     if changed or len(known) != len(manifest):
         raise RunMismatch(

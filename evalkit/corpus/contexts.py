@@ -7,7 +7,6 @@ models, features or pools.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,11 +17,14 @@ import numpy as np
 
 from evalkit.errors import BadFile, CorpusError, MissingFile
 from evalkit.records import TokenBatch
+from evalkit.util.sealed_files import BlockChecks, open_sealed, read_sealed_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Corpus", "CorpusSettings"]
+
+_REDO = "delete the folder of the corpus and run again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,12 @@ class CorpusSettings:
         return {name: value for name, value in asdict(self).items() if name != "source"}
 
 
+def _load(path: Path) -> NDArray[np.int64]:
+    with open_sealed(path, fix=_REDO) as stream:
+        found: NDArray[np.int64] = np.load(stream, allow_pickle=False)
+    return found
+
+
 class Corpus:
     """Contexts of one length with document ids, memory-mapped from a folder."""
 
@@ -62,8 +70,10 @@ class Corpus:
         lengths: NDArray[np.int64],
         *,
         skip_first: int = 1,
+        checks: BlockChecks | None = None,
     ) -> None:
         self.settings = settings
+        self._checks = checks  # of the file behind ``tokens``, whose rows are verified when they are read
         self.skip_first = skip_first
         self.tokens = tokens  # (N, T)
         self.documents = documents  # (N,)
@@ -77,30 +87,33 @@ class Corpus:
         """
         if not (folder / "corpus.json").is_file():
             raise MissingFile(
-                str(folder), expected="a corpus folder", seen="no corpus.json in it", fix="tokenise the corpus again"
+                str(folder),
+                expected="the files of a tokenised corpus",
+                seen="no corpus.json in it",
+                fix="tokenise the corpus again",
             )
+        checks = BlockChecks.of(folder / "tokens.npy", fix=_REDO)
+        checks.check(0, 1)  # the block of the header
         try:
-            stored = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["settings"]
+            stored = read_sealed_json(folder / "corpus.json", expected="the files of a tokenised corpus", fix=_REDO)[
+                "settings"
+            ]
             stored["special_ids"] = tuple(stored["special_ids"])
             settings = CorpusSettings(**stored)
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-            documents = np.load(folder / "documents.npy", allow_pickle=False)
-            lengths = np.load(folder / "lengths.npy", allow_pickle=False)
+            documents, lengths = _load(folder / "documents.npy"), _load(folder / "lengths.npy")
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise BadFile(
-                str(folder),
-                expected="the files of a tokenised corpus",
-                seen=str(error)[:200],
-                fix="delete the folder and run again",
+                str(folder), expected="the files of a tokenised corpus", seen=str(error)[:200], fix=_REDO
             ) from error
         if tokens.ndim != 2 or not len(tokens) == len(documents) == len(lengths):
             raise BadFile(
                 str(folder),
                 expected="one document id and one length per context",
                 seen=f"{tokens.shape}, {documents.shape}, {lengths.shape}",
-                fix="delete it and tokenise again",
+                fix=_REDO,
             )
-        return cls(settings, tokens, documents, lengths, skip_first=skip_first)
+        return cls(settings, tokens, documents, lengths, skip_first=skip_first, checks=checks)
 
     @property
     def context_length(self) -> int:
@@ -123,7 +136,7 @@ class Corpus:
         return int(self.lengths.sum())
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> TokenBatch:
-        """The contexts of the given rows.
+        """The contexts of the given rows. Raises BadFile where the file of the tokens is damaged.
 
         ``valid`` is False on special tokens, on padding, and on the first ``skip_first`` positions.
         """
@@ -135,11 +148,20 @@ class Corpus:
                 seen=f"rows from {index.min()} to {index.max()}",
                 fix="request rows that the corpus has",
             )
+        self._verify(index)
         ids = np.asarray(self.tokens[index], dtype=np.int64)  # (B, T)
         position = np.arange(self.context_length)
         valid = (position < self.lengths[index][:, None]) & (position >= self.skip_first)
         valid &= ~np.isin(ids, np.asarray(self.settings.special_ids, dtype=np.int64))
         return TokenBatch(ids, valid, index)
+
+    def _verify(self, rows: NDArray[np.int64]) -> None:
+        if self._checks is None:
+            return
+        width = self.tokens.itemsize * self.context_length  # bytes of a row
+        first = self._checks.size - self.tokens.nbytes  # after the header
+        for row in np.unique(rows).tolist():
+            self._checks.check(first + row * width, first + (row + 1) * width)
 
     def batches(self, size: int) -> Iterator[TokenBatch]:
         """All contexts in order, ``size`` at a time."""

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from evalkit.errors import BadFile, BadShape, StorageError, require
+from evalkit.util.sealed_files import seal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,6 +108,8 @@ class CorpusWriter:
         }
         text = json.dumps(description | {"counts": counts}, indent=1, ensure_ascii=False)
         (self._temp / "corpus.json").write_text(text, encoding="utf-8")
+        for name in ("tokens.npy", "documents.npy", "lengths.npy", "corpus.json"):
+            seal(self._temp / name)
         try:
             self._temp.rename(self._folder)
         except OSError:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, json_problem
-from evalkit.records import BASELINE, Example, FeatureExamples, FeatureId
+from evalkit.records import BASELINE, CONTROL_KIND, Example, FeatureExamples, FeatureId
 from evalkit.util.atomic_files import write_bytes
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def export_delphi(
     judged = judged.loc[(judged["explainer"] == chosen) & (judged["control"] == "") & (judged["repeat"] == 0)]
     asked = _choose("judge", judged["judge"], judge, spare=BASELINE[1])
     sources = frames.sources
-    kept = sources if controls else sources.loc[~sources["kind"].astype(str).str.startswith("null")]
+    kept = sources if controls else sources.loc[~sources["kind"].astype(str).str.startswith(CONTROL_KIND)]
     places = _Places(_modules(kept), {name: _numbers(list(found)) for name, found in examples.items()})
     n_explanations = _write_explanations(explanations.loc[explanations["explainer"] == chosen], places, out)
     n_scores = _write_scores(judged.loc[judged["judge"] == asked], examples, places, out)

@@ -7,10 +7,10 @@ only through their contract; reads and writes the table ``explanations`` through
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from evalkit.abilities import PreparingExplainer, SelectiveExplainer
+from evalkit.abilities import ControlAwareExplainer, PreparingExplainer, SelectiveExplainer
 from evalkit.evaluate.runner import FATAL, concurrency_limit, failure_reason, run_jobs
 from evalkit.protocols import Client, Explainer, Progress
 from evalkit.records import FeatureExamples, FeatureId
@@ -40,7 +40,7 @@ async def explain_features(
     Raises StageFailed if an explainer that has never succeeded in this run fails for every feature.
     """
     jobs = _missing(store, examples, explainers)
-    jobs = await _prepare(jobs, list(examples), explainers)
+    jobs = await _prepare(jobs, list(examples), explainers, store.control_names())
 
     async def explain(job: Job) -> str | None:
         source, feature, name = job
@@ -84,10 +84,14 @@ def _missing(
     return jobs
 
 
-async def _prepare(jobs: list[Job], sources: list[str], explainers: Mapping[str, Explainer]) -> list[Job]:
+async def _prepare(
+    jobs: list[Job], sources: list[str], explainers: Mapping[str, Explainer], controls: Collection[str]
+) -> list[Job]:
     """Call the explainers' optional ``prepare`` and drop jobs on sources that they do not explain."""
     for name in dict.fromkeys(name for _, _, name in jobs):
         explainer = explainers[name]
+        if isinstance(explainer, ControlAwareExplainer):
+            explainer.set_controls(controls)
         if isinstance(explainer, PreparingExplainer):
             await explainer.prepare(sources)
         if isinstance(explainer, SelectiveExplainer):

@@ -19,6 +19,7 @@ from evalkit.errors import (
     BadConfig,
     BudgetSpent,
     ClientDown,
+    DamagedFile,
     EvalkitError,
     MissingExtra,
     MissingFile,
@@ -35,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 # Features in flight. High enough to keep every client busy: clients hold their own, lower limits.
 _CONCURRENCY = 64
 # These would fail for every feature, or end the run on purpose.
-FATAL = (BadConfig, BudgetSpent, ClientDown, MissingExtra, MissingFile, PluginError, StorageError)
+FATAL = (BadConfig, BudgetSpent, ClientDown, DamagedFile, MissingExtra, MissingFile, PluginError, StorageError)
 
 Job = TypeVar("Job")
 

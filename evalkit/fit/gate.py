@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evalkit.errors import SiteMismatch
+from evalkit.errors import BadFile, MissingFile, SiteMismatch
 from evalkit.fit.check import FitReport, check_fit, fit_sites, gather_states
 from evalkit.protocols import FeatureSource, Progress
 from evalkit.records import TokenBatch
 from evalkit.seeds import derive, hash_priorities
 from evalkit.sources.sae.source import SaeSource
-from evalkit.util.atomic_files import write_bytes
 from evalkit.util.progress import SILENT
+from evalkit.util.sealed_files import read_sealed_json, write_sealed
 from evalkit.util.tensor_files import take
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def admit(
     for report in _check(wanted, subject, corpus, seed, progress) if wanted else ():
         known[report.name] = {"fingerprint": prints[report.name], **report.as_json()}
     if wanted:
-        write_bytes(path, (json.dumps(known, indent=1) + "\n").encode())
+        write_sealed(path, (json.dumps(known, indent=1) + "\n").encode())
     for source in sources:
         found = known[source.name]
         for warning in found.get("fit_warnings", ()):
@@ -107,10 +107,13 @@ def _check(
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The recorded measurements; empty if the file cannot be read, because the check is quick to repeat."""
+    """The recorded measurements; empty if the file is damaged, because the check is quick to repeat."""
     try:
-        held = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        held = read_sealed_json(path, expected="what the fit check measured", fix="delete it and run again")
+    except MissingFile:
+        return {}
+    except BadFile as error:
+        _LOG.warning("%s; it is measured again", error)
         return {}
     return held if isinstance(held, dict) else {}
 

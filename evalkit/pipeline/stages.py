@@ -6,7 +6,6 @@ registry by name. Writes a run folder (see ``evalkit.store`` and ``evalkit.colle
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from evalkit.llm.session import open_client
 from evalkit.pipeline.plan import estimate_asking
 from evalkit.pipeline.resolved import ResolvedRun
 from evalkit.protocols import Client, Progress
+from evalkit.store.run_folder import read_identity
 from evalkit.store.run_store import RunStore
 from evalkit.util.progress import SILENT
 from evalkit.util.run_async import wait_for
@@ -48,13 +48,7 @@ def load_config(folder: Path, **changes: Any) -> RunConfig:
 
     Raises MissingFile, BadConfig.
     """
-    path = folder / "run.json"
-    try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFile(
-            str(path), expected="a run folder", seen="no run.json", fix="start with `evalkit collect` or `evalkit run`"
-        ) from error
+    identity = read_identity(folder)
     identity.pop("protocol", None)
     return RunConfig.create(**{**identity, **changes})
 

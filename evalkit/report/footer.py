@@ -31,7 +31,13 @@ APART = 0.02  # difference between two dictionaries for which the footer gives t
 
 def footer(frames: RunFrames, table: pd.DataFrame) -> list[str]:
     """The lines below the table: what was run, what the errors include, and all warnings that apply."""
-    lines = [_provenance(frames, table), *notes([*table["explainer"], *table["judge"]])]
+    lines = [_provenance(frames, table)]
+    if frames.meta.get("verified") is False:
+        lines.append(
+            "Unverified: written by an earlier version, without checksums, so damage would go unnoticed; `evalkit run` "
+            "with the options of this run adds them."
+        )
+    lines += notes([*table["explainer"], *table["judge"]])
     if (preset := find_preset(frames.meta.get("preset"))) is not None:
         lines.append(f"Preset {frames.meta['preset']}: {preset.wrong}")
     lines.append("SE: two-way clustered by feature and window; it does not contain the spread between training seeds.")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evalkit.config.presets import find_preset
 from evalkit.errors import BadConfig
-from evalkit.records import BASELINE, REAL, SHUFFLED
+from evalkit.records import BASELINE, CONTROL_KIND, REAL, SHUFFLED
 from evalkit.report.small_model_marks import labelled
 from evalkit.stats.metrics import ALL_METRICS, METRICS, RANKING_METRICS, Scores, score_features
 from evalkit.store.frames import RunFrames, check_frames
@@ -53,7 +53,7 @@ class Source:
     @property
     def is_null(self) -> bool:
         """Whether the dictionary is a control."""
-        return self.kind.startswith("null")
+        return self.kind.startswith(CONTROL_KIND)
 
     @property
     def is_rqae(self) -> bool:

@@ -15,14 +15,19 @@ import numpy as np
 import torch
 
 from evalkit.errors import UnknownFeature
-from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo, TokenBatch
+from evalkit.records import CONTROL_KIND, FeatureId, Site, SourceInfo, SubjectInfo, TokenBatch
 from evalkit.seeds import derive, hash_priorities
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["PermutedSource", "PlantedSource", "RandomDirectionsSource"]
+__all__ = ["PermutedSource", "PlantedSource", "RandomDirectionsSource", "as_dictionary"]
+
+
+def as_dictionary(info: SourceInfo) -> SourceInfo:
+    """The record of a source that is no control: what its file or plug-in says of itself does not make it one."""
+    return replace(info, kind=f"declared-{info.kind}") if info.kind.startswith(CONTROL_KIND) else info
 
 
 def _columns(known: Sequence[FeatureId], features: Sequence[FeatureId], name: str) -> list[int]:
@@ -53,7 +58,7 @@ class RandomDirectionsSource:
 
     @property
     def info(self) -> SourceInfo:
-        return SourceInfo(self.name, "null-random-directions", self.site.path, width=self.n_features)
+        return SourceInfo(self.name, f"{CONTROL_KIND}random-directions", self.site.path, width=self.n_features)
 
     def bind(self, subject: SubjectInfo) -> Self:
         return self
@@ -117,7 +122,7 @@ class PlantedSource(_TokenControl):
 
     @property
     def info(self) -> SourceInfo:
-        return SourceInfo(self.name, "null-planted", self.site.path, width=len(self.token_groups))
+        return SourceInfo(self.name, f"{CONTROL_KIND}planted", self.site.path, width=len(self.token_groups))
 
     def features(self) -> Sequence[FeatureId]:
         return list(self.token_groups)
@@ -152,7 +157,7 @@ class PermutedSource(_TokenControl):
 
     @property
     def info(self) -> SourceInfo:
-        return SourceInfo(self.name, "null-permuted", self.site.path, width=len(self.ids))
+        return SourceInfo(self.name, f"{CONTROL_KIND}permuted", self.site.path, width=len(self.ids))
 
     def features(self) -> Sequence[FeatureId]:
         return list(self.ids)

@@ -1,20 +1,29 @@
 """The records of a run as data frames, the only form in which tables, plots and exports see a run.
 
-Checks that the frames are consistent. Does not know how a run is stored (``evalkit.store.run_store.read_run`` creates these
-frames), what a scorer or judge is, or any statistics. Reads and writes nothing.
+Makes them from rows of the tables, and checks that frames fit together. Opens no file (``evalkit.store.run_store.read_run``
+does), and does not know what a scorer or judge is, or any statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from evalkit.errors import InputError
+from evalkit.records import BASELINE
 
-__all__ = ["COLUMNS", "RunFrames", "check_frames"]
+__all__ = [
+    "COLUMNS",
+    "RunFrames",
+    "check_frames",
+    "explanations_frame",
+    "features_frame",
+    "judgements_frame",
+    "sources_frame",
+]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "sources": ("name", "kind", "site", "width", "l0", "depth"),
@@ -52,7 +61,8 @@ class RunFrames:
         source, feature, explainer, version, text (None if it failed), reason; tables and plots do not use it
     meta
         what footers print, all optional: ``protocol`` (its version), ``cost`` (a sentence, or a mapping such as
-        {"judge calls": 4000, "USD": 0.12}). Other keys are ignored here.
+        {"judge calls": 4000, "USD": 0.12}), ``verified`` (False for records without checksums). Other keys are ignored
+        here.
     """
 
     sources: pd.DataFrame
@@ -79,6 +89,74 @@ def check_frames(frames: RunFrames) -> None:
     _check_declared("features", frames.features, ["source"], "sources", frames.sources, ["name"])
     tried = ["source", "feature"]
     _check_declared("judgements", frames.judgements, tried, "features", frames.features, tried)
+
+
+Rows = Sequence[Sequence[Any]]
+
+
+def sources_frame(rows: Rows) -> pd.DataFrame:
+    """The frame ``sources`` from rows of the table."""
+    names = ["position", "name", "kind", "site", "width", "l0", "depth", "measured"]
+    frame = pd.DataFrame(rows, columns=names).drop(columns="position")
+    return frame.astype({"width": "Int64", "depth": "Int64", "l0": "float64"})
+
+
+def explanations_frame(rows: Rows) -> pd.DataFrame:
+    """The frame ``explanations`` from rows of the table."""
+    return pd.DataFrame(rows, columns=["source", "feature", "explainer", "version", "text", "reason", "note"])
+
+
+def features_frame(rows: Rows, explanations: Rows, scores: Rows) -> pd.DataFrame:
+    """The frame ``features`` from rows of the three tables.
+
+    An eligible feature is "failed" if an explanation or a score of it failed and no score succeeded. Scores of the lexical
+    baseline count only against failures of the baseline: it never calls a model, so it succeeds where the others fail.
+    """
+    failures: dict[tuple[str, str, bool], list[str]] = {}
+    for row in explanations:
+        if row[4] is None:
+            failures.setdefault((row[0], row[1], row[2] == BASELINE[0]), []).append(row[5])
+    succeeded = set[tuple[str, str, bool]]()
+    for row in scores:
+        key = (row[0], row[1], (row[3], row[4]) == BASELINE)
+        if row[10] is None:
+            succeeded.add(key)
+        else:
+            failures.setdefault(key, []).append(row[10])
+    found = []
+    for source, feature, position, status, reason, density, threshold, peak, _, share, _ in rows:
+        reasons = list[str]()
+        if (source, feature, False) not in succeeded:
+            reasons += failures.get((source, feature, False), [])
+            if (source, feature, True) not in succeeded:
+                reasons += failures.get((source, feature, True), [])
+        told = ("failed", min(reasons)) if reasons else (status, reason)
+        found.append((source, feature, position, density, threshold, peak, share, *told))
+    frame = pd.DataFrame(
+        found,
+        columns=[
+            *("source", "feature", "position", "density", "threshold", "peak", "window_share", "status", "reason"),
+        ],
+    )
+    return frame.astype(dict.fromkeys(("density", "threshold", "peak", "window_share"), "float64"))
+
+
+def judgements_frame(scores: Iterable[tuple[Sequence[Any], Sequence[Sequence[Any]]]]) -> pd.DataFrame:
+    """The frame ``judgements`` from rows of the records: every score with its judgements."""
+    rows = [(*row, score[7], score[8]) for score, judged in scores for row in judged]
+    frame = pd.DataFrame(
+        rows,
+        columns=[
+            *("source", "feature", "scorer", "explainer", "judge", "control", "repeat", "item", "window", "label"),
+            *("match", "confidence", "probability", "decile", "reason", "moments", "scorer_version", "judge_version"),
+        ],
+    )
+    frame["label"] = frame["label"].astype(bool)
+    frame["match"] = frame["match"].astype("boolean")
+    for column in ("confidence", "probability"):
+        frame[column] = frame[column].astype("float64")
+    frame["decile"] = frame["decile"].astype("Int64")
+    return frame
 
 
 def _check_columns(name: str, frame: pd.DataFrame) -> None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from evalkit.records import BASELINE, FeatureId
+from evalkit.records import FeatureId
+from evalkit.util.sealed_rows import CHECKSUMS
 
-__all__ = ["FEATURES_QUERY", "LAYOUT", "SCORE_KEY", "TABLES", "FeatureRow", "ScoreKey"]
+__all__ = ["LAYOUT", "NEW_TABLES", "SCORE_KEY", "TABLES", "UNVERIFIED_LAYOUT", "FeatureRow", "ScoreKey"]
 
-LAYOUT = 2  # version of the tables; raised with every change to them
+# Version of a run folder, of its tables and of its checksums; raised with every change to them. A folder of the version
+# before has the same tables without those of ``NEW_TABLES``, and files without checksums.
+LAYOUT = 3
+UNVERIFIED_LAYOUT = 2
 TABLES = """
 CREATE TABLE IF NOT EXISTS sources (
     position INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL,
@@ -37,20 +41,10 @@ CREATE TABLE IF NOT EXISTS asked (
     cost REAL, estimate TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, detail TEXT NOT NULL);
 """
-
-# An eligible feature is "failed" if an explanation or a score of it failed and no score succeeded. Scores of the lexical
-# baseline count only against failures of the baseline: it never calls a model, so it succeeds where the others fail.
-FEATURES_QUERY = f"""
-WITH failures AS (
-    SELECT source, feature, reason, explainer = '{BASELINE[0]}' AS baseline FROM explanations WHERE text IS NULL
-    UNION ALL SELECT source, feature, reason, (explainer, judge) = {BASELINE} FROM scores WHERE reason IS NOT NULL)
-SELECT source, feature, position, density, threshold, peak, window_share,
-    CASE WHEN failed IS NULL THEN status ELSE 'failed' END AS status, coalesce(failed, reason) AS reason
-FROM (SELECT f.*, (SELECT min(x.reason) FROM failures x WHERE x.source = f.source AND x.feature = f.feature
-        AND NOT EXISTS (SELECT 1 FROM scores s WHERE s.source = f.source AND s.feature = f.feature AND s.reason IS NULL
-            AND (x.baseline OR (s.explainer, s.judge) <> {BASELINE}))
-    ) AS failed FROM features f)
-ORDER BY source, position
+# ``stage_seconds``: a second copy instead of a checksum, because runs that are equal otherwise differ in them.
+NEW_TABLES = f"""
+CREATE TABLE IF NOT EXISTS stage_seconds (name TEXT PRIMARY KEY, seconds REAL NOT NULL);
+{CHECKSUMS};
 """
 
 ScoreKey = tuple[str, str, str, str, str, str, int]  # source, feature, scorer, explainer, judge, control, repeat

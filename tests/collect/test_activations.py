@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evalkit.collect.activations import SHARD_CONTEXTS, SelectedFeatures, collect
+from evalkit.collect.activations import SHARD_CONTEXTS, Collection, SelectedFeatures, collect
 from evalkit.collect.calibration import calibrate, choose_centres, top_share_threshold
 from evalkit.errors import BadFile, CorpusError
 from evalkit.sources.controls import PlantedSource, RandomDirectionsSource
+from evalkit.util.sealed_files import is_sealed, seal
 from tests.support.array_corpus import ArrayCorpus, random_corpus
 from tests.support.table_states import D_MODEL, SITE, TableStates, pools_of
 
@@ -149,3 +152,61 @@ def test_threshold_is_exceeded_by_the_given_share() -> None:
     thresholds = top_share_threshold(values, [0.01, 0.1, 0.5])
     shares = [(values[:, column] > thresholds[column]).float().mean().item() for column in range(3)]
     assert shares == pytest.approx([0.01, 0.1, 0.5], abs=1e-6)
+
+
+def little(folder: Path) -> tuple[Collection, dict[str, np.ndarray]]:
+    collection = Collection(folder, n_contexts=10, context_length=8)
+    arrays = {
+        "n_tokens": np.array([70]),
+        "0.token": np.arange(9, dtype=np.uint16),
+        "0.feature": np.arange(9, dtype=np.uint32) % 4,
+        "0.value": np.linspace(0.5, 3.5, 9, dtype=np.float32),
+    }
+    collection.write(0, arrays)
+    return collection, arrays
+
+
+@pytest.mark.parametrize("checksums", ["inside", "beside"])
+def test_no_damaged_byte_of_a_shard_gives_other_activations(tmp_path: Path, checksums: str) -> None:
+    """Every byte of a shard, with its checksums inside, and beside it as those of a run that was carried over have them."""
+    collection, arrays = little(tmp_path)
+    path = collection.path(0)
+    if checksums == "beside":
+        np.savez(path, **arrays)
+        assert not is_sealed(path)
+        seal(path)
+    assert is_sealed(path)
+    data = path.read_bytes()
+    random = np.random.default_rng(0)
+    noticed = 0
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(bytes(damaged))
+        try:
+            found = collection.read(0)
+        except BadFile as error:
+            noticed += 1
+            assert str(path) in str(error) and "delete the file and run again" in str(error)
+        else:
+            assert found.n_tokens == 70 and np.array_equal(found.values, arrays["0.value"])
+    assert noticed >= 0.97 * len(data)  # spaces of the checksums may become other spaces
+
+
+@pytest.mark.parametrize("length", range(0, 900, 50))
+def test_a_cut_off_shard_is_noticed(tmp_path: Path, length: int) -> None:
+    collection, _ = little(tmp_path)
+    data = collection.path(0).read_bytes()
+    assert len(data) > 900
+    collection.path(0).write_bytes(data[:length])
+    with pytest.raises(BadFile, match=r"shard-000000\.npz: expected a shard of this run"):
+        collection.read(0)
+
+
+def test_other_tools_read_a_shard_with_checksums(tmp_path: Path) -> None:
+    collection, arrays = little(tmp_path)
+    with zipfile.ZipFile(collection.path(0)) as archive:
+        assert archive.testzip() is None
+        assert set(json.loads(archive.comment)) == {"bytes", "blocks", "own"}
+    with np.load(collection.path(0)) as found:
+        assert {name: found[name].tolist() for name in found} == {name: one.tolist() for name, one in arrays.items()}

@@ -19,6 +19,7 @@ import torch
 
 from evalkit.errors import BadFile, MissingFile, RunMismatch
 from evalkit.util.atomic_files import write_bytes
+from evalkit.util.sealed_files import read_sealed_json, write_sealed
 from evalkit.util.tensor_files import Stored
 
 __all__ = ["Part", "bind", "digest", "load_part", "save_part"]
@@ -46,15 +47,17 @@ class Part:
 def save_part(folder: Path, part: Part) -> Part:
     """Write the part and return it in the form in which it will be loaded. Raises StorageError."""
     values = _plain(asdict(part))
-    write_bytes(folder / f"{part.name}.json", (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+    write_sealed(folder / f"{part.name}.json", (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
     return Part(**values)
 
 
 def load_part(folder: Path, name: str, arguments: dict[str, Any]) -> Part | None:
-    """The saved part if it has these arguments, otherwise None. An unreadable file counts as missing."""
+    """The saved part if it has these arguments, otherwise None. A damaged file counts as missing."""
     try:
-        part = Part(**json.loads((folder / f"{name}.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        part = Part(
+            **read_sealed_json(folder / f"{name}.json", expected="a part of an inspection", fix="measure it again")
+        )
+    except (MissingFile, BadFile, OSError, TypeError):
         return None
     return part if part.arguments == _plain(arguments) else None
 

@@ -33,7 +33,8 @@ from evalkit.subject.download import find_model
 from evalkit.subject.final_norm import normalise
 from evalkit.subject.language_model import LanguageModel
 from evalkit.subject.model import Dtype, Subject
-from evalkit.util.atomic_files import atomic_path, storage_errors, write_bytes
+from evalkit.util.atomic_files import storage_errors
+from evalkit.util.sealed_files import read_sealed_json, write_sealed
 from rqae import RQAE
 from rqae.searching.code_store import CodeStore
 
@@ -121,10 +122,11 @@ class States:
     def _limit_at(self, site: str, file: str) -> float:
         path = self._folder / file
         if path.exists():
+            fix = "delete the folder"
             try:
-                return float(json.loads(path.read_text("utf-8")))
+                return float(read_sealed_json(path, expected="a number", fix=fix))
             except (ValueError, TypeError) as error:
-                raise BadFile(str(path), expected="a number", seen="something else", fix="delete the folder") from error
+                raise BadFile(str(path), expected="a number", seen="something else", fix=fix) from error
         norms = []
         for batch in self._batches(self.sample("norm limit", _LIMIT_CONTEXTS * self.corpus.context_length)):
             states = self.subject.hidden(batch.token_ids)[site]
@@ -135,7 +137,7 @@ class States:
                 self._settings.corpus, expected="at least one valid token", seen="none", fix="use a longer corpus"
             )
         limit = sink_limit(found)
-        write_bytes(path, json.dumps(limit).encode())
+        write_sealed(path, json.dumps(limit).encode())
         return limit
 
     def sample(self, purpose: str, tokens: int, seed: int = 0) -> Ints:
@@ -278,5 +280,4 @@ class RqaeStates(States):
     def _write_entries(self, shard: int, entries: list[tuple[Ints, Ints, NDArray[np.float32]]], count: int) -> None:
         tokens, features, values = (np.concatenate([entry[place] for entry in entries]) for place in range(3))
         arrays = {"0.token": tokens, "0.feature": features.astype(np.uint32), "0.value": values}
-        with atomic_path(self._shards.path(shard)) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, n_tokens=np.array([count], np.int64), **arrays)
+        self._shards.write(shard, {"n_tokens": np.array([count], np.int64), **arrays})

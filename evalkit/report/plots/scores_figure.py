@@ -16,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from evalkit.records import CONTROL_KIND
 from evalkit.report.plots import style
 from evalkit.report.plots.score_panels import Panels, arrange
 from evalkit.report.rows import Row, Setup, Source, is_baseline
@@ -233,7 +234,7 @@ def _tilt(axes: Axes, is_last: bool) -> None:
 
 def _draw_controls(axes: Axes, members: Sequence[_Point], panels: Panels, is_last: bool) -> None:
     def name(source: Source) -> str:
-        return source.kind.removeprefix("null-").replace("-", "\n")
+        return source.kind.removeprefix(CONTROL_KIND).replace("-", "\n")
 
     _draw_strip(axes, members, list(dict.fromkeys(name(source) for source in panels.controls)), name)
     axes.set_facecolor("#F6F6F6")

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evalkit.errors import StorageError
+from evalkit.records import CONTROL_KIND
 from evalkit.report.rows import Source
 
 __all__ = [
@@ -92,7 +93,7 @@ def palette(sources: Sequence[Source]) -> dict[str, str]:
     """A colour for each kind: RQAE vermilion, SAE blue, planted green, other controls grey, other kinds in turn."""
     colours = {"rqae": VERMILION, "sae": BLUE, "null-planted": GREEN}
     for kind in sorted({source.kind for source in sources}):
-        if kind.startswith("null"):
+        if kind.startswith(CONTROL_KIND):
             colours.setdefault(kind, GREY)
     others = sorted({source.kind for source in sources} - set(colours))
     return colours | {kind: _OTHERS[place % len(_OTHERS)] for place, kind in enumerate(others)}
@@ -123,7 +124,7 @@ def names_of(sources: Sequence[Source]) -> dict[str, str]:
 
 def _label(source: Source, *, several_sites: bool) -> str:
     if source.is_null:
-        label = source.kind.removeprefix("null-").replace("-", " ")
+        label = source.kind.removeprefix(CONTROL_KIND).replace("-", " ")
     elif source.depth is not None:
         label = f"{kind_label(source.kind)} {source.depth}"
     else:

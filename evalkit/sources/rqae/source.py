@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from evalkit.errors import BadConfig, BadFile, BadShape, MissingFile, UnknownFeature
-from evalkit.records import FeatureId, Site, SourceInfo, SubjectInfo
+from evalkit.records import CONTROL_KIND, FeatureId, Site, SourceInfo, SubjectInfo
 from evalkit.sources.rqae.shared_encoder import SharedEncoder, rqae_errors
 from evalkit.subject.final_norm import denormalise, normalise
 from evalkit.subject.sites import check_subject, site_of_hook
@@ -173,7 +173,7 @@ def random_codes_source(source: RqaeSource, count: int, seed: int) -> RqaeSource
     """A null control for RQAE features: random codes for every quantizer, not those of a token. Has no thresholds yet."""
     with rqae_errors(BadConfig):
         codes = random_codes(source.encoder.model, count, seed)
-    null = replace(source, kind="null-random-codes", label=f"{source.site}/null-random-codes", declared={})
+    null = replace(source, kind=f"{CONTROL_KIND}random-codes", label=f"{source.site}/null-random-codes", declared={})
     return null.with_features([f"random-{index}" for index in range(count)], codes)
 
 

@@ -50,7 +50,7 @@ def test_what_is_no_price(table: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_price_file(tmp_path: Path) -> None:
-    with pytest.raises(MissingFile, match="nothing there"):
+    with pytest.raises(MissingFile, match="no such file"):
         read_prices(tmp_path / "none.toml")
     with pytest.raises(BadConfig, match=r"expected valid TOML; seen .*line 1"):
         read_prices(written(tmp_path, "[m\nprompt = 1"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evalkit.errors import BadConfig, BadFile, BadShape, EvalkitError, MissingExtra, MissingFile
+from evalkit.installation import install_command
 from evalkit.records import Site
 from evalkit.registry import create
 from evalkit.sources import open_dictionary
@@ -512,7 +514,7 @@ def test_a_local_release_needs_no_library() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is not None, reason="sae_lens is installed")
 def test_without_the_library_the_extra_is_named() -> None:
-    with pytest.raises(MissingExtra, match=r"pip install 'evalkit\[saelens\]'"):
+    with pytest.raises(MissingExtra, match=re.escape(install_command("saelens"))):
         open_registered("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
 
 

@@ -36,7 +36,9 @@ def test_a_reply_is_equal() -> None:
     assert unpacked_response(from_line(to_line(packed_response(response)))) == response
 
 
-@pytest.mark.parametrize("name", [name for name in errors.__all__ if name not in ("require", "ContextOverflow")])
+@pytest.mark.parametrize(
+    "name", [name for name in errors.__all__ if isinstance(getattr(errors, name), type) and name != "ContextOverflow"]
+)
 def test_every_error_is_itself_again(name: str) -> None:
     error = getattr(errors, name)("it", expected="a", seen="b", fix="c")
     again = unpacked_error(from_line(to_line(packed_error(error))))

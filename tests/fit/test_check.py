@@ -188,13 +188,14 @@ def test_too_few_tokens_are_no_verdict(layers: Layers) -> None:
 
 def remember_states(subject: Subject) -> None:
     """The checks below read the same contexts two dozen times; the model computes each only once."""
-    compute, known = subject.hidden, {}
+    compute, known, loaded = subject.hidden, dict[bytes, dict[str, torch.Tensor]](), tuple(subject.sites)
 
     def hidden(token_ids: np.ndarray, sites: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        key = token_ids.tobytes()
-        if key not in known:
-            known[key] = compute(token_ids)
-        return {site: known[key][site] for site in sites or known[key]}
+        states = known.setdefault(token_ids.tobytes(), {})
+        asked = tuple(sites or loaded)
+        if missing := [site for site in asked if site not in states]:
+            states |= compute(token_ids, sites=missing)
+        return {site: states[site] for site in asked}
 
     subject.hidden = hidden  # type: ignore[method-assign, assignment]
 

@@ -187,6 +187,8 @@ def json_problem(error: Exception) -> str:
             return error.strerror or str(error)
         case KeyError():
             return f"no key {error}"
+        case ValueError() if "digits" in str(error):
+            return "a number with too many digits"
         case TypeError() | AttributeError():
             return "JSON of another structure"
     return str(error)[:200]

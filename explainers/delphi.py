@@ -9,7 +9,6 @@ writes nothing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,12 +18,11 @@ from typing import Any
 from evalkit.errors import BadConfig, BadFile, MissingFile, UnknownFeature, json_problem
 from evalkit.protocols import Client
 from evalkit.records import CONTROL_KIND, ExplainExamples, Explanation, FeatureId
+from evalkit.sources.dumps.delphi_layout import CARD, LATENT_FILE, module_name
 from explainers.asking import LONGEST, phrase
 
 __all__ = ["DelphiFilesExplainer"]
 
-CARD = "evalkit.json"
-_NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
 _NO_EXPLANATION = frozenset({"explanation could not be parsed", "no explanation found", ""})
 _LARGEST = 1_000_000  # bytes of a file
 
@@ -46,7 +44,7 @@ class DelphiFilesExplainer:
     def __init__(self, path: str, module: str | None = None, source: str | None = None) -> None:
         top = Path(path).expanduser()
         self.folder = top / "explanations" if (top / "explanations").is_dir() else top
-        self.module = None if module is None else str(module).replace("/", "--")
+        self.module = None if module is None else module_name(str(module))
         self.source = source
         self._card = top / CARD
         self._controls: frozenset[str] | None = None
@@ -130,7 +128,7 @@ class DelphiFilesExplainer:
     def _files(self) -> dict[tuple[str, str], Path]:
         found = {}
         for path in sorted(self.folder.glob("*_latent*")):
-            if name := _NAME.fullmatch(path.name):
+            if name := LATENT_FILE.fullmatch(path.name):
                 found[name["module"], str(int(name["latent"]))] = path
         return found
 
@@ -177,7 +175,7 @@ class DelphiFilesExplainer:
         """The modules that a dictionary's name may refer to."""
         if self.module is not None:
             return [self.module] if self.module in self._modules else []
-        parts = {source.replace("/", "--"), *source.split("/")}
+        parts = {module_name(source), *source.split("/")}
         return [module for module in self._modules if module in parts]
 
     def _read(self, path: Path) -> str:

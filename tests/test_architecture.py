@@ -91,7 +91,10 @@ CONTRACTS = {
 }
 RULES = {"explainers": {*CONTRACTS, "explainers"}, "scorers": {*CONTRACTS, "scorers"}, "rqae": {"rqae"}}
 # What an export holds is known in one place, which loads no torch.
-MORE = {"explainers/neuronpedia.py": {"evalkit.sources.dumps.neuronpedia_explanations"}}
+MORE = {
+    "explainers/neuronpedia.py": {"evalkit.sources.dumps.neuronpedia_explanations"},
+    "explainers/delphi.py": {"evalkit.sources.dumps.delphi_layout"},
+}
 
 MODULES_IN_A_FOLDER = 12
 LINES_IN_A_FILE = 350

@@ -42,10 +42,12 @@ def build_controls(
     ``token_text`` returns the text of a token id. A control that cannot be built is left out with a warning. Raises
     BadConfig where a dictionary has the name of a control.
     """
+    deepest = _deepest_rqae(selected)
+    wanted = config.control_dictionaries(has_rqae=deepest is not None)
     controls = []
     if reference := reference_of(selected):
-        controls += _matched_controls(config, reference, calibration, token_text, subject)
-    if "random-codes" in config.controls and (deepest := _deepest_rqae(selected)):
+        controls += _matched_controls(config, wanted, reference, calibration, token_text, subject)
+    if deepest is not None and "random-codes" in wanted:
         controls.append(_random_codes(config, deepest, calibration))
     _check_names(selected, controls)
     return controls
@@ -80,6 +82,7 @@ def reference_of(selected: Sequence[SelectedFeatures]) -> SelectedFeatures | Non
 
 def _matched_controls(
     config: RunConfig,
+    wanted: Sequence[str],
     reference: SelectedFeatures,
     calibration: Calibration,
     token_text: Callable[[int], str],
@@ -90,7 +93,7 @@ def _matched_controls(
     excess = (sample_activations(source, features, calibration) - thresholds).clamp(min=0)
     note = {"matched_to": source.name}
     controls: list[FeatureSource] = []
-    if "random-directions" in config.controls:
+    if "random-directions" in wanted:
         densities = (excess > 0).float().mean(dim=0).tolist()
         random = RandomDirectionsSource(
             source.site, subject.d_model, len(features), float(np.mean(densities)), derive(config.seed, "random")
@@ -98,12 +101,12 @@ def _matched_controls(
         values = sample_activations(random, random.features(), calibration)
         matched = dict(zip(random.features(), top_share_threshold(values, densities), strict=True))
         controls.append(random.with_thresholds(matched))
-    if "planted" in config.controls:
+    if "planted" in wanted:
         if groups := _planted_groups(config, calibration, token_text):
             controls.append(PlantedSource(source.site, groups))
         else:
             _LOG.warning("no planted control: the corpus has no word of one token that is frequent enough")
-    if "permuted" in config.controls:
+    if "permuted" in wanted:
         controls.append(
             PermutedSource(
                 source.site, excess, features, derive(config.seed, "permuted"), calibration.corpus.context_length

@@ -196,6 +196,10 @@ class RunConfig(BaseModel):
             "positives_by": self.positives_by,
         }
 
+    def control_dictionaries(self, *, has_rqae: bool) -> list[Control]:
+        """The controls of this run that are dictionaries of their own. "random-codes" needs an RQAE among the others."""
+        return [name for name in self.controls if name in NULL_SOURCES and (has_rqae or name != "random-codes")]
+
     def identity(self) -> dict[str, Any]:
         """The options that decide the results, as JSON types. A run folder accepts only runs with the same identity."""
         return {

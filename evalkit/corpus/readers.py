@@ -14,17 +14,21 @@ import glob
 import gzip
 import hashlib
 import json
+import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
-from evalkit.errors import BadFile, CorpusError, MissingFile, require
+from evalkit.errors import BadFile, CorpusError, MissingFile, json_problem, require
 from evalkit.util.hub import hub_reachable
 
 __all__ = ["Located", "Piece", "locate", "read_pieces"]
+
+_LOG = logging.getLogger(__name__)
 
 Piece: TypeAlias = tuple[str, bool]  # text, and whether a new document starts with it
 Kind: TypeAlias = Literal["text", "jsonl", "parquet", "saved", "hub", "matrix"]
@@ -41,6 +45,8 @@ _SUFFIXES: dict[str, Kind] = {
     ".pt": "matrix",
     ".safetensors": "matrix",
 }
+_LONGEST_LINE = 64_000_000  # characters of a line of JSON
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # a cut emoji in JSON; it has no encoding in UTF-8
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KNOWN = ".txt, .jsonl (either may be .gz), .parquet, .npy, .pt, .safetensors, a saved data set or a hub id"
 
@@ -92,11 +98,25 @@ def read_pieces(located: Located, *, text_field: str, split: str, revision: str 
             for path in located.files:
                 yield from _pieces(_lines(path))
     elif located.kind == "jsonl":
-        for path in located.files:
-            yield from ((text, True) for text in _read_jsonl(path, text_field))
+        texts = (text for path in located.files for text in _read_jsonl(path, text_field))
+        yield from _documents(texts, located.name)
     else:
         rows = _rows(located, split, revision)
-        yield from ((_field(row, text_field, located.name), True) for row in rows)
+        yield from _documents((_field(row, text_field, located.name) for row in rows), located.name)
+
+
+def _documents(texts: Iterable[str | None], name: str) -> Iterator[Piece]:
+    """The texts that are not null; a warning says how many are."""
+    n_null = 0
+    try:
+        for text in texts:
+            if text is None:
+                n_null += 1
+            else:
+                yield text, True
+    finally:
+        if n_null:
+            _LOG.warning("%s: skipped %d rows whose text is null", name, n_null)
 
 
 def _bundled(text: str) -> Located:
@@ -115,7 +135,8 @@ def _bundled(text: str) -> Located:
 
 
 def _kind(path: Path) -> Kind | None:
-    return _SUFFIXES.get(path.suffix) or _SUFFIXES.get("".join(path.suffixes[-2:]))
+    endings = [ending.lower() for ending in path.suffixes]
+    return _SUFFIXES.get("".join(endings[-1:])) or _SUFFIXES.get("".join(endings[-2:]))
 
 
 def _unknown(path: Path) -> Kind:
@@ -143,18 +164,32 @@ def _many(text: str, found: list[Path]) -> Located:
 
 
 def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    # "utf-8-sig" drops the byte order mark that some editors write
+    packed = path.suffix.lower() == ".gz"
+    return gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, longest: int = PIECE) -> Iterator[str]:
+    """The lines of a file. A line of more than ``longest`` characters comes in several parts, so memory is bounded."""
     number = 0
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, 1):  # noqa: B007 (named in the error below)
+            while line := stream.readline(longest):
+                number += 1
                 yield line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except UnicodeDecodeError as error:
         raise BadFile(
-            f"{path}:{number + 1}", expected="UTF-8 text", seen=str(error), fix="convert it to UTF-8, or drop the file"
+            f"{path}:{number + 1}",
+            expected="UTF-8 text",
+            seen="bytes that are not UTF-8",
+            fix="convert it to UTF-8, or drop the file",
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise BadFile(
+            f"{path}:{number + 1}",
+            expected="a whole gzip file",
+            seen="the compressed data are damaged or end too early",
+            fix="compress or download the file again",
         ) from error
 
 
@@ -183,11 +218,18 @@ def _sections(path: Path) -> Iterator[Piece]:
     yield from _pieces(held)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
+    for number, line in enumerate(_lines(path, _LONGEST_LINE), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
+        if len(line) >= _LONGEST_LINE:
+            raise BadFile(
+                where,
+                expected=f"lines of fewer than {_LONGEST_LINE:,} characters",
+                seen="a longer line",
+                fix="write one document per line",
+            )
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -197,6 +239,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
                 seen=f"not valid JSON (column {error.colno})",
                 fix="correct or remove the line",
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise BadFile(
+                where, expected="one JSON object per line", seen=json_problem(error), fix="correct or remove the line"
+            ) from error
         if not isinstance(row, dict):
             raise BadFile(
                 where, expected="a JSON object", seen=type(row).__name__, fix=f'write {{"{text_field}": "…"}} per line'
@@ -204,9 +250,12 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
         yield _field(row, text_field, where)
 
 
-def _field(row: dict[str, Any], text_field: str, where: str) -> str:
+def _field(row: dict[str, Any], text_field: str, where: str) -> str | None:
+    """The text of a row, with U+FFFD for half a surrogate pair; None if it is null."""
     if isinstance(text := row.get(text_field), str):
-        return text
+        return _LONE_SURROGATE.sub("\ufffd", text)
+    if text is None and text_field in row:
+        return None
     if text_field in row:
         raise CorpusError(
             where,
@@ -263,6 +312,10 @@ def _parquet_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         try:
             for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise BadFile(
+                str(path), expected="UTF-8 text", seen="bytes that are not UTF-8", fix="write the file again as UTF-8"
+            ) from error
         except (pa.ArrowException, OSError) as error:
             raise BadFile(
                 str(path), expected="a parquet file", seen=str(error)[:200], fix="write or download it again"

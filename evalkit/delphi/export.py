@@ -24,18 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from evalkit.errors import BadConfig, BadFile, MissingFile, json_problem
 from evalkit.records import BASELINE, CONTROL_KIND, Example, FeatureExamples, FeatureId
+from evalkit.sources.dumps.delphi_layout import CARD, LATENT_FILE, module_name
 from evalkit.util.atomic_files import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-__all__ = ["CARD", "SCORERS", "Exported", "export_delphi", "read_scores"]
+__all__ = ["SCORERS", "Exported", "export_delphi", "read_scores"]
 
 _LOG = logging.getLogger(__name__)
-CARD = "evalkit.json"
 SCORERS = {"detection": "detection", "fuzzing": "fuzz", "delphi-detection": "detection", "delphi-fuzz": "fuzz"}
-_NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d{1,12})\.(?:txt|json)", re.ASCII)
 _LARGEST = 64_000_000  # bytes; larger files of scores are rejected
 _KEYS = frozenset({"str_tokens", "activations", "distance", "activating", "prediction", "probability", "correct"})
 
@@ -175,11 +174,11 @@ def _modules(sources: pd.DataFrame) -> dict[str, str]:
 
     Raises BadConfig if two dictionaries get the same module name.
     """
-    sites = sources["site"].astype(str).str.replace("/", "--")
+    sites = sources["site"].astype(str).map(module_name)
     names = sources["name"].astype(str)
     twice = sites.duplicated(keep=False)
     modules = [
-        name.replace("/", "--") if repeated else site for site, name, repeated in zip(sites, names, twice, strict=True)
+        module_name(name) if repeated else site for site, name, repeated in zip(sites, names, twice, strict=True)
     ]
     if same := next((module for module in modules if modules.count(module) > 1), None):
         both = [name for module, name in zip(modules, names, strict=True) if module == same]
@@ -238,13 +237,13 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
     root = Path(folder) / "scores" if (Path(folder) / "scores").is_dir() else Path(folder)
     rows: list[dict[str, Any]] = []
     others = set()
-    files = sorted(path for path in root.glob("*/*") if _NAME.fullmatch(path.name)) if root.is_dir() else []
+    files = sorted(path for path in root.glob("*/*") if LATENT_FILE.fullmatch(path.name)) if root.is_dir() else []
     for path in files:
         entries = _entries(path)
         if entries and not (isinstance(entries[0], dict) and "activating" in entries[0]):
             others.add(path.parent.name)
             continue
-        found = _NAME.fullmatch(path.name)
+        found = LATENT_FILE.fullmatch(path.name)
         assert found is not None
         where = {"module": found["module"], "latent": int(found["latent"]), "scorer": path.parent.name}
         rows += [{**where, "item": item, **_row(path, item, entry)} for item, entry in enumerate(entries)]

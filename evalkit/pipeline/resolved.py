@@ -108,4 +108,4 @@ class ResolvedRun:
         if check_ready(sources):
             return []
         has_rqae = any(source.info.kind == "rqae" for source in sources)
-        return [name for name in self.config.controls if name in NULL_SOURCES and (has_rqae or name != "random-codes")]
+        return list(self.config.control_dictionaries(has_rqae=has_rqae))

@@ -76,7 +76,9 @@ def load_whole(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     shown = str(model)
-    config = _read(shown, "a model config", lambda: AutoConfig.from_pretrained(place, **options))
+    config = _read(
+        shown, "a model config", lambda: AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    )
     if check:
         check(config)
     extra: dict[str, Any] = {"quantization_config": _gguf_config()} if "gguf_file" in options else {}
@@ -85,7 +87,13 @@ def load_whole(
             shown,
             "a causal language model",
             lambda: AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype, output_loading_info=True, **extra, **options
+                place,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **extra,
+                **options,
             ),
         )
     if missing := sorted(report.get("missing_keys") or ()):
@@ -95,7 +103,10 @@ def load_whole(
             seen=f"{len(missing)} missing, such as {missing[0]}",
             fix="download the model again",
         )
-    return found, _read(shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, **options))
+    tokenizer = _read(
+        shown, "a tokenizer", lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    )
+    return found, tokenizer
 
 
 def decoder_of(whole: Any) -> Any:
@@ -157,6 +168,13 @@ def _read(shown: str, what: str, read: Callable[[], Any]) -> Any:
     except ImportError:
         raise
     except Exception as error:  # transformers raises many classes; all mean that the files are not such a model
+        if "trust_remote_code" in str(error):
+            raise BadFile(
+                shown,
+                expected=f"{what} of an architecture that transformers supports",
+                seen="a model with code of its own (auto_map), which evalkit never runs",
+                fix="use a model whose config.json has a model_type that transformers knows",
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not looks_like_path(shown):
             raise MissingFile(

@@ -58,6 +58,8 @@ _UNREADABLE = (  # errors that numpy, zipfile, torch and safetensors raise on da
 )
 OTHER_DTYPE = "other "  # prefix that marks the name of an unsupported dtype
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16"}
+_WRAPPERS = ("_orig_mod.", "module.", "_forward_module.")
+_STATE_KEYS = ("state_dict", "model_state_dict")
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -214,7 +216,28 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         found[name] = Stored(
             what, tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0], kind or OTHER_DTYPE
         )
-    return only_floats(found)
+    return only_floats(unwrapped(found))
+
+
+def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries without the prefix that a wrapper module gave to all of their names.
+
+    ``torch.compile`` writes ``_orig_mod.``, data-parallel wrappers write ``module.`` or ``_forward_module.``; they nest.
+    """
+    found = dict(named)
+    while prefix := next((one for one in _WRAPPERS if found and all(name.startswith(one) for name in found)), None):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _state_of(held: Any) -> Any:
+    """The state dict in the object of a checkpoint: the object itself, or its entry ``state_dict`` or alike."""
+    while isinstance(held, Mapping) and not any(isinstance(value, torch.Tensor) for value in held.values()):
+        inner = next((held[key] for key in _STATE_KEYS if isinstance(held.get(key), Mapping)), None)
+        if inner is None:
+            break
+        held = inner
+    return unwrapped(held) if isinstance(held, Mapping) and all(isinstance(name, str) for name in held) else held
 
 
 def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None = None) -> dict[str, Stored]:
@@ -223,7 +246,7 @@ def open_torch(path: Path, *, select: Callable[[Any], Mapping[str, Any]] | None 
     ``select`` returns the mapping of names to tensors from the object in the file, read with ``weights_only=True``.
     """
     with reading(path, str(path)):
-        held = _load_torch(path)
+        held = _state_of(_load_torch(path))
         state = held if select is None else select(held)
         if not isinstance(state, Mapping):
             raise TypeError(f"a {type(state).__name__} instead of named tensors")

@@ -147,9 +147,11 @@ def _load(model: str, dtype: Any, revision: str | None) -> tuple[Any, Any]:
         try:
             with no_bars():
                 found = transformers.AutoModelForCausalLM.from_pretrained(
-                    place, dtype=dtype, local_files_only=local, **extra, **options
+                    place, dtype=dtype, local_files_only=local, trust_remote_code=False, **extra, **options
                 )
-                return found, transformers.AutoTokenizer.from_pretrained(place, local_files_only=local, **options)
+                return found, transformers.AutoTokenizer.from_pretrained(
+                    place, local_files_only=local, trust_remote_code=False, **options
+                )
         except (OSError, ValueError, KeyError) as error:
             failure = error
     kind = BadFile if there else MissingFile

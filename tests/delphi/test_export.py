@@ -18,12 +18,13 @@ import pytest
 from evalkit.cli import main
 from evalkit.collect.stage import read_examples
 from evalkit.config.run_config import DictionarySpec, RunConfig
-from evalkit.delphi.export import CARD, Exported, export_delphi, read_scores
+from evalkit.delphi.export import Exported, export_delphi, read_scores
 from evalkit.errors import BadConfig, BadFile, EvalkitError, MissingFile, UnknownFeature
 from evalkit.evaluate.score_stage import Test, score_features
 from evalkit.pipeline.stages import run
 from evalkit.records import Answer, ExplainExamples, JudgeItem
 from evalkit.registry import create, parse_part
+from evalkit.sources.dumps.delphi_layout import CARD
 from evalkit.store.run_store import RunStore, read_run
 from tests.support.delphi_library import use_library
 from tests.support.paths import DELPHI_LATENTS, DELPHI_TOKENIZER

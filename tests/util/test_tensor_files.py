@@ -377,3 +377,25 @@ def test_torch_tensors_that_claim_more_than_their_storage(tmp_path: Path) -> Non
         warnings.simplefilter("ignore")
         torch.save({"a": torch.eye(3).to_sparse_csr(), "b": torch.eye(3).to_sparse(), "c": torch.ones(1)}, path)
     assert set(open_torch(path)) == {"c"}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_forward_module.module."])
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_the_prefix_of_a_wrapper_is_dropped(prefix: str, ending: str, tmp_path: Path) -> None:
+    tensors = {"encoder.weight": torch.randn(3, 2), "bias": torch.randn(2)}
+    path = tmp_path / f"wrapped{ending}"
+    named = {prefix + name: value for name, value in tensors.items()}
+    if ending == ".pt":
+        torch.save({"step": 3, "state_dict": named}, path)
+        found = open_torch(path)
+    else:
+        save_file(named, path)
+        found = open_safetensors(path)
+    assert {name: stored.read().tolist() for name, stored in found.items()} == {
+        name: value.tolist() for name, value in tensors.items()
+    }
+
+
+def test_a_prefix_that_not_all_names_have_is_kept(tmp_path: Path) -> None:
+    save_file({"module.weight": torch.ones(2), "bias": torch.ones(2)}, tmp_path / "two.safetensors")
+    assert set(open_safetensors(tmp_path / "two.safetensors")) == {"module.weight", "bias"}

@@ -294,7 +294,7 @@ def _load_tokenizer(name: str, folder: Path) -> Any:
     pulled = next((MODELS / known for known, model in KNOWN.items() if model.hub == name), None)
     place = str(pulled) if pulled is not None and pulled.is_dir() else find_model(name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(place)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except ImportError:
         raise
     except Exception as error:  # transformers raises many kinds if it cannot find or load a tokenizer

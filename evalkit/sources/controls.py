@@ -22,12 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["PermutedSource", "PlantedSource", "RandomDirectionsSource", "as_dictionary"]
-
-
-def as_dictionary(info: SourceInfo) -> SourceInfo:
-    """The record of a source that is no control: what its file or plug-in says of itself does not make it one."""
-    return replace(info, kind=f"declared-{info.kind}") if info.kind.startswith(CONTROL_KIND) else info
+__all__ = ["PermutedSource", "PlantedSource", "RandomDirectionsSource"]
 
 
 def _columns(known: Sequence[FeatureId], features: Sequence[FeatureId], name: str) -> list[int]:

@@ -170,7 +170,7 @@ def test_the_published_sweep_runs_from_its_own_file(
     text = text.replace("google/gemma-2-2b", str(hub / "model")).replace(
         "HuggingFaceFW/fineweb-edu", str(hub / "text.jsonl")
     )
-    spec = write(tmp_path / "sweep.toml", text.replace("features = 100", f'dtype = "{quick_dtype()}"\nfeatures = 12'))
+    spec = write(tmp_path / "sweep.toml", text.replace("features = 100", f'dtype = "{quick_dtype()}"\nfeatures = 50'))
     monkeypatch.setenv("EVALKIT_HUB", str(hub / "hub"))
     monkeypatch.chdir(minilm.parent.parent)  # where models/minilm is found
 
@@ -189,7 +189,7 @@ def test_the_published_sweep_runs_from_its_own_file(
     shown = call()
     table = pd.read_csv(tmp_path / "run" / "table.csv", comment="#")
     scored = table[~table["kind"].str.startswith("null")]
-    assert set(scored["dictionary"]) == set(planned["dictionaries"]) and set(scored["n_tried"]) == {12}
+    assert set(scored["dictionary"]) == set(planned["dictionaries"]) and set(scored["n_tried"]) == {50}
     assert (scored[scored["kind"] == "sae"].groupby("dictionary")["n_features"].max() >= 1).all()
     assert "FIT CHECK FAILED" not in shown and "rqae/gemma-2-2b/depth-256" in shown
     names = {path.name for path in (tmp_path / "run" / "plots").iterdir()}

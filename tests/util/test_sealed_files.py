@@ -124,7 +124,7 @@ def test_a_missing_file_and_text_that_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="seen no such file; fix: f"):
         read_sealed(tmp_path / "none", fix="f")
     write_sealed(tmp_path / "text", b"{")
-    with pytest.raises(DamagedFile, match=r"expected a list; seen invalid JSON \(line 1\); fix: f"):
+    with pytest.raises(DamagedFile, match=r"expected a list; seen invalid JSON \(line 1, column 2\); fix: f"):
         read_sealed_json(tmp_path / "text", expected="a list", fix="f")
 
 

@@ -6,7 +6,7 @@ Uses plain Python and numpy, so tables and plots can be made on a machine withou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from evalkit.thoughts import answer_after_thought, ends_in_thought
@@ -43,7 +43,6 @@ __all__ = [
     "SubjectInfo",
     "TestExamples",
     "TokenBatch",
-    "as_dictionary",
 ]
 
 REAL, SHUFFLED = "", "shuffled"  # value of "control": the feature's own explanation, or that of another feature
@@ -349,8 +348,3 @@ class Response:
     def in_thought(self) -> bool:
         """Whether the reply was cut off during the model's reasoning, so that it contains no answer."""
         return ends_in_thought(self.text)
-
-
-def as_dictionary(info: SourceInfo) -> SourceInfo:
-    """The record of a source that is no control: what its file or plug-in says of itself does not make it one."""
-    return replace(info, kind=f"declared-{info.kind}") if info.kind.startswith(CONTROL_KIND) else info

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from evalkit.errors import BadFile
 from evalkit.protocols import FeatureSource, Progress, TokenSource
-from evalkit.records import Activations, FeatureId, SourceInfo, TokenBatch, as_dictionary
+from evalkit.records import Activations, FeatureId, SourceInfo, TokenBatch
+from evalkit.sources.control_marks import as_dictionary
 from evalkit.subject.attention_sinks import valid_tokens
 from evalkit.util.progress import SILENT
 from evalkit.util.sealed_files import open_sealed, sealed_npz

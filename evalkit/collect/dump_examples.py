@@ -22,7 +22,8 @@ from evalkit.collect.sampling import Counts, FeatureWindows, draw_windows
 from evalkit.config.run_config import RunConfig
 from evalkit.corpus.windows import Grid
 from evalkit.errors import CorpusError
-from evalkit.records import FeatureId, as_dictionary
+from evalkit.records import FeatureId
+from evalkit.sources.control_marks import as_dictionary
 from evalkit.store.run_store import RunStore
 from evalkit.store.tables import FeatureRow
 

@@ -349,7 +349,7 @@ def test_ctrl_c_waits_for_what_was_sent_and_sends_no_more(scoring: Scoring, tmp_
 def test_what_was_sent_is_recorded_after_the_kill_and_the_next_command_waits_for_it(
     scoring: Scoring, tmp_path: Path
 ) -> None:
-    with serving(tmp_path / "log.jsonl", 12) as server:  # longer than a command takes to start
+    with serving(tmp_path / "log.jsonl", 6) as server:  # longer than a command takes to start
         process = Command(*scoring.command(server))
         wait_for_log(server, "received", 4)
         killed = process.kill()

@@ -50,7 +50,7 @@ demo: $(VENV)/.core ## score the shipped RQAE and SAEs of SmolLM2; print the tab
 test: test-core test-engine ## run every test, with the real language model, embedding model and vLLM
 
 test-core: $(VENV)/.dev ## run every test except those of vLLM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n 2 --dist loadfile --no-loadscope-reorder
 
 test-engine: $(ENGINE_VENV)/.ready ## run the tests of vLLM, in process and as a server (installs 3.5 GB, needs no GPU)
 	EVALKIT_REQUIRE_ENGINE=1 $(ENGINE_VENV)/bin/python -m pytest tests/engines

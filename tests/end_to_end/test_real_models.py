@@ -107,13 +107,6 @@ def test_dictionaries_fit_the_model_they_were_trained_on(first: Path) -> None:
         assert fits[f"smollm2-135m/layers.15/{name}"] == pytest.approx(fvu, rel=0.15)
 
 
-def test_another_batch_size_gives_identical_examples_and_scores(first: Path, run: Runner) -> None:
-    other = run("batch", batch_size="5")
-    assert examples(other) == examples(first)
-    left, right = (read_run(folder).judgements for folder in (first, other))
-    pd.testing.assert_frame_equal(left, right)
-
-
 def test_another_seed_gives_other_examples_and_a_consistent_ranking(first: Path, run: Runner) -> None:
     other = run("seed", seed="1")
     assert examples(other) != examples(first)

@@ -175,7 +175,7 @@ class StorageError(EvalkitError):
 
 
 def json_problem(error: Exception) -> str:
-    """Why a JSON file could not be read, in plain words; the text of other errors unchanged."""
+    """Why a JSON file could not be read, in plain words; the text of other errors, cut to 200 characters."""
     match error:
         case json.JSONDecodeError():
             return f"invalid JSON (line {error.lineno}, column {error.colno})"

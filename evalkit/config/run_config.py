@@ -51,9 +51,8 @@ class DictionarySpec(BaseModel):
     l0: float | None = None
     model: str | None = None
     out: str | None = None  # site that a transcoder reconstructs
-    norm: Annotated[float, Field(gt=0)] | None = (
-        None  # mean norm of the states that a SAELens dictionary was trained on
-    )
+    # the mean norm of the states that a SAELens dictionary was trained on
+    norm: Annotated[float, Field(gt=0)] | None = None
     centre: bool | None = None
     folder: str | None = None  # folder of the dictionary within a SAELens release
     tensor: str | None = None  # tensor to read from a file of directions

@@ -1,7 +1,7 @@
 """Reads records and verifies them: every row against its checksum, and that no row is missing.
 
-A damaged row is an error. A missing explanation or score is one for whoever reads the run; a command that writes it
-records it again. Knows the tables; writes nothing.
+A damaged row is always an error. A missing explanation or score is an error in a run that is only read; a command that
+writes to the run records it again. Knows the tables; writes nothing.
 """
 
 from __future__ import annotations
@@ -70,8 +70,11 @@ class VerifiedRecords:
 
     def scores(self) -> list[Row]:
         """All scores, failed ones too; their judgements are not read."""
+        return self._verified_scores(self._sums("scores"))
+
+    def _verified_scores(self, held: dict[tuple[str, str], Sum]) -> list[Row]:
         rows = self._rows(f"SELECT * FROM scores ORDER BY {SCORE_KEY}")
-        held = self._sums("scores")
+        held = dict(held)
         for row in rows:
             _, checksum = held.pop((row[0], block_of(*row[1:7])), (0, b""))
             if checksum[:8] != digest_of([row]):
@@ -85,7 +88,7 @@ class VerifiedRecords:
         with records_errors(self._path):
             every = self._connection.execute(f"SELECT * FROM judgements ORDER BY {SCORE_KEY}, item")
             judged = {key: list(rows) for key, rows in groupby(every, lambda row: row[:7])}
-        for score in self.scores():
+        for score in self._verified_scores(held):
             rows = judged.get(score[:7], [])
             count, checksum = held[score[0], block_of(*score[1:7])]
             if count != len(rows):

@@ -18,6 +18,7 @@ from evalkit.store.frames import RunFrames, features_frame
 from evalkit.store.run_store import RunStore, read_run
 from evalkit.store.tables import LAYOUT, NEW_TABLES, TABLES
 from evalkit.util.sealed_files import is_sealed
+from tests.support.damage import damaged_copies
 from tests.support.paths import ROOT
 from tests.support.small_records import IDENTITY, SOURCE, fill, key, score
 
@@ -115,24 +116,16 @@ def test_a_lost_explanation_takes_its_scores_along_when_it_is_written_again(run:
 def test_no_damaged_byte_gives_other_frames(run: Path) -> None:
     """Three hundred files with one flipped bit, a hundred with a lost piece: the same frames, or one line."""
     sound, path = read_run(run), run / "records.sqlite"
-    data = path.read_bytes()
-    random = np.random.default_rng(3)
     noticed = 0
-    for number in range(400):
-        damaged = bytearray(data)
-        place = int(random.integers(len(data)))
-        if number < 300:
-            damaged[place] ^= 1 << int(random.integers(8))
-        else:
-            damaged[place : place + 512] = bytes(min(512, len(data) - place))
-        path.write_bytes(bytes(damaged))
+    for place, damaged in damaged_copies(path.read_bytes(), 3, lost=512):
+        path.write_bytes(damaged)
         try:
             found = read_run(run)
         except EvalkitError as error:
             noticed += 1
             assert str(run) in str(error) and "; fix: " in str(error)
         else:
-            assert same(found, sound), (number, place)
+            assert same(found, sound), place
     assert noticed > 30  # most of such a little file is empty
 
 

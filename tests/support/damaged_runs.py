@@ -38,7 +38,7 @@ OPTIONS = [
         "--corpus",
         MATERIAL / "text.jsonl",
     ),
-    *(
+    *[
         "--depths",
         "2,8",
         "--density",
@@ -51,8 +51,8 @@ OPTIONS = [
         "4",
         "--negatives",
         "4",
-    ),
-    *("--dtype", "float32", "--force", "--controls", "shuffled,planted,permuted"),
+    ],
+    *["--dtype", "float32", "--force", "--controls", "shuffled,planted,permuted"],
 ]
 OFFLINE = ["--explainer", "words", "--judge", "lexical", "--scorer", "detection"]
 ASKING = ["--explainer", "default", "--judge", "llm", "--scorer", "detection"]

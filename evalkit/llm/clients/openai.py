@@ -275,7 +275,8 @@ class OpenAIClient:
     ) -> tuple[Form, Any, Mapping[str, str]] | None:
         """Find out which parameter a server rejects that does not name it: send the request without each in turn.
 
-        Returns the first form that is answered, with the answer; None if the fault is no parameter's. Once per error.
+        Returns the first form that is answered, with the answer; None if no parameter is at fault. Once per kind of error.
+        Raises Transient if the search was interrupted.
         """
         found = signature(error)
         if found in server.dialect.unexplained:
@@ -284,7 +285,10 @@ class OpenAIClient:
             shorter = self.endpoint.form(request, server.dialect.without(parameter))
             try:
                 completion, headers = await server.complete(self.endpoint.body(shorter))
-            except (self.endpoint.sdk.APIStatusError, Transient):
+            except self.endpoint.sdk.APIStatusError as other:
+                failure = judge_failure(other, server.url, shorter.removable, self.endpoint.redact)
+                if isinstance(failure, Transient):  # it says nothing about the parameter; the request is retried
+                    raise failure from None
                 continue
             reason = f"status {error.status_code} with it, an answer without it"
             self._refuse(server, parameter, reason, form)

@@ -6,6 +6,7 @@ Every error names the file and the tensor or key. Knows no format itself; writes
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ _DEEPEST = 4  # levels of subfolders that are searched
 _LONGEST_JSON = 16_000_000  # bytes
 
 
-class FolderReader:
+class FolderReader(ABC):
     """Base of the readers of formats with one folder per dictionary: finds the folders and rejects unknown options.
 
     A subclass sets ``format``, the ``files`` in such a folder (weights and config) and, to add options, ``options``; and
@@ -72,9 +73,9 @@ class FolderReader:
         check_one(path, found, options, " and ".join(self.files))
         return [self.open(folder.absolute(), options) for folder in found]
 
+    @abstractmethod
     def open(self, folder: Path, options: Mapping[str, Any]) -> SaeSource:
         """Open the dictionary in one folder."""
-        raise NotImplementedError
 
 
 def check_options(path: Path, options: Mapping[str, Any], known: Iterable[str]) -> None:

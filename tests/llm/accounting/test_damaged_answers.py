@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from evalkit.errors import BadFile, DamagedFile, StorageError
@@ -17,6 +16,7 @@ from evalkit.llm.accounting.answer_store import KeyedRequest, Recorded, Recordin
 from evalkit.llm.clients.replay import ReplayClient
 from evalkit.llm.requests.generate_request import GenerateRequest
 from evalkit.records import Message, Response
+from tests.support.damage import damaged_copies
 
 COUNT = 40
 
@@ -112,24 +112,16 @@ def test_a_lost_answer_is_an_error_of_a_replay_and_is_requested_again_by_a_recor
 
 def test_no_damaged_byte_gives_another_answer(path: Path) -> None:
     """Three hundred files with one flipped bit, a hundred with a lost piece."""
-    data = path.read_bytes()
-    random = np.random.default_rng(5)
     noticed = 0
-    for number in range(400):
-        damaged = bytearray(data)
-        place = int(random.integers(len(data)))
-        if number < 300:
-            damaged[place] ^= 1 << int(random.integers(8))
-        else:
-            damaged[place : place + 256] = bytes(min(256, len(data) - place))
-        path.write_bytes(bytes(damaged))
+    for place, damaged in damaged_copies(path.read_bytes(), 5, lost=256):
+        path.write_bytes(damaged)
         try:
             found = list(answers(path))
         except (BadFile, StorageError) as error:
             noticed += 1
             assert str(path) in str(error) and "; fix: " in str(error)
         else:
-            assert found == [recorded(number) for number in range(COUNT)], (number, place)
+            assert found == [recorded(number) for number in range(COUNT)], place
     assert noticed > 100
 
 

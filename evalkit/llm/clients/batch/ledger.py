@@ -205,7 +205,7 @@ def requests_in_batches(path: Path, model: str) -> list[KeyedRequest]:
         return []
     with _errors(path), closing(open_to_read(path, "sqlite_master")) as database:
         if database.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-            return []  # whoever made it was killed in its first moment
+            return []  # the process was killed after it created the file and before it created the tables
         found = {
             key: KeyedRequest(key, model, text)
             for number, _, of, _, _, _, _, _, id, ended in _verified_batches(database, path)

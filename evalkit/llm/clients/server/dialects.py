@@ -25,10 +25,12 @@ CONSTRAINTS: tuple[Constraints, ...] = ("auto", "vllm", "json_schema", "none")
 _WRAP = "answer"
 _MOST_LOGPROBS = 20  # candidates per token; the largest number that the protocol allows
 _WRAPPING_TOKENS = 16  # allowance for the tokens that {"answer": …} adds to a reply
-# parameters that are left out if a server rejects them: a less constrained reply is better than none
-_OPTIONAL = ("seed", "temperature", "top_logprobs", "logprobs", "response_format", "structured_outputs")
-# and those that can be written another way; in the order in which they are suspected if a server names none
-REMOVABLE = ("system", "response_format", "structured_outputs", "logprobs", "temperature", "seed", "max_tokens")
+# What is left out, reduced or written another way if a server rejects it: a less constrained reply is better than none.
+# In the order in which they are suspected if the server names none.
+REMOVABLE = (
+    *("system", "response_format", "structured_outputs", "top_logprobs", "logprobs"),
+    *("temperature", "seed", "max_tokens"),
+)
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -52,8 +54,8 @@ class Form:
     @property
     def removable(self) -> set[str]:
         """The parameters that can be left out or written another way."""
-        found = {name for name in (*_OPTIONAL, "max_tokens") if name in self.body or name in self.extra}
-        return found | ({"system"} if self.body["messages"][0]["role"] == "system" else set())
+        sent = {*self.body, *self.extra, self.body["messages"][0]["role"]}
+        return sent.intersection(REMOVABLE)
 
 
 @dataclass(slots=True)

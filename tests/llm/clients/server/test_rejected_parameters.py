@@ -33,12 +33,12 @@ def failure(message: str, param: str | None = None) -> Body:
     return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
 
 
-def judged(reply: Callable[[Body], Reply], mode: str = "single") -> tuple[list[Answer], list[Body]]:
+def judged(reply: Callable[[Body], Reply], mode: str = "single", attempts: int = 2) -> tuple[list[Answer], list[Body]]:
     """The judge's answers about four texts, and the requests that the server got."""
-    with scripted(reply) as server:
+    with scripted(reply, owned_by="another") as server:  # not vLLM, which is constrained in another way
 
         async def ask() -> list[Answer]:
-            client = OpenAIClient("m", base_url=server.base_url, max_attempts=2)
+            client = OpenAIClient("m", base_url=server.base_url, max_attempts=attempts)
             items = [JudgeItem(f"text number {number}", None) for number in range(4)]
             try:
                 return list(await LlmJudge(client, mode).judge("whale", items))
@@ -109,6 +109,19 @@ def test_without_log_probabilities(status: int, message: str) -> None:
     assert sum("logprobs" in body for body in asked) <= 4 + 3  # requests that were on their way, and the search
 
 
+def test_a_busy_server_does_not_end_the_search() -> None:
+    """A rate limit says nothing about the parameter that is left out at that moment: the search is made again."""
+    busy = [(429, failure("slow down"))] * 2
+
+    def reply(body: Body) -> Reply:
+        if body["messages"][0]["role"] != "system" and busy:  # the first parameter that is suspected
+            return busy.pop()
+        return (400, failure("grammar backend missing")) if "response_format" in body else in_a_list(body)
+
+    found, _ = judged(reply, "list", attempts=4)
+    assert [answer.match for answer in found] == [True, False, True, False] and not busy
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -122,7 +135,7 @@ def test_without_a_response_format(message: str) -> None:
         lambda body: (400, failure(message)) if "response_format" in body else in_a_list(body), "list"
     )
     assert [answer.match for answer in found] == [True, False, True, False]
-    assert "response_format" not in asked[-1]
+    assert "response_format" in asked[0] and "response_format" not in asked[-1]
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
@@ -140,7 +153,7 @@ def test_a_system_message_moves_into_the_first_user_message(status: int, message
         lambda body: (status, failure(message)) if body["messages"][0]["role"] == "system" else in_a_list(body), "list"
     )
     assert [answer.match for answer in found] == [True, False, True, False]
-    assert asked[-1]["messages"][0]["role"] == "user"
+    assert [sent["messages"][0]["role"] for sent in (asked[0], asked[-1])] == ["system", "user"]
 
 
 def test_content_in_parts() -> None:
